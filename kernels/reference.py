@@ -1,0 +1,46 @@
+"""The oracle: block-sparse attention in plain torch, one query block at a time, exact in fp64.
+
+It defines what every kernel must compute: softmax over exactly the visible keys of the selected blocks; a row without any gives 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from stem_compile import ops
+from stem_compile.blocks import candidates
+from stem_compile.masks import Mask
+from stem_compile.selection import BlockSelection
+
+
+def sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    chosen: BlockSelection,
+    mask: Mask,
+    tensors: Sequence[torch.Tensor],
+    scalars: Sequence[int],
+    scale: float,
+) -> torch.Tensor:
+    """q: [B, H, q_len, d]; k: [B, Hk, kv_len, d]; v: [B, Hk, kv_len, dv] -> [B, H, q_len, dv] in q's dtype, computed in at least fp32.
+
+    chosen: key blocks a query block; mask, tensors, scalars: which of their scores are visible; scale: factor of q.k before the softmax.
+    """
+    batch, heads, q_len, _ = q.shape
+    key_heads, kv_len = k.shape[1:3]
+    shape = (batch, heads, q_len, kv_len)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    dense = chosen.dense(candidates(mask, shape, tensors, scalars, chosen.block_q, chosen.block_k, q.device))
+    out = ops.attention_output(q, v)
+    keys, values = (x.to(dtype).repeat_interleave(heads // key_heads, 1) for x in (k, v))
+    for block, start in enumerate(range(0, q_len, chosen.block_q)):
+        rows = slice(start, min(start + chosen.block_q, q_len))
+        scores = q[:, :, rows].to(dtype) @ keys.transpose(-1, -2) * scale
+        computed = dense[:, :, block].repeat_interleave(chosen.block_k, -1)[:, :, None, :kv_len]
+        hidden = ~(computed & mask.dense(shape, tensors, scalars, q.device, rows))
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        out[:, :, rows] = (weights.masked_fill(hidden, 0) @ values).to(q.dtype)
+    return out

@@ -1,0 +1,265 @@
+"""Mask algebra: what an attention mask means, independent of how a graph builds it.
+
+A mask says for (b, h, q, kv) whether query row q may see key kv. Terms have names that a model author knows; every term is a sympy
+predicate underneath, so one definition serves the dense oracle (``dense``), block maps (``classify``), kernels (printed as Triton
+by ``kernels/codegen.py``) and words (``words``). A mask travels through FX graphs and operator schemas as text: ``encode``/``decode``.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import sympy
+import torch
+
+from stem_compile import symbolic
+from stem_compile.symbolic import KV, KV_LEN, Q_LEN, B, H, Q
+
+
+class Block(enum.Enum):
+    """What a mask does to one rectangle of scores."""
+
+    EMPTY = 0
+    PARTIAL = 1
+    FULL = 2
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Base of the algebra. Combine with ``&``, ``|`` and ``~``; a mask has no truth value of its own."""
+
+    @property
+    def predicate(self) -> Any:
+        """Sympy Boolean in ``symbolic``'s symbols: true where the key is visible."""
+        raise NotImplementedError(type(self).__name__)
+
+    @property
+    def words(self) -> str:
+        """The mask as a model author would say it."""
+        raise NotImplementedError(type(self).__name__)
+
+    def __and__(self, other: Mask) -> Mask:
+        return _combine(And, self, other)
+
+    def __or__(self, other: Mask) -> Mask:
+        return _combine(Or, self, other)
+
+    def __invert__(self) -> Mask:
+        return predicate(sympy.Not(self.predicate))
+
+    def __bool__(self) -> bool:
+        raise TypeError("a mask has no truth value; combine masks with & and |, compare them with ==")
+
+    def dense(
+        self,
+        shape: tuple[int, int, int, int],
+        tensors: Sequence[torch.Tensor] = (),
+        scalars: Sequence[int] = (),
+        device: torch.device | str = "cpu",
+        rows: slice = slice(None),
+    ) -> torch.Tensor:
+        """Bool tensor broadcastable to ``shape`` = (batch, heads, q_len, kv_len); True is visible.
+
+        tensors: the site's mask tensors, indexed as the predicate indexes them. scalars: values of S0, S1, ...
+        rows: query rows wanted; the third dimension of the answer is theirs.
+        """
+        axes = [torch.arange(n, device=device) for n in shape]
+        index = [a.view([-1 if i == j else 1 for j in range(4)]) for i, a in enumerate(axes)]
+        env = environment(shape, tensors, scalars)
+        env |= {B: index[0], H: index[1], Q: index[2][:, :, rows], KV: index[3]}
+        value = symbolic.evaluate(self.predicate, env)
+        return value if isinstance(value, torch.Tensor) else torch.full((1, 1, 1, 1), value, device=device)
+
+    def classify(self, rows: tuple[int, int], keys: tuple[int, int], shape: tuple[int, int, int, int], scalars: Sequence[int] = ()) -> Block:
+        """Empty, partial or full over query rows [rows) x keys [keys), by interval arithmetic: PARTIAL when it cannot tell."""
+        box = {s: (v, v) for s, v in environment(shape, (), scalars).items()}
+        box |= {Q: (rows[0], rows[1] - 1), KV: (keys[0], keys[1] - 1), B: (0, shape[0] - 1), H: (0, shape[1] - 1)}
+        certainly, possibly = symbolic.bounds(self.predicate, box)
+        return Block.FULL if certainly else Block.PARTIAL if possibly else Block.EMPTY
+
+
+def environment(shape: tuple[int, int, int, int], tensors: Sequence[torch.Tensor], scalars: Sequence[int]) -> dict[Any, Any]:
+    """Bindings of a site's lengths, scalars and mask tensors for ``symbolic.evaluate``."""
+    env: dict[Any, Any] = {Q_LEN: shape[2], KV_LEN: shape[3]}
+    env |= {symbolic.scalar(i): value for i, value in enumerate(scalars)}
+    return env | {symbolic.tensor(i): _loader(t) for i, t in enumerate(tensors)}
+
+
+def _loader(values: torch.Tensor) -> Any:
+    def load(*index: Any) -> torch.Tensor:
+        # Broadcast dimensions are read at 0; out-of-range reads are another conjunct's business, so clamp like a masked load.
+        return values[tuple(torch.as_tensor(i, device=values.device).clamp(0, n - 1) for i, n in zip(index, values.shape, strict=True))]
+
+    return load
+
+
+@dataclass(frozen=True)
+class Full(Mask):
+    """Every key is visible."""
+
+    predicate: ClassVar[Any] = sympy.true
+    words: ClassVar[str] = "full"
+
+
+@dataclass(frozen=True)
+class Causal(Mask):
+    """``kv <= q + offset``. ``offset``: keys before the first query row; an int or a sympy expression of lengths and scalars."""
+
+    offset: Any = 0
+
+    @property
+    def predicate(self) -> Any:
+        return sympy.Le(KV, Q + self.offset)
+
+    @property
+    def words(self) -> str:
+        return "causal" if self.offset == 0 else f"causal(offset={self.offset})"
+
+
+@dataclass(frozen=True)
+class Padding(Mask):
+    """Keys of one batch row are visible where mask tensor number ``index`` (bool or int, read at (b, kv)) is nonzero."""
+
+    index: int = 0
+    batched: bool = True
+
+    @property
+    def predicate(self) -> Any:
+        return sympy.Ne(symbolic.tensor(self.index)(B if self.batched else sympy.Integer(0), KV), 0)
+
+    words: ClassVar[str] = "padding"
+
+
+@dataclass(frozen=True)
+class Predicate(Mask):
+    """A predicate that is understood but has no name of its own."""
+
+    expr: Any
+
+    @property
+    def predicate(self) -> Any:
+        return self.expr
+
+    @property
+    def words(self) -> str:
+        return f"[{self.expr}]"
+
+
+@dataclass(frozen=True)
+class And(Mask):
+    """Conjunction of named terms."""
+
+    terms: tuple[Mask, ...]
+
+    @property
+    def predicate(self) -> Any:
+        return sympy.And(*(t.predicate for t in self.terms))
+
+    @property
+    def words(self) -> str:
+        return " & ".join(f"({t.words})" if isinstance(t, Or) else t.words for t in self.terms)
+
+
+@dataclass(frozen=True)
+class Or(Mask):
+    """Disjunction of named terms."""
+
+    terms: tuple[Mask, ...]
+
+    @property
+    def predicate(self) -> Any:
+        return sympy.Or(*(t.predicate for t in self.terms))
+
+    @property
+    def words(self) -> str:
+        return " | ".join(f"({t.words})" if isinstance(t, And) else t.words for t in self.terms)
+
+
+@dataclass(frozen=True)
+class Opaque(Mask):
+    """A mask that was not understood: its tensor stays in the graph. ``reason`` says which node stopped the reading."""
+
+    reason: str = ""
+
+    @property
+    def words(self) -> str:
+        return "opaque"
+
+
+def _combine(kind: Any, *masks: Mask) -> Mask:
+    """Flatten, drop neutral elements and repetitions; keep the order in which terms were written."""
+    neutral, absorbing = (sympy.true, sympy.false) if kind is And else (sympy.false, sympy.true)
+    terms: list[Mask] = []
+    for mask in masks:
+        for term in mask.terms if isinstance(mask, kind) else (mask,):
+            if isinstance(term, Opaque):
+                return term
+            if term.predicate == absorbing:
+                return term
+            if term.predicate != neutral and term not in terms:
+                terms.append(term)
+    if not terms:
+        return predicate(neutral)
+    return terms[0] if len(terms) == 1 else kind(tuple(terms))
+
+
+def predicate(expr: Any) -> Mask:
+    """Mask of a sympy Boolean, with every conjunct and disjunct that has a name given its name."""
+    expr = sympy.sympify(expr)
+    if expr == sympy.true:
+        return Full()
+    if isinstance(expr, sympy.And):
+        return functools.reduce(Mask.__and__, (predicate(a) for a in _ordered(expr.args)))
+    if isinstance(expr, sympy.Or):
+        return functools.reduce(Mask.__or__, (predicate(a) for a in _ordered(expr.args)))
+    for recognise in _RECOGNISERS:
+        if (term := recognise(expr)) is not None:
+            return term
+    return Predicate(expr)
+
+
+def _ordered(args: Any) -> list[Any]:
+    # Causal before padding before the rest, independent of sympy's hash order.
+    return sorted(args, key=lambda a: (bool(a.atoms(sympy.Function)), not a.has(KV), sympy.default_sort_key(a)))
+
+
+def _causal(expr: Any) -> Mask | None:
+    if not isinstance(expr, sympy.Le | sympy.Lt | sympy.Ge | sympy.Gt):
+        return None
+    small, large = (expr.lts, expr.gts)
+    offset = sympy.expand(large - Q - (small - KV)) - (1 if isinstance(expr, sympy.Lt | sympy.Gt) else 0)
+    # kv <= q + offset, offset the same for every position
+    if expr.has(KV) and expr.has(Q) and not offset.has(Q, KV, B, H) and not offset.atoms(sympy.Function):
+        return Causal(int(offset) if offset.is_Integer else offset)
+    return None
+
+
+def _padding(expr: Any) -> Mask | None:
+    if isinstance(expr, sympy.Ne) and expr.rhs == 0 and (index := symbolic.load_index(expr.lhs)) is not None:
+        if expr.lhs.args in ((B, KV), (sympy.Integer(0), KV)):
+            return Padding(index, batched=expr.lhs.args[0] == B)
+    return None
+
+
+_RECOGNISERS = (_causal, _padding)
+
+
+def encode(mask: Mask) -> str:
+    """Canonical text of a mask's predicate; equal masks give equal text. Inverse: ``decode``."""
+    return str(mask.predicate)
+
+
+@functools.lru_cache(maxsize=1024)
+def decode(text: str) -> Mask:
+    """Mask of the text that ``encode`` wrote. Raises ValueError for anything else."""
+    names: dict[str, Any] = {str(s): s for s in (B, H, Q, KV, Q_LEN, KV_LEN)} | {"FloorDiv": symbolic.FloorDiv}
+    for i in range(8):
+        names |= {f"T{i}": symbolic.tensor(i), f"S{i}": symbolic.scalar(i)}
+    try:
+        return predicate(sympy.sympify(text, locals=names))
+    except (sympy.SympifyError, SyntaxError, TypeError, AttributeError) as error:
+        raise ValueError(f"not an encoded mask: {text!r}") from error

@@ -1,0 +1,52 @@
+"""Turn block scores into block lists: each row keeps the best blocks its policy's budget allows (Algorithm 1, section 3.1).
+
+A row is known by its rank (visible blocks before its last one) and by the visible blocks of its batch row, so padding and documents
+shrink budgets by themselves. Ties go to the earlier block: the selection is a pure function of the scores.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from stem_compile import policies, symbolic
+from stem_compile.blocks import cdiv
+from stem_compile.selection import FULL, BlockSelection, SelectionSpec
+from stem_compile.symbolic import BLOCKS, ROW
+
+
+def tpd_select(scores: torch.Tensor, spec: SelectionSpec) -> BlockSelection:
+    """scores: [B, H, rows, key blocks], -inf where a block holds no visible key. Budgets are exact integer arithmetic (int64)."""
+    rows, columns = scores.shape[-2:]
+    policy = policies.get(spec.policy)
+    width = min(int(policy.width(spec, columns)), columns)
+    candidate = scores > -torch.inf
+    visible = candidate.sum(-1)
+    limit = row_limits(visible, spec)
+    keep = torch.where(full_rows(visible, limit, spec), FULL, limit)
+    # Forced blocks rank above every score; -inf stays below.
+    rank = candidate.cumsum(-1)
+    forced = candidate & ((rank <= spec.sinks) | (rank > visible.unsqueeze(-1) - spec.locals))
+    ranked = torch.where(forced, torch.inf, scores)
+    order = torch.sort(ranked, dim=-1, descending=True, stable=True).indices[..., :width]
+    listed = torch.arange(width, device=scores.device) < keep.unsqueeze(-1)
+    indices = torch.where(listed, order, columns).sort(-1).values.clamp(max=columns - 1)
+    return BlockSelection(indices.int(), keep.int(), spec.block_q, spec.block_k, columns)
+
+
+def row_limits(visible: torch.Tensor, spec: SelectionSpec) -> torch.Tensor:
+    """Blocks each row may compute. visible: int64 [..., rows], visible blocks a row; sinks and local blocks are always within."""
+    total = visible[..., -1:].clamp(min=cdiv(spec.prompt_length, spec.block_k))
+    budget = symbolic.evaluate(policies.get(spec.policy).budget(spec), {ROW: (visible - 1).clamp(min=0), BLOCKS: total.clamp(min=1)})
+    return torch.minimum(torch.as_tensor(budget, device=visible.device).clamp(min=spec.sinks + spec.locals), visible)
+
+
+def full_rows(visible: torch.Tensor, limit: torch.Tensor, spec: SelectionSpec) -> torch.Tensor:
+    """Rows that compute all they see: the budget covers it, or the row holds the prompt's end, where the question is.
+
+    The end is where a row first sees the whole prompt; a block of slack covers unaligned prefixes and query blocks below key blocks.
+    Rows further on are right padding.
+    """
+    total = visible[..., -1:].clamp(min=cdiv(spec.prompt_length, spec.block_k))
+    slack = cdiv(spec.block_k, spec.block_q) + 1
+    before = torch.nn.functional.pad(visible, (slack, 0))[..., : visible.shape[-1]]
+    return (limit >= visible) & (visible > 0) | (visible == total) & (before < total)
