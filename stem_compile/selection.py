@@ -8,7 +8,7 @@ early rows, the last row and everything at ``budget=1.0`` are such rows, so they
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -117,12 +117,37 @@ class BlockSelection:
             raise ValueError(f"a block without visible keys is selected at (batch, head, row) = {tuple(blind.nonzero()[0].tolist())}")
 
 
-_observers: list[Callable[[BlockSelection, str], None]] = []
+@dataclass(frozen=True)
+class Observed:
+    """A selection made at run time, with the mask it was made under. shape: (batch, heads, q_len, kv_len)."""
+
+    selection: BlockSelection
+    mask: str
+    tensors: tuple[torch.Tensor, ...]
+    scalars: tuple[int, ...]
+    shape: tuple[int, int, int, int]
+
+    @property
+    def candidates(self) -> torch.Tensor:
+        """Bool [B or 1, H or 1, rows, key blocks]: pairs with a visible score."""
+        from stem_compile.blocks import candidates
+        from stem_compile.masks import decode
+
+        chosen = self.selection
+        return candidates(decode(self.mask), self.shape, self.tensors, self.scalars, chosen.block_q, chosen.block_k, chosen.counts.device)
+
+    @property
+    def density(self) -> float:
+        """Computed over visible block pairs."""
+        return self.selection.density(self.candidates)
+
+
+_observers: list[Callable[[Observed], None]] = []
 
 
 @contextlib.contextmanager
-def observe(callback: Callable[[BlockSelection, str], None]) -> Iterator[None]:
-    """Call ``callback(selection, mask_text)`` for every selection the operators make inside the ``with``: for explain and tests."""
+def observe(callback: Callable[[Observed], None]) -> Iterator[None]:
+    """Call ``callback`` for every selection that the operators make inside the ``with``: for explain and tests."""
     _observers.append(callback)
     try:
         yield
@@ -130,7 +155,7 @@ def observe(callback: Callable[[BlockSelection, str], None]) -> Iterator[None]:
         _observers.remove(callback)
 
 
-def announce(selection: BlockSelection, mask: str) -> None:
+def announce(selection: BlockSelection, mask: str, tensors: Sequence[torch.Tensor] = (), scalars: Sequence[int] = (), shape: tuple[int, int, int, int] = (0, 0, 0, 0)) -> None:
     """Tell the observers; free when there are none."""
     for callback in _observers:
-        callback(selection, mask)
+        callback(Observed(selection, mask, tuple(tensors), tuple(scalars), shape))

@@ -14,6 +14,11 @@ from stem_compile.selection import FULL, BlockSelection, SelectionSpec
 from stem_compile.symbolic import BLOCKS, ROW
 
 
+def everything(spec: SelectionSpec) -> bool:
+    """Whether every row of every length is FULL, so that no score is needed."""
+    return not policies.get(spec.policy).SCORED or spec.budget == 1.0
+
+
 def tpd_select(scores: torch.Tensor, spec: SelectionSpec) -> BlockSelection:
     """scores: [B, H, rows, key blocks], -inf where a block holds no visible key. Budgets are exact integer arithmetic (int64)."""
     rows, columns = scores.shape[-2:]

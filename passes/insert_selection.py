@@ -1,0 +1,85 @@
+"""Replace each site by ``stem::oam_scores -> stem::tpd_select -> stem::sparse_attention``. The graph then runs on the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from stem_compile import masks, ops
+from stem_compile.config import StemConfig
+from stem_compile.passes import normalize
+from stem_compile.sites import AttentionSite, Reason, Rejected, value
+
+DECODE_QUERIES = 16
+"""Fewer query rows than this behind a prefix are decoding, where selection has nothing to save."""
+
+
+def decide(found: list[AttentionSite | Rejected], config: StemConfig) -> list[AttentionSite | Rejected]:
+    """Apply the user's options and the lengths. Comparing a symbolic length installs a guard: another length compiles anew, once."""
+    decided: list[AttentionSite | Rejected] = []
+    for hit in found:
+        decided.append(hit if isinstance(hit, Rejected) else _decided(hit, config))
+    allowed = config.fuel if config.fuel is not None else len(decided)
+    for i, hit in enumerate(decided):
+        if isinstance(hit, AttentionSite):
+            allowed -= 1
+            if allowed < 0:
+                decided[i] = Rejected(hit.node, Reason.FUEL, f"fuel={config.fuel}")
+    return decided
+
+
+def _decided(site: AttentionSite, config: StemConfig) -> AttentionSite | Rejected:
+    if config.keeps_dense(site.index):
+        return Rejected(site.node, Reason.DENSE_LAYER, f"attention {site.index}")
+    q_len, kv_len = value(site.q).shape[2], value(site.k).shape[2]
+    if q_len != kv_len and q_len < DECODE_QUERIES:
+        return Rejected(site.node, Reason.DECODE, f"{q_len} queries, {kv_len} keys")
+    if kv_len < config.shortest:
+        return Rejected(site.node, Reason.SHORT, f"{kv_len} keys, min_length {config.shortest}")
+    return site
+
+
+def insert_selection(graph: fx.Graph, sites: list[AttentionSite], config: StemConfig) -> None:
+    """Rewrite ``graph`` in place; ``site.node`` becomes the sparse_attention node."""
+    spec = config.selection.text()
+    for site in sites:
+        assert site.mask is not None
+        mask = (site.tensors, site.scalars, masks.encode(site.mask))
+        with graph.inserting_before(site.node):
+            scores = call(graph, torch.ops.stem.oam_scores.default, (site.q, site.k, site.v, *mask, site.scale, spec), site.node)
+            selected = call(graph, torch.ops.stem.tpd_select.default, (scores, *mask, spec), site.node)
+            parts = [call(graph, normalize.operator.getitem, (selected, i), site.node) for i in range(2)]
+            arguments = (site.q, site.k, site.v, *parts, *mask, site.scale, spec, ops.REFERENCE)
+            attention = call(graph, torch.ops.stem.sparse_attention.default, arguments, site.node)
+        site.node.replace_all_uses_with(attention)
+        relax_views(attention)
+        graph.erase_node(site.node)
+        site.node = attention
+
+
+def call(graph: fx.Graph, target: Any, arguments: tuple[Any, ...], origin: fx.Node) -> fx.Node:
+    """Insert a call with the shapes and the place in the model that later passes and tools read."""
+    node = graph.call_function(target, arguments)
+    node.meta = {k: v for k, v in origin.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")}
+    examples = fx.node.map_arg(arguments, value)
+    tensors = [e for e in examples if isinstance(e, torch.Tensor) and hasattr(e, "fake_mode")]
+    if tensors:
+        with tensors[0].fake_mode:
+            node.meta["example_value"] = target(*examples)
+    elif isinstance(examples[0], tuple):
+        node.meta["example_value"] = target(*examples)
+    return node
+
+
+def relax_views(attention: fx.Node) -> None:
+    """Turn ``view`` behind an attention into ``reshape``: strides differ from SDPA's, and what view refuses reshape copies."""
+    frontier = [attention]
+    while frontier:
+        for user in frontier.pop().users:
+            name = normalize.spelling(user)
+            if name == "view" and user.op == "call_method":
+                user.target = "reshape"
+            elif name in ("transpose", "permute", "contiguous", "getitem", "unsqueeze", "squeeze", "detach"):
+                frontier.append(user)

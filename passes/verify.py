@@ -1,0 +1,74 @@
+"""What must hold after each step (see docs/design.md). Raised errors are bugs of this project, never of the user's graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from stem_compile.masks import Opaque
+from stem_compile.passes.interpret import as_expr
+from stem_compile.passes.lower import unlowered
+from stem_compile.sites import AttentionSite, Rejected, value
+
+
+class PassError(AssertionError):
+    """A pass left the graph in a state that its successors do not expect."""
+
+
+def after_match(graph: fx.Graph, before: str, found: list[AttentionSite | Rejected]) -> None:
+    """The graph is untouched."""
+    _require(graph.python_code("self").src == before, "match changed the graph")
+
+
+def after_analyze(found: list[AttentionSite | Rejected]) -> None:
+    """Every site has an understood mask, and as many tensors and scalars as it reads."""
+    for hit in found:
+        if isinstance(hit, AttentionSite):
+            _require(hit.mask is not None and not isinstance(hit.mask, Opaque), f"{hit.node.name} has no mask")
+
+
+def after_insert(graph: fx.Graph, sites: list[AttentionSite]) -> None:
+    """Every site is a sparse_attention fed by a selection."""
+    graph.lint()
+    for site in sites:
+        _require(site.node.target is torch.ops.stem.sparse_attention.default, f"{site.node.name} was not rewritten")
+
+
+def after_lower(graph: fx.Graph, sites: list[AttentionSite]) -> None:
+    """Every sparse attention on a device with kernels carries one."""
+    graph.lint()
+    left = set(unlowered(graph)) & {s.node for s in sites if s.kernel}
+    _require(not left, f"no kernel at {sorted(n.name for n in left)}")
+
+
+def after_cleanup(graph: fx.Graph, sites: list[AttentionSite]) -> None:
+    """No tensor of q_len x kv_len is left above a rewritten attention."""
+    graph.lint()
+    for site in sites:
+        left = quadratic(graph, site)
+        _require(not left, f"{site.node.name} still needs {[n.name for n in left]}")
+
+
+def quadratic(graph: fx.Graph, site: AttentionSite) -> list[fx.Node]:
+    """Nodes above ``site`` whose last two dimensions are q_len x kv_len."""
+    q_len, kv_len = value(site.q).shape[2], value(site.k).shape[2]
+    above, frontier = set(), [site.node]
+    while frontier:
+        for node in frontier.pop().all_input_nodes:
+            if node not in above:
+                above.add(node)
+                frontier.append(node)
+    return [n for n in graph.nodes if n in above and _spans(value(n), q_len, kv_len)]
+
+
+def _spans(tensor: Any, q_len: Any, kv_len: Any) -> bool:
+    if not isinstance(tensor, torch.Tensor) or tensor.dim() < 2 or tensor.is_floating_point():
+        return False
+    return as_expr(tensor.shape[-2]) == as_expr(q_len) and as_expr(tensor.shape[-1]) == as_expr(kv_len)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise PassError(message)

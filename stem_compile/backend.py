@@ -1,0 +1,107 @@
+"""``torch.compile(model, backend="stem")``: run the pipeline on Dynamo's graph and hand the result to the inner backend.
+
+An exception in a backend makes Dynamo split the graph and try again in ever smaller pieces, so a bug of ours would show as slowness. Hence: wrong
+options raise at once through Dynamo, and a failure of the pipeline leaves the graph as it came, with one warning that says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.exc import ShortenTraceback
+
+from stem_compile.config import OptionError, StemConfig
+from stem_compile.kernels import launch
+from stem_compile.passes import pipeline
+from stem_compile.passes.pipeline import Rewrite
+from stem_compile.sites import Reason, Rejected, module_path
+
+log = logging.getLogger(__name__)
+launch.register()
+
+_listeners: list[Callable[[Rewrite], None]] = []
+
+BENIGN = (Reason.DENSE_LAYER, Reason.FUEL, Reason.SHORT, Reason.DECODE)
+"""Rejections that ``fallback="error"`` lets pass: the user or the length asked for them."""
+
+
+class StemError(ShortenTraceback, ValueError):
+    """A wrong option, or under ``fallback="error"`` an attention that was not rewritten. Dynamo passes it on as it is."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, first_useful_frame=None)
+
+
+class StemWarning(UserWarning):
+    """The backend failed on a graph and left it as it was."""
+
+
+def stem(
+    module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
+) -> Callable[..., Any]:
+    """Dynamo backend. options: fields of ``StemConfig``; mode: Inductor's ("reduce-overhead", "max-autotune", ...)."""
+    try:
+        config = StemConfig.from_options(options)
+    except OptionError as error:
+        raise StemError(str(error)) from None
+    result = rewrite(module, config)
+    for listener in _listeners:
+        listener(result)
+    refused = [hit for hit in result.found if isinstance(hit, Rejected) and hit.reason not in BENIGN]
+    if config.fallback == "error" and refused:
+        raise StemError("not rewritten, and fallback='error':\n" + "\n".join(f"  {module_path(r.node)}: {r.words}" for r in refused))
+    return _inner(module, example_inputs, config.inner, mode)
+
+
+def rewrite(module: fx.GraphModule, config: StemConfig) -> Rewrite:
+    """Run the passes on ``module`` in place. A failure of ours restores the graph and warns once; it never raises."""
+    pristine = _copied(module.graph)
+    try:
+        return pipeline.run(module, config)
+    except Exception as error:
+        log.exception("the pipeline failed; the graph stays as it was")
+        warnings.warn(f"backend 'stem' left a graph dense: {type(error).__name__}: {error}. Set TORCH_LOGS=+stem_compile for the traceback.", StemWarning, stacklevel=2)
+        module.graph = pristine
+        module.recompile()
+        from stem_compile.passes.match import match
+
+        attentions = match(module.graph)
+        return Rewrite(module, [Rejected(hit.node, Reason.INTERNAL, f"{type(error).__name__}: {error}") for hit in attentions])
+
+
+def _copied(graph: fx.Graph) -> fx.Graph:
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    for node in graph.nodes:
+        if node.op == "output":
+            list(copy.nodes)[-1].meta = dict(node.meta)
+    return copy
+
+
+@contextlib.contextmanager
+def listen(callback: Callable[[Rewrite], None]) -> Iterator[None]:
+    """Call ``callback`` with every graph that the backend rewrites inside the ``with``."""
+    _listeners.append(callback)
+    try:
+        yield
+    finally:
+        _listeners.remove(callback)
+
+
+def _inner(module: fx.GraphModule, example_inputs: Sequence[Any], name: str, mode: str | None) -> Callable[..., Any]:
+    if name == "eager":
+        return module.forward
+    if name == "inductor":
+        from torch._inductor.compile_fx import compile_fx
+
+        patches = torch._inductor.list_mode_options(mode) if mode not in (None, "default") else None
+        return compile_fx(module, list(example_inputs), config_patches=patches)  # type: ignore[no-any-return]
+    from torch._dynamo.backends.registry import lookup_backend
+
+    return lookup_backend(name)(module, list(example_inputs))  # type: ignore[no-any-return]

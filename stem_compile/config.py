@@ -1,0 +1,155 @@
+"""StemConfig: every option of the backend, validated where it enters. The only reader of options and environment."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from stem_compile import policies
+from stem_compile.selection import SelectionSpec
+
+INNER = ("inductor", "aot_eager", "eager")
+FALLBACK = ("dense", "error")
+METRICS = ("paper", "released")
+POOLINGS = ("mean", "max")
+QUERY_BLOCKS = (64, 128)
+KEY_BLOCKS = (32, 64, 128)
+
+
+class OptionError(ValueError):
+    """An option that does not exist or cannot have the value given."""
+
+
+@dataclass(frozen=True)
+class StemConfig:
+    """Options of ``torch.compile(model, backend="stem", options={...})``. Frozen and hashable; wrong values raise ``OptionError``.
+
+    policy: how blocks are chosen: "stem" (TPD budgets, output-aware scores) or "dense" (all of them, through the same kernels).
+    budget: part of the causal block pairs to compute, in (0, 1]; None is the published length schedule.
+    mu: budget of the last row relative to the first (Eq. 3). beta: weight of the values' norms in block scores (Eq. 7).
+    metric: "paper" is Eq. 7; "released" z-scores the norms over the sequence, as the authors' code does (later tokens are seen).
+    pooling: "mean" over the anti-diagonal cells of a block pair (published, cheap) or their "max" (selects better, costs more).
+    stride: tokens a group in the pooling. block_size: queries a row block. key_block_size: keys a block; None is block_size.
+    sink_blocks, local_blocks: first and last blocks of a row that are always computed, in units of block_size.
+    dense_layers: that many first attentions of the model stay dense, or the indices of those that do.
+    min_length: prompts with fewer keys stay dense; None lets the policy decide. prompt_length: tokens of the whole prompt when it is
+    prefilled in chunks, so that chunks select as one shot would; None is the length of each call.
+    inner: the backend that gets the rewritten graph. fallback: "dense" leaves an attention that cannot be rewritten as it is, "error" raises.
+    fuel: rewrite only the first ``fuel`` attentions, to bisect a wrong answer; None is all. verify: check every pass's result (slow).
+    """
+
+    policy: str = "stem"
+    budget: float | None = None
+    mu: float = 0.7
+    beta: float = 0.2
+    metric: str = "paper"
+    pooling: str = "mean"
+    stride: int = 16
+    block_size: int = 128
+    key_block_size: int | None = None
+    sink_blocks: int = 4
+    local_blocks: int = 4
+    dense_layers: int | tuple[int, ...] = 0
+    min_length: int | None = None
+    prompt_length: int | None = None
+    inner: str = "inductor"
+    fallback: str = "dense"
+    fuel: int | None = None
+    verify: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dense_layers, list):
+            object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        _one_of("policy", self.policy, policies.names())
+        _one_of("metric", self.metric, METRICS)
+        _one_of("pooling", self.pooling, POOLINGS)
+        _one_of("inner", self.inner, INNER)
+        _one_of("fallback", self.fallback, FALLBACK)
+        _one_of("block_size", self.block_size, QUERY_BLOCKS)
+        if self.key_block_size is not None:
+            _one_of("key_block_size", self.key_block_size, KEY_BLOCKS)
+        _one_of("stride", self.stride, (4, 8, 16, 32))
+        _number("mu", self.mu, 0, 1)
+        _number("beta", self.beta, 0, 1e6)
+        if self.budget is not None and not (_is_number(self.budget) and 0 < self.budget <= 1):
+            raise OptionError(f"budget={self.budget!r}: a part of the causal block pairs in (0, 1], or None for the published length schedule")
+        for name, low in (("sink_blocks", 0), ("local_blocks", 1), ("min_length", 0), ("prompt_length", 1), ("fuel", 0)):
+            value = getattr(self, name)
+            if value is None and _FIELDS[name].default is None:
+                continue
+            if not _is_integer(value) or value < low:
+                raise OptionError(f"{name}={value!r}: an integer of at least {low}")
+        layers = self.dense_layers if isinstance(self.dense_layers, tuple) else (self.dense_layers,)
+        if not all(_is_integer(n) and n >= 0 for n in layers):
+            raise OptionError(f"dense_layers={self.dense_layers!r}: a number of first attentions, or a tuple of attention indices, none negative")
+        if not isinstance(self.verify, bool):
+            raise OptionError(f"verify={self.verify!r}: True or False")
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | StemConfig | None) -> StemConfig:
+        """Config of ``torch.compile``'s options. Raises OptionError for an unknown name, naming the nearest one."""
+        if isinstance(options, StemConfig):
+            return options
+        for name in options or {}:
+            if name not in _FIELDS:
+                near = difflib.get_close_matches(str(name), _FIELDS, n=1, cutoff=0.5)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise OptionError(f"unknown option {name!r}{hint} Options: {', '.join(_FIELDS)}")
+        values = dict(options or {})
+        if os.environ.get("STEM_COMPILE_VERIFY", "") not in ("", "0"):
+            values.setdefault("verify", True)
+        return cls(**values)
+
+    @property
+    def selection(self) -> SelectionSpec:
+        """The part that a selection depends on."""
+        return SelectionSpec(
+            policy=self.policy,
+            budget=None if self.budget is None else float(self.budget),
+            mu=float(self.mu),
+            beta=float(self.beta),
+            metric=self.metric,
+            pooling=self.pooling,
+            stride=self.stride,
+            block_q=self.block_size,
+            block_k=self.key_block_size or self.block_size,
+            sink_blocks=self.sink_blocks,
+            local_blocks=self.local_blocks,
+            prompt_length=self.prompt_length or 0,
+        )
+
+    @property
+    def shortest(self) -> int:
+        """Prompts with fewer keys than this stay dense."""
+        return policies.get(self.policy).min_length(self.selection) if self.min_length is None else self.min_length
+
+    def keeps_dense(self, index: int) -> bool:
+        """Whether attention number ``index`` of the model is to stay dense."""
+        return index in self.dense_layers if isinstance(self.dense_layers, tuple) else index < self.dense_layers
+
+
+_FIELDS = {f.name: f for f in dataclasses.fields(StemConfig)}
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _number(name: str, value: Any, low: float, high: float) -> None:
+    if not _is_number(value) or not low <= value <= high:
+        raise OptionError(f"{name}={value!r}: a number in [{low}, {high:g}]")
+
+
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed or isinstance(value, bool):
+        near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near and isinstance(value, str) else ""
+        raise OptionError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}{hint}")

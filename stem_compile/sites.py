@@ -1,0 +1,117 @@
+"""What matching finds: an attention that can be rewritten, or one that cannot and why."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from stem_compile.masks import Full, Mask
+
+
+class Reason(enum.Enum):
+    """Why an attention stays what it was. The value says it to a reader; ``remedy`` says what would change it."""
+
+    DROPOUT = "dropout is active"
+    GRADIENT = "gradients are needed"
+    BIDIRECTIONAL = "no causal mask"
+    CROSS_ATTENTION = "cross attention"
+    DECODE = "decode: few queries"
+    SHORT = "prompt is shorter than min_length"
+    MASK = "mask is not understood"
+    SCORE_BIAS = "the mask carries scores"
+    SHAPE = "shapes are not those of one attention"
+    DTYPE = "dtype is not fp16, bf16 or fp32"
+    HEAD_DIM = "head dim is outside 16 to 256"
+    DEVICE = "no kernels for this device"
+    DENSE_LAYER = "dense_layers keeps it dense"
+    FUEL = "fuel is used up"
+    ESCAPES = "scores or probabilities are used elsewhere"
+    INTERNAL = "stem_compile failed on it"
+
+    @property
+    def remedy(self) -> str:
+        """What a user can do about it."""
+        return _REMEDIES[self]
+
+
+_REMEDIES = {
+    Reason.DROPOUT: "call model.eval()",
+    Reason.GRADIENT: "run under torch.no_grad() or torch.inference_mode()",
+    Reason.BIDIRECTIONAL: "nothing to do: budgets that fall with position mean nothing without a causal order",
+    Reason.CROSS_ATTENTION: "nothing to do: only self-attention is rewritten",
+    Reason.DECODE: "nothing to do: only prefill is rewritten",
+    Reason.SHORT: "lower min_length to rewrite short prompts too",
+    Reason.MASK: "build the mask in the graph from positions, or pass a padding mask of shape [batch, keys]",
+    Reason.SCORE_BIAS: "use a Boolean mask",
+    Reason.SHAPE: "pass q, k, v as [batch, heads, length, head dim] with equal batch and a whole number of query heads a key head",
+    Reason.DTYPE: "cast the model to fp16, bf16 or fp32",
+    Reason.HEAD_DIM: "use head dims from 16 to 256",
+    Reason.DEVICE: "move the model to a CPU or a CUDA device",
+    Reason.DENSE_LAYER: "take it out of dense_layers",
+    Reason.FUEL: "raise fuel",
+    Reason.ESCAPES: "do not ask for attention weights (output_attentions=False)",
+    Reason.INTERNAL: "report it with the log of TORCH_LOGS=+stem_compile",
+}
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """An attention that stays as it is. ``detail`` names the node or value that decided."""
+
+    node: fx.Node
+    reason: Reason
+    detail: str = ""
+
+    @property
+    def words(self) -> str:
+        """Reason, detail and remedy in one line."""
+        detail = f" ({self.detail})" if self.detail else ""
+        return f"{self.reason.value}{detail}: {self.reason.remedy}"
+
+
+@dataclass
+class AttentionSite:
+    """One attention in a graph: softmax(scale q k^T under mask) v.
+
+    node: the node whose value it is. q: [B, H, q_len, d], k: [B, Hk, kv_len, d], v: [B, Hk, kv_len, dv] with native key heads.
+    mask_node: the mask tensor of the graph, None without one. mask: what it means; None until analyze_masks.
+    tensors, scalars: graph values of the mask's T0.. and S0.. scale: float factor of q.k.
+    kernel: set by lower. index: position among the graph's attentions.
+    """
+
+    node: fx.Node
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    scale: float
+    mask_node: fx.Node | None = None
+    mask: Mask | None = None
+    is_causal: bool = False
+    tensors: list[fx.Node] = field(default_factory=list)
+    scalars: list[Any] = field(default_factory=list)
+    kernel: str = ""
+    index: int = 0
+
+    @property
+    def words(self) -> str:
+        """The mask as a model author would say it."""
+        return (Full() if self.mask is None else self.mask).words
+
+
+def module_path(node: fx.Node) -> str:
+    """Where in the model a node was called: ``model.layers.0.self_attn``; the node's own name where Dynamo recorded nothing."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return node.name
+    path = str(list(stack.values())[-1][0])
+    for noise in ("L['self'].", "L['self']", "L['fn'].", "L['model'].", "._modules"):
+        path = path.replace(noise, "")
+    return path.replace("['", ".").replace("']", "").replace("[", ".").replace("]", "").strip(".") or node.name
+
+
+def value(node: Any) -> Any:
+    """The example value Dynamo recorded for a node (fake tensor, SymInt or number); other things are their own value."""
+    return node.meta.get("example_value", node.meta.get("val")) if isinstance(node, fx.Node) else node
