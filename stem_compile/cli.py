@@ -1,0 +1,19 @@
+"""``stem-compile demo | explain | bench``: the entry point. What a user can mend is one line on stderr, not a traceback."""
+
+from __future__ import annotations
+
+import sys
+
+from stem_compile.demo.packages import Mendable, need
+
+
+def main() -> None:
+    """Run the command line. Exit status 1 for what the user can mend, 2 for wrong usage."""
+    try:
+        need("typer", "rich")
+        from stem_compile.commands import app
+
+        app()
+    except Mendable as error:
+        print(f"stem-compile: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
