@@ -73,6 +73,7 @@ def token_inputs(model: Any, tokens: int, device: str) -> dict[str, Any]:
 
 
 def _causal_lm(source: str, device: str, dtype: torch.dtype, gguf_file: str | None = None) -> Any:
+    os.environ.setdefault("TQDM_DISABLE", "1")  # before tqdm's first import: the conversion of GGUF draws a bar of its own
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
