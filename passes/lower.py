@@ -1,40 +1,34 @@
-"""Choose kernels: every sparse attention carries a kernel name, and scoring fuses with selection where the device has a kernel for both."""
+"""Choose kernels: every sparse attention carries a kernel name, and scoring fuses with selection into one ``stem::select``."""
 
 from __future__ import annotations
 
 import torch
 from torch import fx
 
-from stem_compile import selection
-from stem_compile.config import StemConfig
 from stem_compile.kernels import launch
 from stem_compile.passes.insert_selection import call
 from stem_compile.passes.normalize import operator
 from stem_compile.sites import AttentionSite, value
 
 
-def lower(graph: fx.Graph, sites: list[AttentionSite], config: StemConfig) -> None:
+def lower(graph: fx.Graph, sites: list[AttentionSite]) -> None:
     """Rewrite ``graph`` in place and set ``site.kernel``."""
     for site in sites:
-        target = launch.target(value(site.q).device.type)
-        if target is None:
-            continue
-        spec, mask = config.selection, site.mask
         fakes = [value(n) for n in (site.q, site.k, site.v)]
         attention = site.node
         *head, _ = attention.args
-        q, k, v, indices, _, *mask_arguments, scale, text = head
-        site.kernel = target.kernel_name(*fakes, mask, spec)
+        q, k, v, indices, _, *mask_arguments, scale, spec = head
+        mask = mask_arguments[-1]
+        site.kernel = launch.kernel_name(*fakes, mask, spec)
         attention.args = (*head, site.kernel)
         assert isinstance(indices, fx.Node)
         with graph.inserting_before(attention):
-            fused = (q, k, v, *mask_arguments, scale, text, target.select_name(*fakes, mask, spec))
+            fused = (q, k, v, *mask_arguments, scale, spec, launch.select_name(*fakes, mask, spec))
             selected = call(graph, torch.ops.stem.select.default, fused, attention)
             for i, part in ((3, indices), (4, head[4])):
                 item = call(graph, operator.getitem, (selected, i - 3), attention)
                 assert isinstance(part, fx.Node)
                 part.replace_all_uses_with(item)
-        selection.parse(config.selection.text())
 
 
 def unlowered(graph: fx.Graph) -> list[fx.Node]:

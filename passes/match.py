@@ -65,7 +65,8 @@ def _checked(hit: AttentionSite | Rejected) -> AttentionSite | Rejected:
     q, k, v = value(hit.q), value(hit.k), value(hit.v)
     if not isinstance(q.shape[1], int) or not isinstance(k.shape[1], int) or q.shape[1] % k.shape[1]:
         return Rejected(hit.node, Reason.SHAPE, f"{q.shape[1]} query heads over {k.shape[1]} key heads")
-    if not (str(q.shape[0]) == str(k.shape[0]) == str(v.shape[0]) and q.shape[-1] == k.shape[-1] and str(k.shape[2]) == str(v.shape[2])):
+    # Comparing symbolic sizes installs guards: a cache's keys and values have lengths that Dynamo does not know to be equal.
+    if not (q.shape[0] == k.shape[0] == v.shape[0] and q.shape[-1] == k.shape[-1] and k.shape[2] == v.shape[2]):
         return Rejected(hit.node, Reason.SHAPE, f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
     return hit
 

@@ -60,7 +60,7 @@ def run(module: fx.GraphModule, config: StemConfig) -> Rewrite:
     roots += [part for site in sites for part in site.node.all_input_nodes[3:5]]
     if config.verify:
         verify.after_insert(graph, sites)
-    lower(graph, sites, config)
+    lower(graph, sites)
     if config.verify:
         verify.after_lower(graph, sites)
     cleanup(graph, roots)

@@ -17,13 +17,11 @@ from torch import fx
 from torch._dynamo.exc import ShortenTraceback
 
 from stem_compile.config import OptionError, StemConfig
-from stem_compile.kernels import launch
 from stem_compile.passes import pipeline
 from stem_compile.passes.pipeline import Rewrite
 from stem_compile.sites import Reason, Rejected, module_path
 
 log = logging.getLogger(__name__)
-launch.register()
 
 _listeners: list[Callable[[Rewrite], None]] = []
 

@@ -8,22 +8,24 @@ import torch
 import torch.nn.functional as F
 
 from stem_compile import blocks, ops, policies
-from stem_compile.masks import Mask
+from stem_compile.masks import Mask, decode
 from stem_compile.oam import oam_scores
-from stem_compile.selection import FULL, SelectionSpec
+from stem_compile.selection import FULL, SelectionSpec, parse
 from stem_compile.tpd import tpd_select
 
 _SHORT = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def kernel_name(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, spec: SelectionSpec) -> str:
+def kernel_name(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: str, spec: str) -> str:
     """Name of what ``attend`` runs, from shapes and dtypes alone: fake tensors will do."""
-    return f"cpu gather {_SHORT[q.dtype]} {spec.block_q}x{spec.block_k}"
+    chosen = parse(spec)
+    return f"cpu gather {_SHORT[q.dtype]} {chosen.block_q}x{chosen.block_k}"
 
 
-def select_name(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, spec: SelectionSpec) -> str:
+def select_name(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: str, spec: str) -> str:
     """Name of what ``select`` runs."""
-    return f"cpu {spec.pooling if policies.get(spec.policy).SCORED else 'unscored'} {spec.block_q}x{spec.block_k}"
+    chosen = parse(spec)
+    return f"cpu {chosen.pooling if policies.get(chosen.policy).SCORED else 'unscored'} {chosen.block_q}x{chosen.block_k}"
 
 
 def select(
@@ -32,12 +34,18 @@ def select(
     v: torch.Tensor,
     tensors: Sequence[torch.Tensor],
     scalars: Sequence[int],
-    mask: Mask,
+    mask: str,
     scale: float,
-    spec: SelectionSpec,
+    spec: str,
     kernel: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Blocks to compute: indices int32 [B, H, query blocks, width] ascending, counts int32 [B, H, query blocks]."""
+    return _select(q, k, v, tensors, scalars, decode(mask), scale, parse(spec))
+
+
+def _select(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Sequence[torch.Tensor], scalars: Sequence[int], mask: Mask, scale: float, spec: SelectionSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     found = blocks.candidates(mask, shape, tensors, scalars, spec.block_q, spec.block_k, q.device)
     if policies.get(spec.policy).SCORED:
@@ -56,15 +64,22 @@ def attend(
     counts: torch.Tensor,
     tensors: Sequence[torch.Tensor],
     scalars: Sequence[int],
-    mask: Mask,
+    mask: str,
     scale: float,
-    spec: SelectionSpec,
+    spec: str,
     kernel: str,
 ) -> torch.Tensor:
     """Softmax attention over the visible keys of the selected blocks; a row without any gives 0.
 
     q: [B, H, q_len, d]. k: [B, Hk, kv_len, d], v: [B, Hk, kv_len, dv]. indices, counts: as ``select`` returns. Result: ``ops.attention_output``.
     """
+    return _attend(q, k, v, indices, counts, tensors, scalars, decode(mask), scale, parse(spec))
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, counts: torch.Tensor, tensors: Sequence[torch.Tensor], scalars: Sequence[int],
+    mask: Mask, scale: float, spec: SelectionSpec,
+) -> torch.Tensor:  # fmt: skip
     batch, heads, q_len, _ = q.shape
     key_heads, kv_len = k.shape[1:3]
     shape = (batch, heads, q_len, kv_len)

@@ -1,0 +1,97 @@
+"""Implementations of the ``stem::`` operators: the plain-torch definitions, or the target of the tensors' device.
+
+A target is a module ``kernels/targets/<device type>.py`` with
+
+``kernel_name(q, k, v, mask, spec) -> str``   attention kernel for (fake) tensors; ``ops.REFERENCE`` when it has none for them
+``select_name(q, k, v, mask, spec) -> str``   the same for the fused selection
+``select(q, k, v, tensors, scalars, mask, scale, spec, kernel) -> (indices, counts)``   shapes as ``ops.selection_shape``, int32
+``attend(q, k, v, indices, counts, tensors, scalars, mask, scale, spec, kernel) -> out``   allocated by ``ops.attention_output``
+
+with ``mask`` and ``spec`` as text. Importing this module registers the operators.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+
+from stem_compile import oam, ops, selection, tpd
+from stem_compile.blocks import candidates, cdiv, key_visible
+from stem_compile.kernels import reference
+from stem_compile.masks import decode
+from stem_compile.selection import BlockSelection
+
+Tensors = Sequence[torch.Tensor]
+
+
+@functools.cache
+def target(device_type: str) -> ModuleType | None:
+    """The target module of ``device_type``; None where there is none and the reference serves."""
+    # AMD GPUs call themselves cuda in torch, and take the portable template there.
+    name = f"stem_compile.kernels.targets.{device_type}"
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+
+
+def kernel_name(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: str, spec: str) -> str:
+    """Attention kernel that ``q``'s device would run; works on fake tensors."""
+    found = target(q.device.type)
+    return ops.REFERENCE if found is None else str(found.kernel_name(q, k, v, mask, spec))
+
+
+def select_name(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: str, spec: str) -> str:
+    """Fused selection that ``q``'s device would run; works on fake tensors."""
+    found = target(q.device.type)
+    return ops.REFERENCE if found is None else str(found.select_name(q, k, v, mask, spec))
+
+
+def oam_scores(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors, scalars: Sequence[int], mask: str, scale: float, spec: str) -> torch.Tensor:
+    """stem::oam_scores by its definition."""
+    chosen, meaning = selection.parse(spec), decode(mask)
+    shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    visible = key_visible(meaning, shape, tensors, scalars, q.device)
+    possible = candidates(meaning, shape, tensors, scalars, chosen.block_q, chosen.block_k, q.device)
+    return oam.oam_scores(q, k, v, visible, possible, chosen, scale)
+
+
+def tpd_select(scores: torch.Tensor, tensors: Tensors, scalars: Sequence[int], mask: str, spec: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """stem::tpd_select by its definition."""
+    made = tpd.tpd_select(scores, selection.parse(spec))
+    return made.indices, made.counts
+
+
+def select(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors, scalars: Sequence[int], mask: str, scale: float, spec: str, kernel: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """stem::select: scores and selection in one."""
+    found = target(q.device.type) if kernel != ops.REFERENCE else None
+    if found is None:
+        indices, counts = tpd_select(oam_scores(q, k, v, tensors, scalars, mask, scale, spec), tensors, scalars, mask, spec)
+    else:
+        indices, counts = found.select(q, k, v, tensors, scalars, mask, scale, spec, kernel)
+    chosen = selection.parse(spec)
+    made = BlockSelection(indices, counts, chosen.block_q, chosen.block_k, cdiv(k.shape[2], chosen.block_k))
+    selection.announce(made, mask, tensors, scalars, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
+    return indices, counts
+
+
+def sparse_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, counts: torch.Tensor,
+    tensors: Tensors, scalars: Sequence[int], mask: str, scale: float, spec: str, kernel: str,
+) -> torch.Tensor:  # fmt: skip
+    """stem::sparse_attention."""
+    found = target(q.device.type) if kernel != ops.REFERENCE else None
+    if found is not None:
+        out: torch.Tensor = found.attend(q, k, v, indices, counts, tensors, scalars, mask, scale, spec, kernel)
+        return out
+    chosen = selection.parse(spec)
+    made = BlockSelection(indices, counts, chosen.block_q, chosen.block_k, cdiv(k.shape[2], chosen.block_k))
+    return reference.sparse_attention(q, k, v, made, decode(mask), tensors, scalars, scale)
+
+
+for _name in ("oam_scores", "tpd_select", "select", "sparse_attention"):
+    ops.LIBRARY.impl(_name, globals()[_name], "CompositeExplicitAutograd")
