@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -179,6 +180,6 @@ def _place(device: str, dtype: str) -> tuple[str, torch.dtype]:
 
 
 def _progress() -> Progress:
-    # stderr, so that --json prints nothing but JSON on stdout.
+    # stderr, so that --json prints nothing but JSON on stdout; as it is now, so that nobody's redirection of it hides the bar.
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=4)
+    return Progress(*columns, console=Console(file=sys.stderr), transient=True, refresh_per_second=4)

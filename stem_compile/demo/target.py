@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -73,7 +75,6 @@ def token_inputs(model: Any, tokens: int, device: str) -> dict[str, Any]:
 
 
 def _causal_lm(source: str, device: str, dtype: torch.dtype, gguf_file: str | None = None) -> Any:
-    os.environ.setdefault("TQDM_DISABLE", "1")  # before tqdm's first import: the conversion of GGUF draws a bar of its own
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -81,7 +82,9 @@ def _causal_lm(source: str, device: str, dtype: torch.dtype, gguf_file: str | No
     logging.set_verbosity_error()
     extra = {"gguf_file": gguf_file} if gguf_file else {}
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra)
+        # The conversion of GGUF draws a progress bar of its own that nothing switches off.
+        with contextlib.redirect_stderr(io.StringIO()):
+            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra)
     except OSError as error:
         raise Mendable(f"{source}: {str(error).splitlines()[0]}") from error
     return model.to(device).eval()
