@@ -103,7 +103,7 @@ def _with_scalars(expr: Any, graph: fx.Graph) -> tuple[Any, list[fx.Node]]:
     free = sorted(expr.free_symbols - {B, H, Q, KV, Q_LEN, KV_LEN}, key=str)
     if not free:
         return expr, []
-    holders = {}
+    holders: dict[Any, fx.Node] = {}
     for node in graph.nodes:
         known = value(node)
         if hasattr(known, "node") and hasattr(known.node, "expr"):

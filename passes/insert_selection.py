@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def insert_selection(graph: fx.Graph, sites: list[AttentionSite], config: StemCo
         with graph.inserting_before(site.node):
             scores = call(graph, torch.ops.stem.oam_scores.default, (site.q, site.k, site.v, *mask, site.scale, spec), site.node)
             selected = call(graph, torch.ops.stem.tpd_select.default, (scores, *mask, spec), site.node)
-            parts = [call(graph, normalize.operator.getitem, (selected, i), site.node) for i in range(2)]
+            parts = [call(graph, operator.getitem, (selected, i), site.node) for i in range(2)]
             arguments = (site.q, site.k, site.v, *parts, *mask, site.scale, spec, ops.REFERENCE)
             attention = call(graph, torch.ops.stem.sparse_attention.default, arguments, site.node)
         site.node.replace_all_uses_with(attention)

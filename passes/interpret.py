@@ -204,7 +204,12 @@ class Interpreter:
 
     def _read_where(self, op: normalize.Op, known: torch.Tensor) -> SymTensor:
         if known.dtype == torch.bool:
-            return self._map(lambda c, a, b: sympy.Or(sympy.And(boolean(c), boolean(a)), sympy.And(sympy.Not(boolean(c)), boolean(b))), op["condition"], op["input"], op["other"])
+            return self._map(
+                lambda c, a, b: sympy.Or(sympy.And(boolean(c), boolean(a)), sympy.And(sympy.Not(boolean(c)), boolean(b))),
+                op["condition"],
+                op["input"],
+                op["other"],
+            )
         return self._map(lambda c, a, b: Where(boolean(c), number(a), number(b)), op["condition"], op["input"], op["other"])
 
     def _read_masked_fill(self, op: normalize.Op, known: torch.Tensor) -> SymTensor:
@@ -297,7 +302,7 @@ class Interpreter:
 
         def at(index: tuple[Any, ...]) -> Any:
             def step(i: Any) -> Any:
-                return index[:dim] + (i,) + index[dim + 1 :]
+                return (*index[:dim], i, *index[dim + 1 :])
 
             i = index[dim]
             if before is None:

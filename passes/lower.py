@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx
 
 from stem_compile.kernels import launch
 from stem_compile.passes.insert_selection import call
-from stem_compile.passes.normalize import operator
 from stem_compile.sites import AttentionSite, value
 
 
@@ -19,11 +20,11 @@ def lower(graph: fx.Graph, sites: list[AttentionSite]) -> None:
         *head, _ = attention.args
         q, k, v, indices, _, *mask_arguments, scale, spec = head
         mask = mask_arguments[-1]
-        site.kernel = launch.kernel_name(*fakes, mask, spec)
+        site.kernel = launch.kernel_name(fakes[0], fakes[1], fakes[2], str(mask), str(spec))
         attention.args = (*head, site.kernel)
         assert isinstance(indices, fx.Node)
         with graph.inserting_before(attention):
-            fused = (q, k, v, *mask_arguments, scale, spec, launch.select_name(*fakes, mask, spec))
+            fused = (q, k, v, *mask_arguments, scale, spec, launch.select_name(fakes[0], fakes[1], fakes[2], str(mask), str(spec)))
             selected = call(graph, torch.ops.stem.select.default, fused, attention)
             for i, part in ((3, indices), (4, head[4])):
                 item = call(graph, operator.getitem, (selected, i - 3), attention)

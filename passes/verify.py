@@ -66,7 +66,7 @@ def quadratic(graph: fx.Graph, site: AttentionSite) -> list[fx.Node]:
 def _spans(tensor: Any, q_len: Any, kv_len: Any) -> bool:
     if not isinstance(tensor, torch.Tensor) or tensor.dim() < 2 or tensor.is_floating_point():
         return False
-    return as_expr(tensor.shape[-2]) == as_expr(q_len) and as_expr(tensor.shape[-1]) == as_expr(kv_len)
+    return bool(as_expr(tensor.shape[-2]) == as_expr(q_len) and as_expr(tensor.shape[-1]) == as_expr(kv_len))
 
 
 def _require(condition: bool, message: str) -> None:

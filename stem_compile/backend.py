@@ -41,7 +41,7 @@ class StemWarning(UserWarning):
 
 
 def stem(
-    module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
+    module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | StemConfig | None = None, mode: str | None = None
 ) -> Callable[..., Any]:
     """Dynamo backend. options: fields of ``StemConfig``; mode: Inductor's ("reduce-overhead", "max-autotune", ...)."""
     try:
@@ -54,7 +54,8 @@ def stem(
     refused = [hit for hit in result.found if isinstance(hit, Rejected) and hit.reason not in BENIGN]
     if config.fallback == "error" and refused:
         raise StemError("not rewritten, and fallback='error':\n" + "\n".join(f"  {module_path(r.node)}: {r.words}" for r in refused))
-    return _inner(module, example_inputs, config.inner, mode)
+    compiled: Callable[..., Any] = _inner(module, example_inputs, config.inner, mode)
+    return compiled
 
 
 def rewrite(module: fx.GraphModule, config: StemConfig) -> Rewrite:
@@ -64,7 +65,9 @@ def rewrite(module: fx.GraphModule, config: StemConfig) -> Rewrite:
         return pipeline.run(module, config)
     except Exception as error:
         log.exception("the pipeline failed; the graph stays as it was")
-        warnings.warn(f"backend 'stem' left a graph dense: {type(error).__name__}: {error}. Set TORCH_LOGS=+stem_compile for the traceback.", StemWarning, stacklevel=2)
+        warnings.warn(
+            f"backend 'stem' left a graph dense: {type(error).__name__}: {error}. Set TORCH_LOGS=+stem_compile for the traceback.", StemWarning, stacklevel=2
+        )
         module.graph = pristine
         module.recompile()
         from stem_compile.passes.match import match
@@ -92,14 +95,14 @@ def listen(callback: Callable[[Rewrite], None]) -> Iterator[None]:
         _listeners.remove(callback)
 
 
-def _inner(module: fx.GraphModule, example_inputs: Sequence[Any], name: str, mode: str | None) -> Callable[..., Any]:
+def _inner(module: fx.GraphModule, example_inputs: Sequence[Any], name: str, mode: str | None) -> Any:
     if name == "eager":
         return module.forward
     if name == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
         patches = torch._inductor.list_mode_options(mode) if mode not in (None, "default") else None
-        return compile_fx(module, list(example_inputs), config_patches=patches)  # type: ignore[no-any-return]
+        return compile_fx(module, list(example_inputs), config_patches=patches)
     from torch._dynamo.backends.registry import lookup_backend
 
-    return lookup_backend(name)(module, list(example_inputs))  # type: ignore[no-any-return]
+    return lookup_backend(name)(module, list(example_inputs))

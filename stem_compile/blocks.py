@@ -77,7 +77,7 @@ def candidates(
     first = first_visible(key_visible(mask, shape, tensors, scalars, device), kv_len, block_k, device)[:, None, None, :]
     if causal is None:
         return (first < kv_len).expand(-1, -1, rows, -1)
-    offset = causal_offset(mask, shape, scalars)
+    offset = causal_offset(mask, shape, scalars) or 0
     last = (torch.arange(1, rows + 1, device=device) * block_q).clamp(max=q_len) - 1 + offset
     return (first <= last[None, None, :, None]) & (first < kv_len)
 

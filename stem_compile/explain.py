@@ -85,8 +85,7 @@ def explain(model: Callable[..., Any], options: Mapping[str, Any] | StemConfig |
 
 def _entry(hit: AttentionSite | Rejected) -> dict[str, Any]:
     if isinstance(hit, Rejected):
-        shapes = (None, None, None)
-        return _dict(module_path(hit.node), "rejected", hit.reason.name.lower(), None, None, shapes)
+        return _dict(module_path(hit.node), "rejected", hit.reason.name.lower(), None, None, (None, None, None))
     shapes = tuple(tuple(map(_size, value(n).shape)) for n in (hit.q, hit.k, hit.v))
     return _dict(module_path(hit.node), "rewritten", None, hit.words, hit.kernel or "reference", shapes)
 

@@ -239,10 +239,10 @@ def _causal(expr: Any) -> Mask | None:
 
 
 def _padding(expr: Any) -> Mask | None:
-    if isinstance(expr, sympy.Ne) and expr.rhs == 0 and (index := symbolic.load_index(expr.lhs)) is not None:
-        if expr.lhs.args in ((B, KV), (sympy.Integer(0), KV)):
-            return Padding(index, batched=expr.lhs.args[0] == B)
-    return None
+    index = symbolic.load_index(expr.lhs) if isinstance(expr, sympy.Ne) and expr.rhs == 0 else None
+    if index is None or expr.lhs.args not in ((B, KV), (sympy.Integer(0), KV)):
+        return None
+    return Padding(index, batched=expr.lhs.args[0] == B)
 
 
 _RECOGNISERS = (_causal, _padding)

@@ -94,4 +94,5 @@ def _value_term(v: torch.Tensor, visible: torch.Tensor | None, spec: SelectionSp
         mean = torch.where(real, log, 0).sum(-1, keepdim=True) / count
         spread = torch.where(real, (log - mean) ** 2, 0).sum(-1, keepdim=True) / count
         log = (log - mean) / (spread.sqrt() + 1e-6)
-    return log.clamp(min=0)
+    term: torch.Tensor = log.clamp(min=0)
+    return term

@@ -7,7 +7,6 @@ device has a kernel for it. Masks and selections travel as text (``masks.encode`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,31 +38,54 @@ def attention_output(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 def selection_shape(q: torch.Tensor, k: torch.Tensor, spec: selection.SelectionSpec) -> tuple[Any, Any, Any, Any]:
     """Shape of ``indices``: (B, H, query blocks, width); of ``counts`` without its last number."""
-    columns = cdiv(k.shape[2], spec.block_k)
-    width = policies.get(spec.policy).width(spec, columns)
-    return q.shape[0], q.shape[1], cdiv(q.shape[2], spec.block_q), torch.sym_min(width, columns)
+    return q.shape[0], q.shape[1], cdiv(q.shape[2], spec.block_q), list_width(spec, cdiv(k.shape[2], spec.block_k))
 
 
-@torch.library.register_fake("stem::oam_scores", lib=LIBRARY)
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Sequence[torch.Tensor], scalars: Sequence[int], mask: str, scale: float, spec: str) -> torch.Tensor:
-    parsed = selection.parse(spec)
+def list_width(spec: selection.SelectionSpec, key_blocks: Any) -> Any:
+    """Longest list a row can have: int, or SymInt for a symbolic number of key blocks."""
+    return torch.sym_min(policies.get(spec.policy).width(spec, key_blocks), key_blocks)
+
+
+def _fake(name: str) -> Any:
+    return torch.library.register_fake(f"stem::{name}", lib=LIBRARY)
+
+
+@_fake("oam_scores")  # type: ignore[untyped-decorator]
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Any, scalars: Any, mask: str, scale: float, spec: str) -> torch.Tensor:
+    chosen = selection.parse(spec)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape[0], q.shape[1], cdiv(q.shape[2], parsed.block_q), cdiv(k.shape[2], parsed.block_k), dtype=dtype)
+    return q.new_empty(q.shape[0], q.shape[1], cdiv(q.shape[2], chosen.block_q), cdiv(k.shape[2], chosen.block_k), dtype=dtype)
 
 
-@torch.library.register_fake("stem::tpd_select", lib=LIBRARY)
-def _(scores: torch.Tensor, tensors: Sequence[torch.Tensor], scalars: Sequence[int], mask: str, spec: str) -> tuple[torch.Tensor, torch.Tensor]:
-    parsed = selection.parse(spec)
-    width = torch.sym_min(policies.get(parsed.policy).width(parsed, scores.shape[3]), scores.shape[3])
-    return scores.new_empty(*scores.shape[:3], width, dtype=torch.int32), scores.new_empty(scores.shape[:3], dtype=torch.int32)
+@_fake("tpd_select")  # type: ignore[untyped-decorator]
+def _(scores: torch.Tensor, tensors: Any, scalars: Any, mask: str, spec: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return _lists(scores, scores.shape, selection.parse(spec))
 
 
-@torch.library.register_fake("stem::select", lib=LIBRARY)
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Sequence[torch.Tensor], scalars: Sequence[int], mask: str, scale: float, spec: str, kernel: str) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    shape = selection_shape(q, k, selection.parse(spec))
-    return q.new_empty(shape, dtype=torch.int32), q.new_empty(shape[:3], dtype=torch.int32)
+@_fake("select")  # type: ignore[untyped-decorator]
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Any, scalars: Any, mask: str, scale: float, spec: str, kernel: str) -> Any:
+    chosen = selection.parse(spec)
+    return _lists(q, (q.shape[0], q.shape[1], cdiv(q.shape[2], chosen.block_q), cdiv(k.shape[2], chosen.block_k)), chosen)
 
 
-@torch.library.register_fake("stem::sparse_attention", lib=LIBRARY)
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, counts: torch.Tensor, tensors: Sequence[torch.Tensor], scalars: Sequence[int], mask: str, scale: float, spec: str, kernel: str) -> torch.Tensor:  # fmt: skip
+@_fake("sparse_attention")  # type: ignore[untyped-decorator]
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    indices: torch.Tensor,
+    counts: torch.Tensor,
+    tensors: Any,
+    scalars: Any,
+    mask: str,
+    scale: float,
+    spec: str,
+    kernel: str,
+) -> torch.Tensor:
     return attention_output(q, v)
+
+
+def _lists(like: torch.Tensor, blocks: Any, spec: selection.SelectionSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Empty (indices, counts) for ``blocks`` = (B, H, query blocks, key blocks)."""
+    shape = (*blocks[:3], list_width(spec, blocks[3]))
+    return like.new_empty(shape, dtype=torch.int32), like.new_empty(shape[:3], dtype=torch.int32)

@@ -155,7 +155,9 @@ def observe(callback: Callable[[Observed], None]) -> Iterator[None]:
         _observers.remove(callback)
 
 
-def announce(selection: BlockSelection, mask: str, tensors: Sequence[torch.Tensor] = (), scalars: Sequence[int] = (), shape: tuple[int, int, int, int] = (0, 0, 0, 0)) -> None:
+def announce(
+    selection: BlockSelection, mask: str, tensors: Sequence[torch.Tensor] = (), scalars: Sequence[int] = (), shape: tuple[int, int, int, int] = (0, 0, 0, 0)
+) -> None:
     """Tell the observers; free when there are none."""
     for callback in _observers:
         callback(Observed(selection, mask, tuple(tensors), tuple(scalars), shape))

@@ -23,7 +23,7 @@ Q_LEN, KV_LEN = sympy.symbols("q_len kv_len", integer=True, positive=True)
 ROW, BLOCKS = sympy.symbols("row blocks", integer=True, nonnegative=True)
 
 
-class FloorDiv(sympy.Function):
+class FloorDiv(sympy.Function):  # type: ignore[misc]
     """``floor(a / b)`` of integers with b > 0; prints as ``//`` in Python and Triton (where a >= 0 is the caller's duty)."""
 
     nargs = (2,)
@@ -44,7 +44,7 @@ class FloorDiv(sympy.Function):
         return True if a.is_nonnegative and b.is_positive else None
 
 
-class Where(sympy.Function):
+class Where(sympy.Function):  # type: ignore[misc]
     """``a if condition else b``. Unlike sympy.Piecewise it never rewrites what it holds, so a budget stays as it was written."""
 
     nargs = (3,)

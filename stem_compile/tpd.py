@@ -21,7 +21,7 @@ def everything(spec: SelectionSpec) -> bool:
 
 def tpd_select(scores: torch.Tensor, spec: SelectionSpec) -> BlockSelection:
     """scores: [B, H, rows, key blocks], -inf where a block holds no visible key. Budgets are exact integer arithmetic (int64)."""
-    rows, columns = scores.shape[-2:]
+    columns = scores.shape[-1]
     policy = policies.get(spec.policy)
     width = min(int(policy.width(spec, columns)), columns)
     candidate = scores > -torch.inf

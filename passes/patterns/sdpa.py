@@ -36,6 +36,7 @@ def _qkv(kv_heads: int = 4) -> tuple[torch.Tensor, ...]:
 
 def examples() -> dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]]:
     """Name -> (function, inputs) that must match."""
+
     def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         rows = torch.arange(q.shape[2], device=q.device)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=rows[None, :] <= rows[:, None], scale=0.3)
