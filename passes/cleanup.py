@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
+from stem_compile import ops
 from stem_compile.passes import normalize
 
-_OURS = (torch.ops.stem.oam_scores.default, torch.ops.stem.tpd_select.default)
+_OURS = (ops.OAM_SCORES, ops.TPD_SELECT)
 
 
 def cleanup(graph: fx.Graph, roots: list[fx.Node]) -> list[fx.Node]:

@@ -49,11 +49,11 @@ def insert_selection(graph: fx.Graph, sites: list[AttentionSite], config: StemCo
         assert site.mask is not None
         mask = (site.tensors, site.scalars, masks.encode(site.mask))
         with graph.inserting_before(site.node):
-            scores = call(graph, torch.ops.stem.oam_scores.default, (site.q, site.k, site.v, *mask, site.scale, spec), site.node)
-            selected = call(graph, torch.ops.stem.tpd_select.default, (scores, *mask, spec), site.node)
+            scores = call(graph, ops.OAM_SCORES, (site.q, site.k, site.v, *mask, site.scale, spec), site.node)
+            selected = call(graph, ops.TPD_SELECT, (scores, *mask, spec), site.node)
             parts = [call(graph, operator.getitem, (selected, i), site.node) for i in range(2)]
             arguments = (site.q, site.k, site.v, *parts, *mask, site.scale, spec, ops.REFERENCE)
-            attention = call(graph, torch.ops.stem.sparse_attention.default, arguments, site.node)
+            attention = call(graph, ops.SPARSE_ATTENTION, arguments, site.node)
         site.node.replace_all_uses_with(attention)
         relax_views(attention)
         graph.erase_node(site.node)

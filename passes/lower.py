@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import operator
 
-import torch
 from torch import fx
 
+from stem_compile import ops
 from stem_compile.kernels import launch
 from stem_compile.passes.insert_selection import call
 from stem_compile.sites import AttentionSite, value
@@ -25,13 +25,8 @@ def lower(graph: fx.Graph, sites: list[AttentionSite]) -> None:
         assert isinstance(indices, fx.Node)
         with graph.inserting_before(attention):
             fused = (q, k, v, *mask_arguments, scale, spec, launch.select_name(fakes[0], fakes[1], fakes[2], str(mask), str(spec)))
-            selected = call(graph, torch.ops.stem.select.default, fused, attention)
+            selected = call(graph, ops.SELECT, fused, attention)
             for i, part in ((3, indices), (4, head[4])):
                 item = call(graph, operator.getitem, (selected, i - 3), attention)
                 assert isinstance(part, fx.Node)
                 part.replace_all_uses_with(item)
-
-
-def unlowered(graph: fx.Graph) -> list[fx.Node]:
-    """Sparse attentions without a kernel of their own."""
-    return [n for n in graph.nodes if n.target is torch.ops.stem.sparse_attention.default and n.args[-1] in ("", "reference")]

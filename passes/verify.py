@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from stem_compile import ops
 from stem_compile.masks import Opaque
 from stem_compile.passes.interpret import as_expr
-from stem_compile.passes.lower import unlowered
 from stem_compile.sites import AttentionSite, Rejected, value
 
 
@@ -33,14 +33,16 @@ def after_insert(graph: fx.Graph, sites: list[AttentionSite]) -> None:
     """Every site is a sparse_attention fed by a selection."""
     graph.lint()
     for site in sites:
-        _require(site.node.target is torch.ops.stem.sparse_attention.default, f"{site.node.name} was not rewritten")
+        _require(site.node.target is ops.SPARSE_ATTENTION, f"{site.node.name} was not rewritten")
 
 
 def after_lower(graph: fx.Graph, sites: list[AttentionSite]) -> None:
-    """Every sparse attention on a device with kernels carries one."""
+    """Every sparse attention has a kernel and is fed by one fused selection."""
     graph.lint()
-    left = set(unlowered(graph)) & {s.node for s in sites if s.kernel}
-    _require(not left, f"no kernel at {sorted(n.name for n in left)}")
+    for site in sites:
+        selected = site.node.all_input_nodes[3].args[0]
+        _require(bool(site.kernel) and site.node.args[-1] == site.kernel, f"{site.node.name} has no kernel")
+        _require(isinstance(selected, fx.Node) and selected.target is ops.SELECT, f"{site.node.name} has no fused selection")
 
 
 def after_cleanup(graph: fx.Graph, sites: list[AttentionSite]) -> None:

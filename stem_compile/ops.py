@@ -29,6 +29,11 @@ LIBRARY.define(
     tags=_TAGS,
 )
 
+OAM_SCORES = torch.ops.stem.oam_scores.default
+TPD_SELECT = torch.ops.stem.tpd_select.default
+SELECT = torch.ops.stem.select.default
+SPARSE_ATTENTION = torch.ops.stem.sparse_attention.default
+
 
 def attention_output(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Uninitialised [B, H, q_len, dv] whose memory is [B, q_len, H, dv]: the transpose and reshape that follow attention cost nothing."""

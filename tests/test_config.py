@@ -1,0 +1,58 @@
+"""Options: what is wrong is said at once, with the valid values and the nearest spelling."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from stem_compile import selection
+from stem_compile.config import OptionError, StemConfig
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"budgte": 0.3}, ("budgte", "'budget'", "mu")),
+        ({"policy": "stm"}, ("'stm'", "'stem'", "'dense'")),
+        ({"budget": 0}, ("budget=0", "(0, 1]")),
+        ({"budget": 1.5}, ("1.5",)),
+        ({"budget": True}, ("True",)),
+        ({"block_size": 100}, ("100", "64", "128")),
+        ({"inner": "inductr"}, ("'inductor'",)),
+        ({"local_blocks": 0}, ("local_blocks=0", "at least 1")),
+        ({"dense_layers": -1}, ("dense_layers=-1",)),
+        ({"mu": "high"}, ("mu='high'", "[0, 1]")),
+        ({"min_length": 1.5}, ("min_length=1.5",)),
+    ],
+)
+def test_wrong_options_name_the_way_out(options: dict[str, object], words: tuple[str, ...]) -> None:
+    with pytest.raises(OptionError) as error:
+        StemConfig.from_options(options)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_typo_reaches_the_user_of_torch_compile() -> None:
+    with pytest.raises(ValueError, match="did you mean 'budget'"):
+        torch.compile(torch.nn.Linear(2, 2), backend="stem", options={"budgte": 0.3})(torch.ones(2))
+
+
+def test_lists_are_accepted_where_tuples_are_meant() -> None:
+    config = StemConfig.from_options({"dense_layers": [0, 5]})
+    assert [config.keeps_dense(i) for i in (0, 1, 5)] == [True, False, True]
+    assert hash(config) == hash(StemConfig(dense_layers=(0, 5)))
+
+
+def test_every_field_is_documented() -> None:
+    for field in dataclasses.fields(StemConfig):
+        assert f"{field.name}" in (StemConfig.__doc__ or ""), field.name
+
+
+def test_selection_text_round_trips() -> None:
+    spec = StemConfig(budget=0.25, pooling="max", key_block_size=64, prompt_length=4096).selection
+    assert selection.parse(spec.text()) == spec
+    assert selection.parse("") == selection.SelectionSpec()
+    with pytest.raises(ValueError, match="unknown selection field"):
+        selection.parse("colour=red")
