@@ -1,25 +1,35 @@
-"""CPU target: block-sparse attention out of ATen calls, one query row block at a time; memory grows linearly with the length."""
+"""CPU target: block-sparse attention out of PyTorch's own calls; memory grows linearly with the length."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from stem_compile import blocks, ops, policies
+from stem_compile.kernels import workers
+from stem_compile.kernels.gather import Problem, Run, dense
+from stem_compile.kernels.gather import attend as attend_run
 from stem_compile.masks import Mask, decode
 from stem_compile.oam import oam_scores
 from stem_compile.selection import FULL, SelectionSpec, parse
 from stem_compile.tpd import tpd_select
 
+Tensors = Sequence[torch.Tensor]
+
+TALL = 768
+"""Queries from which PyTorch's flash attention takes its largest tile."""
+
 _SHORT = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def kernel_name(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: str, spec: str) -> str:
-    """Name of what ``attend`` runs, from shapes and dtypes alone: fake tensors will do."""
-    chosen = parse(spec)
-    return f"cpu gather {_SHORT[q.dtype]} {chosen.block_q}x{chosen.block_k}"
+    """Name of what ``attend`` runs for (fake) tensors; ``ops.REFERENCE`` for dtypes it has nothing for."""
+    if q.dtype not in _SHORT:
+        return ops.REFERENCE
+    chosen, (_, _, others) = parse(spec), blocks.split(decode(mask))
+    return f"cpu {'masked' if others else 'gather'} {_SHORT[q.dtype]} {chosen.block_q}x{chosen.block_k}"
 
 
 def select_name(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: str, spec: str) -> str:
@@ -29,82 +39,133 @@ def select_name(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: str, sp
 
 
 def select(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    tensors: Sequence[torch.Tensor],
-    scalars: Sequence[int],
-    mask: str,
-    scale: float,
-    spec: str,
-    kernel: str,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors, scalars: Sequence[int], mask: str, scale: float, spec: str, kernel: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Blocks to compute: indices int32 [B, H, query blocks, width] ascending, counts int32 [B, H, query blocks]."""
-    return _select(q, k, v, tensors, scalars, decode(mask), scale, parse(spec))
-
-
-def _select(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Sequence[torch.Tensor], scalars: Sequence[int], mask: Mask, scale: float, spec: SelectionSpec
-) -> tuple[torch.Tensor, torch.Tensor]:
+    chosen, meaning = parse(spec), decode(mask)
     shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    found = blocks.candidates(mask, shape, tensors, scalars, spec.block_q, spec.block_k, q.device)
-    if policies.get(spec.policy).SCORED:
-        scores = oam_scores(q, k, v, blocks.key_visible(mask, shape, tensors, scalars, q.device), found, spec, scale)
+    found = blocks.candidates(meaning, shape, tensors, scalars, chosen.block_q, chosen.block_k, q.device)
+    if policies.get(chosen.policy).SCORED:
+        scores = oam_scores(q, k, v, blocks.key_visible(meaning, shape, tensors, scalars, q.device), found, chosen, scale)
     else:
         scores = torch.where(found, 0.0, -torch.inf).expand(*shape[:2], -1, -1)
-    chosen = tpd_select(scores, spec)
-    return chosen.indices, chosen.counts
+    made = tpd_select(scores, chosen)
+    return made.indices, made.counts
 
 
 def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    indices: torch.Tensor,
-    counts: torch.Tensor,
-    tensors: Sequence[torch.Tensor],
-    scalars: Sequence[int],
-    mask: str,
-    scale: float,
-    spec: str,
-    kernel: str,
-) -> torch.Tensor:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, counts: torch.Tensor,
+    tensors: Tensors, scalars: Sequence[int], mask: str, scale: float, spec: str, kernel: str,
+) -> torch.Tensor:  # fmt: skip
     """Softmax attention over the visible keys of the selected blocks; a row without any gives 0.
 
     q: [B, H, q_len, d]. k: [B, Hk, kv_len, d], v: [B, Hk, kv_len, dv]. indices, counts: as ``select`` returns. Result: ``ops.attention_output``.
     """
-    return _attend(q, k, v, indices, counts, tensors, scalars, decode(mask), scale, parse(spec))
-
-
-def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, counts: torch.Tensor, tensors: Sequence[torch.Tensor], scalars: Sequence[int],
-    mask: Mask, scale: float, spec: SelectionSpec,
-) -> torch.Tensor:  # fmt: skip
-    batch, heads, q_len, _ = q.shape
-    key_heads, kv_len = k.shape[1:3]
-    shape = (batch, heads, q_len, kv_len)
-    keys, values = (_blocked(x, spec.block_k) for x in (k, v))
-    columns = keys.shape[1]
-    found = blocks.candidates(mask, shape, tensors, scalars, spec.block_q, spec.block_k, q.device).expand(batch, heads, -1, columns)
+    chosen, meaning = parse(spec), decode(mask)
     out = ops.attention_output(q, v)
-    lengths = counts.tolist()
-    group = heads // key_heads
-    for row, start in enumerate(range(0, q_len, spec.block_q)):
-        rows = slice(start, min(start + spec.block_q, q_len))
-        visible = mask.dense(shape, tensors, scalars, q.device, rows).expand(batch, heads, -1, kv_len)
-        visible = F.pad(visible, (0, columns * spec.block_k - kv_len)).unflatten(-1, (columns, spec.block_k))
-        for b in range(batch):
-            for h in range(heads):
-                count = lengths[b][h][row]
-                listed = found[b, h, row].nonzero()[:, 0] if count == FULL else indices[b, h, row, :count].long()
-                base = (b * key_heads + h // group) * columns
-                key, value = (x.view(-1, *x.shape[2:]).index_select(0, listed + base).flatten(0, 1)[None] for x in (keys, values))
-                seen = visible[b, h].index_select(1, listed).flatten(1)
-                out[b, h, rows] = F.scaled_dot_product_attention(q[b, h, None, rows], key, value, attn_mask=seen[None], scale=scale)[0] if len(key[0]) else 0
+    if blocks.split(meaning)[2]:
+        _masked(q, k, v, indices, counts, tensors, scalars, meaning, scale, chosen, out)
+        return out
+    problem = _problem(q, k, v, indices, tensors, scalars, meaning, scale, chosen, out)
+    runs = sorted(_runs(problem, counts, chosen), key=lambda run: run.count is not None)
+    workers.run(lambda run: attend_run(problem, run), runs)
     return out
 
 
-def _blocked(x: torch.Tensor, block: int) -> torch.Tensor:
-    """[B, heads, length, d] -> [B * heads, blocks, block, d], the last block filled with zeros."""
-    columns = blocks.cdiv(x.shape[2], block)
-    return F.pad(x, (0, 0, 0, columns * block - x.shape[2])).reshape(-1, columns, block, x.shape[3])
+def _problem(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, tensors: Tensors, scalars: Sequence[int],
+    mask: Mask, scale: float, spec: SelectionSpec, out: torch.Tensor,
+) -> Problem:  # fmt: skip
+    shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    width = max(k.shape[3], v.shape[3])
+    columns = blocks.cdiv(shape[3], spec.block_k)
+    keys, values = (dense(x, dtype, width, columns * spec.block_k) for x in (k, v))
+    offset = blocks.causal_offset(mask, shape, scalars)
+    problem = Problem(q, keys, values, out, indices, spec.block_q, spec.block_k, shape[3], scale, offset, [0] * shape[0])
+    visible = blocks.key_visible(mask, shape, tensors, scalars, q.device)
+    if visible is not None and not bool(visible.all()):
+        hidden = ~F.pad(visible.expand(shape[0], -1), (0, keys.shape[2] - shape[3]))
+        problem.bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+        per_block = hidden.unflatten(1, (columns, spec.block_k)).sum(-1)
+        problem.first = (per_block == spec.block_k).int().cumprod(-1).sum(-1).tolist()
+        problem.cut = F.pad(per_block.cumsum(-1), (1, 0)).tolist()
+    return problem
+
+
+def _runs(p: Problem, counts: torch.Tensor, spec: SelectionSpec) -> Iterator[Run]:
+    """Cover all rows and heads by runs: heads of one key head together where their lists have one length."""
+    batch, heads, rows = counts.shape
+    group = heads // p.keys.shape[1]
+    lengths, (prefixes, windows) = counts.tolist(), (x.tolist() for x in _edges(p, counts, spec))
+    steps = [_step(p, row) for row in range(rows)]
+    for b in range(batch):
+        for start in range(0, heads, group):
+            together = all(lengths[b][h] == lengths[b][start] for h in range(start, start + group))
+            for some in [range(start, start + group)] if together else [range(h, h + 1) for h in range(start, start + group)]:
+                chunk = -(-TALL // (len(some) * p.block_q))
+                shapes = [(lengths[b][some[0]][i], min(prefixes[b][h][i] for h in some), min(windows[b][h][i] for h in some), steps[i]) for i in range(rows)]
+                row = 0
+                while row < rows:
+                    stop = row + 1
+                    while stop < min(rows, row + chunk) and shapes[stop] == shapes[row]:
+                        stop += 1
+                    count, prefix, window, _ = shapes[row]
+                    yield Run(b, some, range(row, stop), None if count == FULL else count, min(prefix, max(count - window, 0)), window)
+                    row = stop
+
+
+def _step(p: Problem, row: int) -> tuple[int, ...]:
+    """Equal for rows whose diagonals look the same, one row block and ``block_q`` keys further on."""
+    height = min(p.block_q, p.q.shape[2] - row * p.block_q)
+    if p.offset is None:
+        return (height,)
+    return height, *(limit - row * p.block_q for limit in p.limits(row)), row * p.block_q % p.block_k
+
+
+def _edges(p: Problem, counts: torch.Tensor, spec: SelectionSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """(leading, trailing) listed blocks that need no gathering: [B, H, rows]. At most the forced ones, so that neighbouring rows agree."""
+    listed = p.indices
+    width = listed.shape[-1]
+    most = torch.arange(min(spec.sinks, width))
+    first = torch.tensor(p.first).view(-1, 1, 1, 1)
+    prefix = ((listed[..., : len(most)] == first + most) & (most < counts.unsqueeze(-1))).int().cumprod(-1).sum(-1)
+    if p.offset is None:
+        return prefix, torch.zeros_like(prefix)
+    spans = torch.tensor([p.columns(row) for row in range(counts.shape[2])])
+    back = torch.arange(1, min(spec.locals, width) + 1)
+    place = counts.unsqueeze(-1) - back
+    found = listed.gather(-1, place.clamp(min=0).long())
+    window = ((found == spans[:, 1:] - back) & (place >= 0)).int().cumprod(-1).sum(-1)
+    # A window that leaves a diagonal block to the gathered part is none.
+    window = window.masked_fill(window < spans[:, 1] - spans[:, 0], 0)
+    # Nor does a prefix reach over the diagonal.
+    return torch.minimum(prefix, (spans[:, 0] - first[..., 0]).clamp(min=0)), window
+
+
+def _masked(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, counts: torch.Tensor, tensors: Tensors, scalars: Sequence[int],
+    mask: Mask, scale: float, spec: SelectionSpec, out: torch.Tensor,
+) -> None:  # fmt: skip
+    """Any mask: evaluated for one query row block at a time and gathered like the keys."""
+    batch, heads, q_len, _ = q.shape
+    group, kv_len = heads // k.shape[1], k.shape[2]
+    shape = (batch, heads, q_len, kv_len)
+    columns = blocks.cdiv(kv_len, spec.block_k)
+    ragged = (0, columns * spec.block_k - kv_len)
+    keys, values = (F.pad(x, (0, 0, *ragged)).unflatten(2, (columns, spec.block_k)) for x in (k, v))
+    found = blocks.candidates(mask, shape, tensors, scalars, spec.block_q, spec.block_k, q.device).expand(batch, heads, -1, columns)
+    lengths = counts.tolist()
+    for row, start in enumerate(range(0, q_len, spec.block_q)):
+        rows = slice(start, min(start + spec.block_q, q_len))
+        visible = F.pad(mask.dense(shape, tensors, scalars, q.device, rows).expand(batch, heads, -1, kv_len), ragged).unflatten(-1, (columns, spec.block_k))
+        for b in range(batch):
+            for h in range(heads):
+                count = lengths[b][h][row]
+                listed = found[b, h, row].nonzero()[:, 0] if count == FULL else indices[b, h, row, :count]
+                if not len(listed):
+                    out[b, h, rows] = 0
+                    continue
+                key, value = (x[b, h // group].index_select(0, listed).flatten(0, 1)[None, None] for x in (keys, values))
+                seen = visible[b, h].index_select(1, listed).flatten(1)[None, None]
+                out[b, h, rows] = F.scaled_dot_product_attention(q[b : b + 1, h : h + 1, rows], key, value, attn_mask=seen, scale=scale)[0, 0]

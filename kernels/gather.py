@@ -1,0 +1,220 @@
+"""Block-sparse attention out of dense attention calls, for devices without a block-sparse kernel of their own.
+
+A run of query row blocks with lists of one length is split into parts: the leading key blocks that all its rows share, the trailing ones
+that slide with the diagonal (both are views, and the heads of a group share them), and the rest, gathered per row and head. Each part is
+one call of PyTorch's flash attention for CPUs; the parts are merged by their log-sum-exp. Only what a mask really cuts gets a bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+Part = tuple[torch.Tensor, torch.Tensor]
+"""(output [rows, heads of the group, tokens, width], log-sum-exp [rows, heads of the group, tokens], -inf where no key was visible)."""
+
+_flash: Callable[..., Part] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive query row blocks of query heads that share a key head. ``count``: length of their lists, None for all visible keys.
+
+    prefix: leading blocks of the lists that are ``first``, ``first + 1``, ...; window: trailing blocks that end with each row's last visible block.
+    """
+
+    batch: int
+    heads: range
+    rows: range
+    count: int | None
+    prefix: int = 0
+    window: int = 0
+
+
+@dataclass
+class Problem:
+    """One attention; its keys and values in the dtype that is computed in: [B, Hk, key blocks * block_k, width], zeros past ``kv_len``.
+
+    offset: keys before the first query, None when not causal. first: first block with a visible key, a batch row. bias: 0 or -inf a key,
+    [B, key blocks * block_k], None when all are visible. cut: per batch row, hidden keys before each block; only with a bias.
+    """
+
+    q: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    out: torch.Tensor
+    indices: torch.Tensor
+    block_q: int
+    block_k: int
+    kv_len: int
+    scale: float
+    offset: int | None
+    first: list[int]
+    bias: torch.Tensor | None = None
+    cut: list[list[int]] = field(default_factory=list)
+    diagonals: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=dict)
+
+    def limits(self, row: int) -> tuple[int, int]:
+        """Number of keys that the first and the last query of a row block see, padding aside."""
+        if self.offset is None:
+            return self.kv_len, self.kv_len
+        start = row * self.block_q + self.offset + 1
+        stop = min((row + 1) * self.block_q, self.q.shape[2]) + self.offset
+        return min(max(start, 0), self.kv_len), min(max(stop, 0), self.kv_len)
+
+    def columns(self, row: int) -> tuple[int, int]:
+        """Number of key blocks that all queries of a row block see whole, and that any of them sees, padding aside."""
+        low, high = self.limits(row)
+        return low // self.block_k, -(-high // self.block_k)
+
+
+def dense(x: torch.Tensor, dtype: torch.dtype, width: int, length: int | None = None) -> torch.Tensor:
+    """``x`` [..., tokens, width] contiguous in ``dtype``, zeros up to the new width and length. ``x`` itself where it is that already."""
+    shape = (*x.shape[:-2], x.shape[-2] if length is None else length, width)
+    if x.dtype == dtype and x.shape == shape and x.is_contiguous():
+        return x
+    made = x.new_empty(shape, dtype=dtype)
+    made[..., : x.shape[-2], : x.shape[-1]] = x
+    made[..., x.shape[-2] :, :] = 0
+    made[..., x.shape[-1] :] = 0
+    return made
+
+
+def attend(p: Problem, run: Run) -> None:
+    """Write the run's rows of ``p.out``."""
+    tokens = slice(run.rows.start * p.block_q, min(run.rows.stop * p.block_q, p.q.shape[2]))
+    heads = slice(run.heads.start, run.heads.stop)
+    rows = len(run.rows)
+    # [rows, heads, tokens, width]: heads beside tokens, so that calls on shared keys see one tall query.
+    q = dense(p.q[run.batch, heads, tokens].unflatten(1, (rows, -1)).transpose(0, 1), p.keys.dtype, p.keys.shape[-1])
+    out = p.out[run.batch, heads, tokens].unflatten(1, (rows, -1)).transpose(0, 1)
+    parts = list(_full(p, run, q) if run.count is None else _listed(p, run, q))
+    if parts:
+        out.copy_(_merge(parts)[..., : out.shape[-1]])
+    else:
+        out.zero_()
+
+
+def _merge(parts: list[Part]) -> torch.Tensor:
+    """Attention over the union of the parts' keys; 0 where none has a visible one."""
+    if len(parts) == 1:
+        return parts[0][0]
+    # The softmax of nothing but -inf is NaN; such outputs are 0 already.
+    weights = torch.softmax(torch.stack([lse for _, lse in parts]), 0).nan_to_num_(0.0).unsqueeze(-1)
+    total = parts[0][0].mul_(weights[0])
+    for weight, (out, _) in zip(weights[1:], parts[1:]):
+        total.addcmul_(weight, out)
+    return total
+
+
+def _full(p: Problem, run: Run, q: torch.Tensor) -> Iterator[Part]:
+    """All visible keys: those before the run's diagonal in one piece, then the triangle."""
+    start = p.first[run.batch] * p.block_k
+    middle = max(start, p.columns(run.rows[0])[0] * p.block_k)
+    end = p.limits(run.rows[-1])[1]
+    if start < middle:
+        yield _shared(p, run, q, start, middle)
+    if middle < end:
+        yield _shared(p, run, q, middle, end, diagonal=True)
+
+
+def _listed(p: Problem, run: Run, q: torch.Tensor) -> Iterator[Part]:
+    assert run.count is not None
+    start = p.first[run.batch] * p.block_k
+    if run.prefix:
+        yield _shared(p, run, q, start, start + run.prefix * p.block_k)
+    if run.window:
+        yield _window(p, run, q)
+    if run.prefix + run.window < run.count:
+        yield _gathered(p, run, q)
+
+
+def _shared(p: Problem, run: Run, q: torch.Tensor, start: int, end: int, diagonal: bool = False) -> Part:
+    """All rows and heads of the run against the same keys [start, end)."""
+    keys, values = (x[run.batch, _key_head(p, run), None, None, start:end] for x in (p.keys, p.values))
+    bias, blind = _diagonal(p, run.rows.start * p.block_q, q.shape[:3], start, end) if diagonal else (None, None)
+    if p.bias is not None and p.cut[run.batch][-(-end // p.block_k)] > p.cut[run.batch][start // p.block_k]:
+        hidden = p.bias[run.batch, None, None, None, start:end]
+        bias = hidden if bias is None else bias + hidden
+        blind = _blind(bias)
+    return _part(p, q, (1, 1, -1), keys, values, bias, blind)
+
+
+def _window(p: Problem, run: Run, q: torch.Tensor) -> Part:
+    """Each row block against its last key blocks: overlapping views of the keys, one diagonal for all rows."""
+    rows, group, height, _ = q.shape
+    size = run.window * p.block_k
+    start = p.columns(run.rows[0])[1] * p.block_k - size
+    keys, values = (_sliding(x[run.batch, _key_head(p, run)], start, rows, size, p.block_q)[:, None] for x in (p.keys, p.values))
+    bias, blind = _diagonal(p, run.rows.start * p.block_q, torch.Size((1, group, height)), start, start + size)
+    if p.bias is not None:
+        bias = bias + _sliding(p.bias[run.batch, :, None], start, rows, size, p.block_q).transpose(1, 2)[:, None]
+        blind = _blind(bias)
+    return _part(p, q, (rows, 1, -1), keys, values, bias, blind)
+
+
+def _gathered(p: Problem, run: Run, q: torch.Tensor) -> Part:
+    """What the lists hold between prefix and window, copied together. Without a window this may reach over the diagonal."""
+    rows, group, height, width = q.shape
+    assert run.count is not None
+    listed = p.indices[run.batch, run.heads.start : run.heads.stop, run.rows.start : run.rows.stop, run.prefix : run.count - run.window].transpose(0, 1)
+    index = listed.reshape(-1)
+    keys, values = (x[run.batch, _key_head(p, run)].view(-1, p.block_k * width).index_select(0, index) for x in (p.keys, p.values))
+    bias = None
+    if p.bias is not None:
+        bias = p.bias[run.batch].view(-1, p.block_k).index_select(0, index).view(rows * group, 1, 1, -1)
+    if not run.window and int(listed.max()) >= p.columns(run.rows[0])[0]:
+        late = _late(p, run.rows.start * p.block_q, rows * height, (listed.unsqueeze(-1) * p.block_k + torch.arange(p.block_k)).view(rows, group, 1, -1))
+        bias = late.flatten(0, 1)[:, None] if bias is None else bias + late.flatten(0, 1)[:, None]
+    shape = (rows * group, 1, -1, width)
+    return _part(p, q, shape[:3], keys.view(shape), values.view(shape), bias, None if bias is None else _blind(bias))
+
+
+def _part(
+    p: Problem, q: torch.Tensor, shape: tuple[int, ...], keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, blind: torch.Tensor | None
+) -> Part:
+    """q: [rows, heads, tokens, width], seen as ``shape`` by the call. bias: 0 or -inf, broadcastable to the scores. blind: queries that see nothing."""
+    query = q.view(*shape, q.shape[-1])
+    if bias is not None:
+        bias = bias.expand(-1, 1, query.shape[2], -1)
+    out, lse = _flash(query, keys, values, 0.0, False, attn_mask=bias, scale=p.scale)
+    if blind is not None:
+        # The call reports 0 for them.
+        lse = lse.masked_fill(blind, -torch.inf)
+    return out.reshape(q.shape), lse.reshape(q.shape[:-1])
+
+
+def _diagonal(p: Problem, query: int, shape: torch.Size, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(0 or -inf [1, 1, rows * heads * tokens, end - start], blind queries) for ``shape`` = (rows, heads, tokens) from ``query`` on."""
+    key = (*shape, start - query, end - start, min(p.kv_len, end))
+    if key not in p.diagonals:
+        rows, group, height = shape
+        late = _late(p, query, rows * height, torch.arange(start, end).expand(rows, 1, 1, -1))
+        bias = late.expand(-1, group, -1, -1).reshape(1, 1, rows * group * height, -1)
+        blind = _blind(bias)
+        p.diagonals[key] = bias, blind if bool(blind.any()) else None
+    return p.diagonals[key]
+
+
+def _late(p: Problem, query: int, tokens: int, position: torch.Tensor) -> torch.Tensor:
+    """-inf where a key's ``position`` [rows, heads, 1, keys] is past the sequence or after the query, 0 elsewhere: [rows, heads, tokens, keys]."""
+    limit = torch.full((tokens,), p.kv_len)
+    if p.offset is not None:
+        limit = (torch.arange(query, query + tokens) + p.offset + 1).clamp(max=p.kv_len)
+    late = position >= limit.view(position.shape[0], 1, -1, 1)
+    return torch.zeros(late.shape, dtype=p.keys.dtype).masked_fill_(late, -torch.inf)
+
+
+def _blind(bias: torch.Tensor) -> torch.Tensor:
+    return (bias == -torch.inf).all(-1)
+
+
+def _key_head(p: Problem, run: Run) -> int:
+    return run.heads.start // (p.q.shape[1] // p.keys.shape[1])
+
+
+def _sliding(x: torch.Tensor, start: int, rows: int, size: int, step: int) -> torch.Tensor:
+    """[rows, size, width] of x [tokens, width]: windows that begin ``step`` tokens apart."""
+    return x.as_strided((rows, size, x.shape[1]), (step * x.stride(0), x.stride(0), x.stride(1)), x.storage_offset() + start * x.stride(0))
