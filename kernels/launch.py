@@ -75,8 +75,9 @@ def select(
         indices, counts = found.select(q, k, v, tensors, scalars, mask, scale, spec, kernel)
     chosen = selection.parse(spec)
     made = BlockSelection(indices, counts, chosen.block_q, chosen.block_k, cdiv(k.shape[2], chosen.block_k))
-    selection.announce(made, mask, tensors, scalars, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
-    return indices, counts
+    shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    made = selection.announce(selection.Observed(made, mask, tuple(tensors), tuple(scalars), shape, (q, k, v), scale, spec))
+    return made.indices, made.counts
 
 
 def sparse_attention(

@@ -8,7 +8,7 @@ early rows, the last row and everything at ``budget=1.0`` are such rows, so they
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -119,13 +119,19 @@ class BlockSelection:
 
 @dataclass(frozen=True)
 class Observed:
-    """A selection made at run time, with the mask it was made under. shape: (batch, heads, q_len, kv_len)."""
+    """A selection made at run time, with the mask it was made under. shape: (batch, heads, q_len, kv_len).
+
+    inputs: (q, k, v) of the attention, which may be overwritten later; scale: factor of q.k; spec: ``SelectionSpec.text()``.
+    """
 
     selection: BlockSelection
     mask: str
     tensors: tuple[torch.Tensor, ...]
     scalars: tuple[int, ...]
     shape: tuple[int, int, int, int]
+    inputs: tuple[torch.Tensor, ...] = ()
+    scale: float = 1.0
+    spec: str = ""
 
     @property
     def candidates(self) -> torch.Tensor:
@@ -142,12 +148,17 @@ class Observed:
         return self.selection.density(self.candidates)
 
 
-_observers: list[Callable[[Observed], None]] = []
+Observer = Callable[[Observed], "BlockSelection | None"]
+
+_observers: list[Observer] = []
 
 
 @contextlib.contextmanager
-def observe(callback: Callable[[Observed], None]) -> Iterator[None]:
-    """Call ``callback`` for every selection that the operators make inside the ``with``: for explain and tests."""
+def observe(callback: Observer) -> Iterator[None]:
+    """Call ``callback`` for every selection that the operators make inside the ``with``: for explain and tests.
+
+    A ``BlockSelection`` that it returns, of the same shapes, is computed instead of the one that was made.
+    """
     _observers.append(callback)
     try:
         yield
@@ -155,9 +166,9 @@ def observe(callback: Callable[[Observed], None]) -> Iterator[None]:
         _observers.remove(callback)
 
 
-def announce(
-    selection: BlockSelection, mask: str, tensors: Sequence[torch.Tensor] = (), scalars: Sequence[int] = (), shape: tuple[int, int, int, int] = (0, 0, 0, 0)
-) -> None:
-    """Tell the observers; free when there are none."""
+def announce(made: Observed) -> BlockSelection:
+    """Tell the observers; the selection to compute. Free when there are none."""
+    chosen = made.selection
     for callback in _observers:
-        callback(Observed(selection, mask, tuple(tensors), tuple(scalars), shape))
+        chosen = callback(made) or chosen
+    return chosen
