@@ -57,15 +57,15 @@ def test_prompt_refuses_lengths_it_cannot_have() -> None:
         prompt(Characters(), 10**7)
 
 
-def test_prefill_is_the_model(tokens: int = 40) -> None:
+def test_prefill_is_the_model() -> None:
     model = tiny_llama()
-    ids = torch.randint(0, 64, (1, tokens))
+    ids = torch.randint(0, 64, (1, 40))
     with torch.inference_mode():
         logits, hidden, cache = Prefill(model)(ids)
         whole = model(ids).logits
-    torch.testing.assert_close(logits, whole[:, -1:])
-    torch.testing.assert_close(model.lm_head(hidden), whole)
-    assert cache.get_seq_length() == tokens
+        torch.testing.assert_close(logits, whole[:, -1:])
+        torch.testing.assert_close(model.lm_head(hidden), whole)
+    assert cache.get_seq_length() == 40
 
 
 def test_predictions_do_not_depend_on_the_chunks() -> None:

@@ -1,0 +1,94 @@
+"""Random programs that build attention masks, as models do: each a function of (q, k, v, padding) that calls SDPA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+
+Index = tuple[torch.Tensor, torch.Tensor]
+
+# Spellings of the same index grids: (rows [.., N, 1], keys [.., 1, M]) of int64.
+GRIDS: dict[str, Callable[[int, int], Index]] = {
+    "none": lambda n, m: (torch.arange(n)[:, None], torch.arange(m)[None, :]),
+    "unsqueeze": lambda n, m: (torch.arange(0, n).unsqueeze(-1), torch.arange(0, m).unsqueeze(0)),
+    "view": lambda n, m: (torch.arange(n).view(-1, 1), torch.arange(m).view(1, -1)),
+    "reshape4": lambda n, m: (torch.arange(n).reshape(1, 1, n, 1), torch.arange(m).reshape(1, 1, 1, m)),
+    "expand": lambda n, m: (torch.arange(n)[:, None].expand(n, m), torch.arange(m).expand(n, m)),
+    "transpose": lambda n, m: (torch.arange(n)[None, :].transpose(0, 1), torch.arange(m)[:, None].t()),
+    "shifted": lambda n, m: (torch.arange(3, n + 3)[:, None] - 3, torch.arange(m)[None, :].to(torch.int32).long()),
+    "strided": lambda n, m: (torch.arange(0, 2 * n, 2)[:, None] // 2, torch.arange(m).permute(0)[None]),
+}
+# Spellings of "key is not after query", given the offset of the first query.
+CAUSAL: dict[str, Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]] = {
+    "le": lambda q, k, o: k <= q + o,
+    "ge": lambda q, k, o: (q + o) >= k,
+    "lt": lambda q, k, o: torch.lt(k, q + (o + 1)),
+    "not gt": lambda q, k, o: ~(k > q + o),
+    "logical_not": lambda q, k, o: torch.logical_not(torch.gt(k - o, q)),
+    "difference": lambda q, k, o: (q - k) >= -o,
+    "negated": lambda q, k, o: -k + o + q > -1,
+    "where": lambda q, k, o: torch.where(k > q + o, False, True),
+    "tril": lambda q, k, o: torch.ones((q + k).shape, dtype=torch.bool).tril(o),
+    "triu": lambda q, k, o: ~torch.ones((q + k).shape[-2:], dtype=torch.bool).triu(diagonal=o + 1),
+    "masked_fill": lambda q, k, o: torch.ones((q + k).shape, dtype=torch.bool).masked_fill(k > q + o, False),
+    "twice the difference": lambda q, k, o: 2 * k <= 2 * (q + o),
+}
+# Spellings of "this key is real", [B, 1, 1, M].
+PADDING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "none": lambda p: p[:, None, None, :],
+    "bool": lambda p: p.long().bool()[:, None, None],
+    "eq": lambda p: (p.long() == 1).view(p.shape[0], 1, 1, p.shape[1]),
+    "not": lambda p: ~(p == 0)[:, None, None, :],
+    "ne": lambda p: (p.int() != 0).unsqueeze(1).unsqueeze(1),
+    "gather": lambda p: p[torch.arange(p.shape[0])[:, None, None, None], torch.arange(p.shape[1])[None, None, None, :]],
+    "absent": lambda p: torch.ones((), dtype=torch.bool),
+}
+JOIN: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "&": lambda a, b: a & b,
+    "logical_and": torch.logical_and,
+    "mul": lambda a, b: a * b,
+    "de morgan": lambda a, b: ~(~a | ~b),
+    "masked_fill": lambda a, b: (a & torch.ones_like(b)).masked_fill(~b, False),
+}
+
+
+@dataclass(frozen=True)
+class Program:
+    """One spelling of a causal mask with padding, and the sizes to run it at."""
+
+    grid: str = "none"
+    causal: str = "le"
+    padding: str = "none"
+    join: str = "&"
+    swapped: bool = False
+    q_len: int = 20
+    prefix: int = 0
+    batch: int = 2
+
+    def mask(self, padding: torch.Tensor, q_len: int, kv_len: int) -> torch.Tensor:
+        """The Boolean mask as the model would build it."""
+        rows, keys = GRIDS[self.grid](q_len, kv_len)
+        parts = [CAUSAL[self.causal](rows, keys, kv_len - q_len), PADDING[self.padding](padding)]
+        return JOIN[self.join](*(reversed(parts) if self.swapped else parts))
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(padding, q.shape[2], k.shape[2]))
+
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """q, k, v and a padding mask with holes."""
+        generator = torch.Generator().manual_seed(self.q_len)
+        q, k, v = (torch.randn(self.batch, 2, n, 16, generator=generator) for n in (self.q_len, self.q_len + self.prefix, self.q_len + self.prefix))
+        return q, k, v, torch.rand(self.batch, self.q_len + self.prefix, generator=generator) < 0.7
+
+
+def programs() -> st.SearchStrategy[Program]:
+    """Random spellings at random sizes."""
+    choose: dict[str, Any] = {
+        name: st.sampled_from(sorted(table)) for name, table in (("grid", GRIDS), ("causal", CAUSAL), ("padding", PADDING), ("join", JOIN))
+    }
+    return st.builds(Program, **choose, swapped=st.booleans(), q_len=st.integers(17, 60), prefix=st.sampled_from((0, 0, 7, 33)), batch=st.integers(1, 3))

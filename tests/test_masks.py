@@ -1,0 +1,95 @@
+"""The algebra: text round trips, block classification is sound, candidates are exact, and masks refuse to be truth values."""
+
+from __future__ import annotations
+
+import pytest
+import sympy
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stem_compile import blocks, masks, symbolic
+from stem_compile.masks import Block, Causal, Full, Mask, Padding
+from stem_compile.symbolic import KV, Q
+from tests.strategies import Case, cases, terms
+
+SHAPE = (2, 1, 37, 45)
+KEEP = torch.rand(2, 45, generator=torch.Generator().manual_seed(3)) < 0.6
+
+
+def dense(mask: Mask, rows: slice = slice(None)) -> torch.Tensor:
+    wanted = len(range(*rows.indices(SHAPE[2])))
+    return mask.dense(SHAPE, [KEEP], rows=rows).expand(2, 1, wanted, 45)
+
+
+def test_a_mask_is_no_truth_value() -> None:
+    with pytest.raises(TypeError, match="combine masks with &"):
+        bool(Causal() and Full())
+
+
+@given(terms())
+def test_text_round_trips(mask: Mask) -> None:
+    assert masks.encode(masks.decode(masks.encode(mask))) == masks.encode(mask)
+    assert torch.equal(dense(masks.decode(masks.encode(mask))), dense(mask))
+
+
+@given(terms(), terms())
+def test_combinators_are_elementwise(a: Mask, b: Mask) -> None:
+    assert torch.equal(dense(a & b), dense(a) & dense(b))
+    assert torch.equal(dense(a | b), dense(a) | dense(b))
+    assert torch.equal(dense(~a), ~dense(a))
+
+
+@given(terms(), st.integers(0, 36), st.integers(1, 20), st.integers(0, 44), st.integers(1, 20))
+def test_classification_is_sound(mask: Mask, row: int, rows: int, key: int, keys: int) -> None:
+    row_end, key_end = min(row + rows, 37), min(key + keys, 45)
+    found = mask.classify((row, row_end), (key, key_end), SHAPE)
+    block = dense(mask)[:, :, row:row_end, key:key_end]
+    assert found is not Block.FULL or block.all()
+    assert found is not Block.EMPTY or not block.any()
+
+
+@pytest.mark.parametrize(("rows", "keys", "expected"), [((0, 8), (8, 16), Block.EMPTY), ((8, 16), (8, 16), Block.PARTIAL), ((8, 16), (0, 8), Block.FULL)])
+def test_causal_blocks_are_told_exactly(rows: tuple[int, int], keys: tuple[int, int], expected: Block) -> None:
+    assert Causal().classify(rows, keys, SHAPE) is expected
+
+
+@given(terms())
+def test_rows_are_a_slice_of_the_whole(mask: Mask) -> None:
+    assert torch.equal(dense(mask, slice(5, 20)), dense(mask)[:, :, 5:20])
+
+
+def test_conjuncts_get_their_names() -> None:
+    load = symbolic.tensor(0)(symbolic.B, KV)
+    mask = masks.predicate(sympy.And(sympy.Ne(load, 0), sympy.Ge(Q + 5, KV)))
+    assert mask == Causal(5) & Padding(0)
+    assert mask.words == "causal(offset=5) & padding"
+    assert masks.predicate(KV < Q + 1) == Causal(0)
+    assert masks.predicate(Q - KV >= 0).words == "causal"
+
+
+def test_text_that_is_no_mask_is_refused() -> None:
+    with pytest.raises(ValueError, match="not an encoded mask"):
+        masks.decode("kv <=")
+
+
+@given(cases(), st.sampled_from((16, 64)), st.sampled_from((16, 32)))
+def test_candidates_are_exact(case: Case, block_q: int, block_k: int) -> None:
+    mask, tensors = case.mask()
+    found = blocks.candidates(mask, case.shape, tensors, [], block_q, block_k, "cpu").expand(case.batch, case.shape[1], -1, -1)
+    visible = mask.dense(case.shape, tensors).expand(case.shape)
+    rows, columns = blocks.cdiv(case.q_len, block_q), blocks.cdiv(case.shape[3], block_k)
+    padded = torch.nn.functional.pad(visible, (0, columns * block_k - case.shape[3], 0, rows * block_q - case.q_len))
+    expected = padded.unflatten(3, (columns, block_k)).unflatten(2, (rows, block_q)).any(5).any(3)
+    assert torch.equal(found, expected)
+
+
+@given(st.integers(-50, 50), st.integers(1, 9), st.integers(-5, 5))
+def test_bounds_contain_every_value(low: int, width: int, factor: int) -> None:
+    expr = factor * Q - symbolic.FloorDiv(KV, 3) + sympy.Mod(Q, 4) + sympy.Min(Q, KV)
+    box = {Q: (max(low, 0), max(low, 0) + width), KV: (0, width)}
+    least, most = symbolic.bounds(expr, box)
+    q = torch.arange(box[Q][0], box[Q][1] + 1)[:, None]
+    value = symbolic.evaluate(expr, {Q: q, KV: torch.arange(width + 1)[None, :]})
+    assert least <= int(value.min())
+    assert int(value.max()) <= most
