@@ -1,0 +1,285 @@
+"""One attention: this project against SDPA, FlexAttention on the same blocks and flash-attn-4, correctness gate first.
+
+    python benchmarks/attention.py                                # 8K to 128K, published schedule
+    python benchmarks/attention.py --lengths 131072 --budgets none,0.125 --poolings mean,max
+    python benchmarks/attention.py --plot out/attention.json      # only draw the chart of an earlier run
+
+Times are medians with the 20th and 80th percentile, milliseconds, of one process on one device. A contender that is not within the error
+budget of fp64 under the same selection, on sampled query blocks, is reported as wrong and never timed. TFLOP/s count computed block pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from stem_compile.blocks import candidates, cdiv
+from stem_compile.kernels import launch
+from stem_compile.masks import decode
+from stem_compile.selection import BlockSelection, SelectionSpec
+
+MASK = "kv <= q"
+TOLERANCE = {"bfloat16": 8e-3, "float16": 2e-3}
+"""Relative error of a query block: two to three roundings of the working type."""
+
+
+def measure(run: Callable[[], Any], budget_ms: float) -> dict[str, float]:
+    """Median and percentiles of ``run`` in ms: about ``budget_ms`` of runs, at least 5, on warm code, with events around each."""
+    run()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    rounds = min(200, max(5, int(budget_ms / 1e3 / max(1e-5, time.perf_counter() - start))))
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
+    for begin, end in events:
+        begin.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    times = sorted(a.elapsed_time(b) for a, b in events)
+    return {"ms": times[rounds // 2], "low": times[rounds // 5], "high": times[rounds * 4 // 5], "rounds": rounds}
+
+
+def ceilings() -> dict[str, float]:
+    """Matrix rate in TFLOP/s (8192^3 bf16 on random data) and copy rate in TB/s, as this device gives them."""
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    b = torch.randn_like(a)
+    big = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    other = torch.empty_like(big)
+    product, copy = measure(lambda: a @ b, 300), measure(lambda: other.copy_(big), 100)
+    return {"matrix": 2 * 8192**3 / product["ms"] / 1e9, "copy": 2 * big.numel() / copy["ms"] / 1e9}
+
+
+class Problem:
+    """q, k, v, the selection of one policy and what dense computes. q: [1, heads, n, d]."""
+
+    def __init__(self, n: int, heads: int, key_heads: int, head_dim: int, dtype: torch.dtype, spec: SelectionSpec) -> None:
+        torch.manual_seed(n)
+        shape = (1, heads, n, head_dim)
+        self.q = torch.randn(shape, device="cuda", dtype=dtype)
+        self.k, self.v = (torch.randn(1, key_heads, n, head_dim, device="cuda", dtype=dtype) for _ in range(2))
+        self.n, self.spec, self.scale = n, spec, 1 / math.sqrt(head_dim)
+        self.target = launch.target("cuda")
+        assert self.target is not None
+        self.indices, self.counts = self.select()
+        chosen = BlockSelection(self.indices, self.counts, spec.block_q, spec.block_k, cdiv(n, spec.block_k))
+        found = candidates(decode(MASK), (1, heads, n, n), (), (), spec.block_q, spec.block_k, "cuda")
+        self.blocks = chosen.dense(found)
+        self.density = chosen.density(found)
+        self.flop = 4.0 * float(self.blocks.sum()) * spec.block_q * spec.block_k * head_dim
+
+    def select(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.target.select(self.q, self.k, self.v, [], [], MASK, self.scale, self.spec.text(), "select")  # type: ignore[union-attr,no-any-return]
+
+    def attend(self, kernel: str) -> torch.Tensor:
+        arguments = (self.q, self.k, self.v, self.indices, self.counts, [], [], MASK, self.scale, self.spec.text(), kernel)
+        return self.target.attend(*arguments)  # type: ignore[union-attr,no-any-return]
+
+    def whole(self, kernel: str) -> torch.Tensor:
+        """Selection and attention."""
+        self.indices, self.counts = self.select()
+        return self.attend(kernel)
+
+    def dense(self, backend: str) -> torch.Tensor:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        with sdpa_kernel({"FA2": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}[backend]):
+            return F.scaled_dot_product_attention(self.q, self.k, self.v, is_causal=True, enable_gqa=True)
+
+    def flex(self) -> Callable[[], torch.Tensor]:
+        """FlexAttention with the same blocks; compiled on first call."""
+        from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+        bq, bk = self.spec.block_q, self.spec.block_k
+        rows, columns = self.blocks.shape[2:]
+        r, c = torch.arange(rows, device="cuda")[:, None], torch.arange(columns, device="cuda")[None, :]
+        partial = (c + 1) * bk > r * bq + 1
+
+        def lists(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return chosen.sum(-1).int(), chosen.int().argsort(-1, descending=True, stable=True).int()
+
+        cut, full = lists(self.blocks & partial), lists(self.blocks & ~partial)
+        mask = BlockMask.from_kv_blocks(*cut, *full, BLOCK_SIZE=(bq, bk), mask_mod=lambda b, h, q, kv: kv <= q, seq_lengths=(self.n, self.n))
+        compiled = torch.compile(flex_attention)
+        return lambda: compiled(self.q, self.k, self.v, block_mask=mask, enable_gqa=True, scale=self.scale)
+
+    def error(self, out: torch.Tensor, dense: bool = False) -> float:
+        """Largest relative error of sampled query blocks against fp64 under the selection (or dense causal)."""
+        worst = 0.0
+        heads, group = self.q.shape[1], self.q.shape[1] // self.k.shape[1]
+        bq, bk = self.spec.block_q, self.spec.block_k
+        rows = self.counts.shape[2]
+        for head, row in ((0, 0), (0, rows - 1), (heads - 1, rows // 2), (heads // 2, rows * 3 // 4), (1, rows - 2), (heads - 2, rows // 3)):
+            here = torch.arange(row * bq, min((row + 1) * bq, self.n), device="cuda")
+            kept = torch.arange(cdiv(self.n, bk), device="cuda") * bk <= here[-1] if dense else self.blocks[0, head, row]
+            keys = (kept.nonzero() * bk + torch.arange(bk, device="cuda")).flatten()
+            keys = keys[keys < self.n]
+            scores = self.q[0, head, here].double() @ self.k[0, head // group, keys].double().T * self.scale
+            weights = scores.masked_fill(keys[None, :] > here[:, None], -torch.inf).softmax(-1)
+            expected = weights @ self.v[0, head // group, keys].double()
+            worst = max(worst, float((out[0, head, here].double() - expected).norm() / expected.norm()))
+        return worst
+
+
+def row(label: str, problem: Problem, run: Callable[[], torch.Tensor], options: argparse.Namespace, flop: float, dense: bool = False) -> dict[str, Any]:
+    """Gate, then time."""
+    entry: dict[str, Any] = {"name": label}
+    try:
+        error = problem.error(run(), dense)
+        entry["error"] = error
+        if not error < TOLERANCE[options.dtype]:
+            return entry | {"wrong": True}
+        entry |= measure(run, options.milliseconds)
+        entry["tflops"] = flop / entry["ms"] / 1e9
+    except Exception as failure:  # a missing backend is a line of the table, not the end of the run
+        entry["failed"] = f"{type(failure).__name__}: {str(failure).splitlines()[0][:160] if str(failure) else ''}"
+    return entry
+
+
+def compare(n: int, spec: SelectionSpec, options: argparse.Namespace, with_dense: bool) -> dict[str, Any]:
+    """All contenders at one length and selection."""
+    problem = Problem(n, options.heads, options.key_heads, options.head_dim, getattr(torch, options.dtype), spec)
+    dense_flop = 4.0 * n * n / 2 * options.heads * options.head_dim
+    kernels = ["hopper"] if torch.cuda.get_device_capability()[0] == 9 else []
+    entries = []
+    for kernel in [*kernels, "portable"]:
+        entries.append(row(kernel, problem, functools.partial(problem.attend, kernel), options, problem.flop))
+    best = [*kernels, "portable"][0]
+    entries.append({"name": "selection", **measure(problem.select, options.milliseconds / 2)})
+    entries.append(row(f"{best} + selection", problem, functools.partial(problem.whole, best), options, problem.flop))
+    if "flex" in options.against and spec.pooling == "mean":
+        try:
+            entries.append(row("FlexAttention, same blocks", problem, problem.flex(), options, problem.flop))
+        except Exception as failure:
+            entries.append({"name": "FlexAttention, same blocks", "failed": repr(failure)[:200]})
+    if with_dense:
+        for backend in ("FA2", "cuDNN"):
+            if backend.lower() in options.against:
+                entries.append(row(f"SDPA {backend}", problem, functools.partial(problem.dense, backend), options, dense_flop, dense=True))
+        if "fa4" in options.against:
+            entries.append(_flash4(problem, options, dense_flop))
+    return {"length": n, "budget": spec.budget, "pooling": spec.pooling, "blocks": [spec.block_q, spec.block_k], "density": problem.density, "entries": entries}
+
+
+def _flash4(problem: Problem, options: argparse.Namespace, flop: float) -> dict[str, Any]:
+    try:
+        from flash_attn.cute import flash_attn_func
+    except ImportError:
+        return {"name": "flash-attn-4", "failed": "not installed"}
+    q, k, v = (x.transpose(1, 2) for x in (problem.q, problem.k, problem.v))
+
+    def run() -> torch.Tensor:
+        out = flash_attn_func(q, k, v, causal=True)
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)  # type: ignore[no-any-return]
+
+    return row("flash-attn-4", problem, run, options, flop, dense=True)
+
+
+def table(result: dict[str, Any], reference: float | None, ceiling: float) -> str:
+    """Text of one comparison. reference: ms of the fastest dense SDPA at this length."""
+    head = f"\n{result['length']} tokens, budget {result['budget']}, {result['pooling']} pooling, blocks {result['blocks']}, density {result['density']:.3f}"
+    lines = [head]
+    for e in result["entries"]:
+        if "ms" not in e:
+            lines.append(f"  {e['name']:28s} {'WRONG, error ' + format(e['error'], '.1e') if e.get('wrong') else e.get('failed')}")
+            continue
+        text = f"  {e['name']:28s} {e['ms']:9.3f} ms [{e['low']:.3f}, {e['high']:.3f}]"
+        if "tflops" in e:
+            text += f"  {e['tflops']:6.0f} TFLOP/s {e['tflops'] / ceiling:5.0%} of matrix rate"
+            text += f"  {reference / e['ms']:5.2f}x dense" if reference else ""
+            text += f"  error {e['error']:.1e}"
+        lines.append(text)
+    return "\n".join(lines)
+
+
+def plot(data: dict[str, Any], path: Path) -> None:
+    """Speed-up over the fastest dense SDPA against length, one line a contender."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
+    for index, axis in enumerate((left, right)):
+        series: dict[str, list[tuple[int, float]]] = {}
+        for result in data["results"]:
+            dense = data["dense_ms"].get(str(result["length"]))
+            for e in result["entries"]:
+                if "tflops" not in e or dense is None:
+                    continue
+                suffix = "" if e["name"].startswith(("SDPA", "flash")) else f" ({result['pooling']}, {result['budget'] or 'schedule'})"
+                series.setdefault(e["name"] + suffix, []).append((result["length"], dense / e["ms"] if index == 0 else e["tflops"]))
+        for name, points in series.items():
+            axis.plot(*zip(*sorted(points)), marker="o", label=name)
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("tokens")
+        axis.set_ylabel(("speed-up over the fastest dense SDPA", "TFLOP/s")[index])
+        axis.grid(alpha=0.3)
+    left.legend(fontsize=7)
+    figure.suptitle(data["device"])
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", default="8192,16384,32768,65536,131072")
+    parser.add_argument("--budgets", default="none", help="comma-separated fractions; none is the published schedule")
+    parser.add_argument("--poolings", default="mean,max")
+    parser.add_argument("--blocks", default="128x128", help="comma-separated query x key block sizes")
+    parser.add_argument("--against", default="fa2,cudnn,flex,fa4")
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--key-heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--milliseconds", type=float, default=600, help="of runs per contender")
+    parser.add_argument("--out", type=Path, default=Path("out/attention.json"))
+    parser.add_argument("--plot", type=Path, help="draw the chart of this JSON and stop")
+    options = parser.parse_args()
+    if options.plot:
+        plot(json.loads(options.plot.read_text()), options.plot.with_suffix(".png"))
+        return 0
+    import triton
+
+    limits = ceilings()
+    data: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, "ceilings": limits}
+    data |= {"results": [], "dense_ms": {}}
+    print(f"{data['device']}, torch {torch.__version__}, triton {triton.__version__}: {limits['matrix']:.0f} TFLOP/s matrix, {limits['copy']:.2f} TB/s copy")
+    wrong = False
+    for n in map(int, options.lengths.split(",")):
+        with_dense = True
+        for budget in options.budgets.split(","):
+            for pooling in options.poolings.split(","):
+                for blocks in options.blocks.split(","):
+                    bq, bk = map(int, blocks.split("x"))
+                    spec = SelectionSpec(budget=None if budget == "none" else float(budget), pooling=pooling, block_q=bq, block_k=bk)
+                    result = compare(n, spec, options, with_dense)
+                    times = [e["ms"] for e in result["entries"] if e["name"].startswith("SDPA") and "ms" in e]
+                    if times:
+                        data["dense_ms"][str(n)] = min(times)
+                    with_dense = False
+                    data["results"].append(result)
+                    wrong |= any(e.get("wrong") for e in result["entries"])
+                    print(table(result, data["dense_ms"].get(str(n)), limits["matrix"]), flush=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(data, indent=1))
+    try:
+        plot(data, options.out.with_suffix(".png"))
+    except ImportError:
+        print("no matplotlib here: draw the chart elsewhere with --plot")
+    return int(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

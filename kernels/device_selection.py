@@ -1,0 +1,138 @@
+"""Block selection on a GPU: summaries, scores and lists, in row chunks so that scores stay small at any length."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+
+from stem_compile import ops, selection
+from stem_compile.blocks import candidates, cdiv, first_visible, key_visible, split
+from stem_compile.kernels import cache
+from stem_compile.kernels.spec import DTYPES, KernelSpec
+from stem_compile.masks import decode
+from stem_compile.selection import SelectionSpec
+from stem_compile.tpd import everything
+
+SCORE_BYTES = 1 << 28
+"""Largest score buffer; longer prompts are scored in row chunks of it."""
+CHUNK_UNIT = 128
+"""Rows of a chunk come in multiples of it: whole tiles of the score kernels."""
+
+
+@functools.lru_cache(maxsize=1024)
+def _module(template: str, dtype: str, head_dim: int, value_dim: int, mask: str, spec: str) -> ModuleType:
+    chosen = selection.parse(spec)
+    return cache.load(KernelSpec(template, dtype, head_dim, value_dim, chosen.block_q, chosen.block_k, mask, spec))
+
+
+@functools.lru_cache(maxsize=1024)
+def _terms(mask: str) -> tuple[bool, bool]:
+    """(some keys are hidden from every query, some term is neither causal nor about keys alone)."""
+    _, keys, others = split(decode(mask))
+    return bool(keys), bool(others)
+
+
+def select(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Sequence[torch.Tensor], scalars: Sequence[int],
+    mask: str, scale: float, spec: str, kernel: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """stem::select: (indices int32 [B, H, rows, width], counts int32 [B, H, rows])."""
+    chosen = selection.parse(spec)
+    batch, heads, q_len, head_dim = q.shape
+    kv_len = k.shape[2]
+    shape = (batch, heads, q_len, kv_len)
+    rows, columns = cdiv(q_len, chosen.block_q), cdiv(kv_len, chosen.block_k)
+    *index_shape, width = ops.selection_shape(q, k, chosen)
+    indices = torch.empty(*index_shape, width, dtype=torch.int32, device=q.device)
+    counts = torch.empty(index_shape, dtype=torch.int32, device=q.device)
+    if not counts.numel():
+        return indices, counts
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    scored = not everything(chosen)
+    padded, explicit = _terms(mask)
+    visible = possible = None
+    first, first_stride = counts, 0
+    strides: tuple[int, ...] = (0, 0, 0, 0)
+    if padded:
+        visible = key_visible(decode(mask), shape, tensors, scalars, q.device)
+        assert visible is not None
+        first = first_visible(visible, kv_len, chosen.block_k, q.device)
+        first_stride = first.stride(0) if first.shape[0] > 1 else 0
+    if explicit:
+        possible = candidates(decode(mask), shape, tensors, scalars, chosen.block_q, chosen.block_k, q.device)
+        possible = possible.expand(batch, heads, rows, columns).view(torch.uint8)
+        strides = possible.stride()
+    module = functools.partial(_module, dtype=DTYPES[q.dtype], head_dim=head_dim, value_dim=v.shape[-1], mask=mask, spec=spec)
+    keys = _KeySide(k, v, visible, chosen, module("summaries")) if scored else None
+    nb = 1 << (columns - 1).bit_length() if columns > 1 else 2
+    bytes_a_row = batch * heads * (4 * columns + (2 * chosen.stride * head_dim if chosen.pooling == "mean" else 0))
+    step = min(rows, max(1, SCORE_BYTES // bytes_a_row // CHUNK_UNIT) * CHUNK_UNIT) if scored else rows
+    for start in range(0, rows, step):
+        chunk = min(step, rows - start)
+        scores = counts if keys is None else keys.scores(q, start, chunk, columns, scale, scalars, chosen, module)
+        module("select").select[(chunk, batch * heads)](
+            scores, first, counts if possible is None else possible, indices, counts, first_stride, strides,
+            heads, start, rows, columns, width, q_len, kv_len, tuple(scalars),
+            NB=nb, SCORED=scored, PADDED=padded, EXPLICIT=explicit, num_warps=max(1, min(16, nb // 1024)),
+        )  # fmt: skip
+    return indices, counts
+
+
+class _KeySide:
+    """What one pass over K and V leaves for all row chunks: summaries, presence counts, value terms."""
+
+    def __init__(self, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None, chosen: SelectionSpec, module: ModuleType) -> None:
+        batch, key_heads, kv_len, head_dim = k.shape
+        columns = cdiv(kv_len, chosen.block_k)
+        stride = min(chosen.stride, chosen.block_q, chosen.block_k)
+        self.k, self.stride, self.kv_len = k, stride, kv_len
+        self.mean = chosen.pooling == "mean"
+        self.dtype = torch.float32 if k.dtype == torch.float32 else torch.float16
+        self.visible = None if visible is None else visible.contiguous().view(torch.uint8)
+        self.visible_stride = kv_len if visible is not None and visible.shape[0] > 1 else 0
+        size = columns if self.mean else 0
+        self.sums = torch.empty(batch, key_heads, size, stride * head_dim, dtype=self.dtype, device=k.device)
+        self.held = torch.empty(batch, size, stride, dtype=torch.float16, device=k.device)
+        self.value = torch.empty(batch, key_heads, columns, dtype=torch.float32, device=k.device)
+        released = chosen.metric == "released"
+        module.keys[(columns, batch * key_heads)](
+            k, v, self.visible, self.sums, self.held, self.value, k.stride()[:3], v.stride()[:3], self.visible_stride, key_heads, kv_len, chosen.beta,
+            PADDED=visible is not None, RAW=released, SUMS=self.mean, num_warps=4,
+        )  # fmt: skip
+        if released:
+            self.value = chosen.beta * _released(self.value)
+
+    def scores(self, q, start, chunk, columns, scale, scalars, chosen, module) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        """fp32 [B, H, chunk, columns]; block pairs without a visible key are left unwritten."""
+        batch, heads, q_len, head_dim = q.shape
+        group = heads // self.k.shape[1]
+        scores = torch.empty(batch, heads, chunk, columns, dtype=torch.float32, device=q.device)
+        sizes = (heads, group, chunk, start, columns, q_len, self.kv_len, scale, tuple(scalars))
+        if self.mean:
+            sums = torch.empty(batch, heads, chunk, self.stride * head_dim, dtype=self.dtype, device=q.device)
+            module("summaries").queries[(chunk, batch * heads)](q, sums, q.stride()[:3], heads, q_len, start, num_warps=4)
+            tile, inner = (128, 64) if self.dtype == torch.float16 else (64, 32)
+            module("scores").mean[(cdiv(chunk, tile) * cdiv(columns, tile), batch * heads)](
+                sums, self.sums, self.held, self.value, scores, *sizes, ROWS=tile, COLUMNS=tile, STEP=inner, STAGES=3, num_warps=8,
+            )  # fmt: skip
+        else:
+            tile, inner = (128, 64) if q.element_size() == 2 else (64, 32)
+            cells_q, cells_k = chosen.block_q // self.stride, chosen.block_k // self.stride
+            module("cells").peak[(cdiv(chunk * cells_q, tile) * cdiv(columns * cells_k, tile), batch * heads)](
+                q, self.k, self.visible, self.value, scores, q.stride()[:3], self.k.stride()[:3], self.visible_stride, *sizes,
+                ROWS=tile, COLUMNS=tile, STEP=inner, STAGES=3, PADDED=self.visible is not None, num_warps=8,
+            )  # fmt: skip
+        return scores
+
+
+def _released(peak: torch.Tensor) -> torch.Tensor:
+    """Released code's value term: the log norm, z-scored over the blocks of a head, rectified. peak: [B, Hk, blocks]."""
+    log = peak.clamp(min=torch.finfo(torch.float32).tiny).log()
+    real = peak > 0
+    count = real.sum(-1, keepdim=True).clamp(min=1)
+    mean = torch.where(real, log, 0).sum(-1, keepdim=True) / count
+    spread = torch.where(real, (log - mean) ** 2, 0).sum(-1, keepdim=True) / count
+    return ((log - mean) / (spread.sqrt() + 1e-6)).clamp(min=0)

@@ -1,0 +1,194 @@
+"""GPU target: chooses a template, its launch configuration, and launches it. Also runs Triton's interpreter on CPU tensors.
+
+Templates are written for any device Triton compiles to; Hopper has its own (``templates/hopper.py``). Everything stays on the device: no
+host synchronisation, no values read back.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from triton.runtime.errors import OutOfResources
+
+from stem_compile import ops, selection
+from stem_compile.blocks import cdiv
+from stem_compile.kernels import cache, codegen, device_selection
+from stem_compile.kernels.spec import DTYPES, KernelSpec, template_of
+from stem_compile.masks import decode
+
+LOG2E = 1.4426950408889634
+SHARED_BYTES = 227 * 1024
+"""Shared memory a Hopper block may use."""
+
+select = device_selection.select
+
+
+@dataclass(frozen=True)
+class Config:
+    """Launch configuration: keys a tile, pipeline stages, warps."""
+
+    tile: int
+    stages: int
+    warps: int
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.hip is None else (0, 0)
+
+
+def _padded(dim: int) -> int:
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+@functools.cache
+def hopper_config(spec: KernelSpec) -> Config | None:
+    """Tile and ring depth of the Hopper template; None where it does not fit."""
+    d, dv = _padded(spec.head_dim), _padded(spec.value_dim)
+    if spec.dtype == "fp32" or spec.block_q not in (64, 128) or max(d, dv) > 256 or spec.head_dim % 8 or spec.value_dim % 8 or spec.block_k < 32:
+        return None
+    tile = min(spec.block_k, 128 if max(d, dv) <= 128 else 64)
+    # Beside the tiles: barriers, and scratch in which a consumer turns its output into rows.
+    free = SHARED_BYTES - 1024 - max(1 << 14, 64 * dv * 2) - spec.block_q * d * 2
+    stages = min(4, free // (tile * (d + dv) * 2))
+    return Config(tile, stages, 4) if stages >= 2 else None
+
+
+@functools.cache
+def portable_configs(spec: KernelSpec) -> tuple[Config, ...]:
+    """Configurations of the portable template, best first; later ones need less shared memory."""
+    size = 4 if spec.dtype == "fp32" else 2
+    row = size * max(_padded(spec.head_dim), _padded(spec.value_dim))
+    tile = min(spec.block_k, 128 if row <= 256 else 64 if size == 2 else 32)
+    stages = 2 if tile * row >= 1 << 15 else 3
+    warps = 8 if spec.block_q >= 128 else 4
+    ladder = [Config(tile, s, warps) for s in range(stages, 0, -1)]
+    while tile > 16:
+        tile //= 2
+        ladder += [Config(tile, s, warps) for s in (2, 1)]
+    return tuple(ladder)
+
+
+_fitting: dict[tuple[KernelSpec, torch.device], int] = {}
+
+
+def _launch_portable(module: Any, grid: tuple[int, int], chosen: KernelSpec, device: torch.device, config: Config | None, *arguments: Any, lse: bool) -> None:
+    """Launch with the best configuration that the device's shared memory holds; which one that is, is found once."""
+    configs = (config,) if config else portable_configs(chosen)
+    start = 0 if config else _fitting.get((chosen, device), 0)
+    for place in range(start, len(configs)):
+        c = configs[place]
+        try:
+            module.attend[grid](*arguments, TILE=c.tile, STAGES=c.stages, LSE=lse, num_warps=c.warps)
+        except OutOfResources:
+            if place + 1 == len(configs):
+                raise
+            continue
+        if not config:
+            _fitting[chosen, device] = place
+        return
+
+
+def _attention_spec(template: str, q: torch.Tensor, v: torch.Tensor, mask: str, spec: str) -> KernelSpec:
+    return _spec(template, DTYPES[q.dtype], q.shape[-1], v.shape[-1], mask, spec)
+
+
+@functools.lru_cache(maxsize=1024)
+def _spec(template: str, dtype: str, head_dim: int, value_dim: int, mask: str, spec: str) -> KernelSpec:
+    chosen = selection.parse(spec)
+    return KernelSpec(template, dtype, int(head_dim), int(value_dim), chosen.block_q, chosen.block_k, mask)
+
+
+def kernel_name(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: str, spec: str) -> str:
+    """Name of the attention kernel for (fake) tensors: Hopper's where the device and the shape allow, else the portable one."""
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        return ops.REFERENCE
+    hopper = _attention_spec("hopper", q, v, mask, spec)
+    if _capability(q.device)[0] == 9 and hopper_config(hopper) is not None:
+        return hopper.name
+    return replace(hopper, template="portable").name
+
+
+def select_name(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: str, spec: str) -> str:
+    """Name of the fused selection for (fake) tensors."""
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        return ops.REFERENCE
+    return _attention_spec("select", q, v, mask, spec).name
+
+
+@functools.lru_cache(maxsize=1024)
+def _ranks(mask: str) -> tuple[tuple[int, int], ...]:
+    return tuple(sorted(codegen.loads(decode(mask)).items()))
+
+
+def mask_arguments(tensors: Sequence[torch.Tensor], scalars: Sequence[int], mask: str) -> tuple[tuple, tuple, tuple]:
+    """(tensors, layouts, scalars) as the generated functions take them: layouts is flat, size and stride of each dimension read."""
+    ranks = _ranks(mask)
+    if not ranks:
+        return (), (), tuple(scalars)
+    layouts: list[int] = []
+    for index, _ in ranks:
+        for pair in zip(tensors[index].shape, tensors[index].stride()):
+            layouts.extend(pair)
+    used = tuple(t.view(torch.uint8) if t.dtype is torch.bool else t for t in tensors[: ranks[-1][0] + 1])
+    return used, tuple(layouts), tuple(scalars)
+
+
+@functools.lru_cache(maxsize=64)
+def _tile_layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], gl.bfloat16 if dtype is torch.bfloat16 else gl.float16)
+
+
+def _describable(x: torch.Tensor) -> bool:
+    """Whether TMA can address ``x``: 16-byte aligned base and strides, no broadcast dimension."""
+    unit = 16 // x.element_size()
+    return x.data_ptr() % 16 == 0 and all(size == 1 or (step % unit == 0 and step > 0) for size, step in zip(x.shape[:-1], x.stride()))
+
+
+def _descriptor(x: torch.Tensor, rows: int) -> Any:
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    columns = _padded(x.shape[-1])
+    strides = [x.stride(i) if x.shape[i] > 1 else x.shape[-2] * columns for i in range(3)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, columns], _tile_layout(rows, columns, x.dtype))
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, counts: torch.Tensor,
+    tensors: Sequence[torch.Tensor], scalars: Sequence[int], mask: str, scale: float, spec: str, kernel: str,
+    lse: torch.Tensor | None = None, config: Config | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """stem::sparse_attention. lse: fp32 [B, H, q_len] to fill, contiguous. config: overrides the measured choice."""
+    out = ops.attention_output(q, v)
+    batch, heads, q_len = q.shape[:3]
+    if not out.numel():
+        return out
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    if scale <= 0:  # the kernels take a row's maximum before they scale
+        q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
+    template = template_of(kernel)
+    if template == "hopper" and not (_describable(q) and _describable(k) and _describable(v)):
+        template = "portable"
+    chosen = _attention_spec(template, q, v, mask, spec)
+    module = cache.load(chosen)
+    runtime = (heads, heads // k.shape[1], q_len, k.shape[2], indices.shape[-1], scale * LOG2E, *mask_arguments(tensors, scalars, mask))
+    indices, counts = indices.contiguous(), counts.contiguous()
+    grid = (cdiv(q_len, chosen.block_q), batch * heads)
+    if template == "hopper":
+        config = config or hopper_config(chosen)
+        assert config is not None, f"no hopper configuration for {chosen}"
+        descriptors = (_descriptor(q, 64), _descriptor(k, config.tile), _descriptor(v, config.tile))
+        module.attend[grid](
+            *descriptors, out, lse, indices, counts, out.stride()[:3], *runtime,
+            TILE=config.tile, STAGES=config.stages, LSE=lse is not None, num_warps=config.warps,
+        )  # fmt: skip
+    else:
+        strides = (q.stride()[:3], k.stride()[:3], v.stride()[:3], out.stride()[:3])
+        _launch_portable(module, grid, chosen, q.device, config, q, k, v, out, lse, indices, counts, *strides, *runtime, lse=lse is not None)
+    return out

@@ -1,0 +1,102 @@
+"""Turn a row of block scores into its list (``tpd.py``): budget in integers, threshold by bisection over the scores' bits, no sort.
+
+A float's bits, with the sign folded, order as unsigned integers. The largest threshold that at least ``limit`` blocks reach is found bit by
+bit; ties at the threshold go to the earlier blocks, and a prefix sum writes the chosen ones in ascending order.
+"""
+
+import triton
+import triton.language as tl
+
+# generated: begin
+BLOCK_Q = tl.constexpr(128)
+BLOCK_K = tl.constexpr(128)
+CAUSAL = tl.constexpr(True)
+SINKS = tl.constexpr(4)
+LOCALS = tl.constexpr(4)
+SLACK = tl.constexpr(2)
+PROMPT_BLOCKS = tl.constexpr(0)
+
+
+@triton.jit
+def offset(q_len, kv_len, scalars):
+    return 0
+
+
+@triton.jit
+def row_budget(row, blocks):
+    return blocks
+
+
+# generated: end
+
+
+@triton.jit
+def _candidates(
+    row, j, first, candidates_ptr, candidate_strides, columns, q_len, kv_len, before, EXPLICIT: tl.constexpr, NB: tl.constexpr
+):  # fmt: skip
+    """Bool [NB]: key blocks with a key that some query of ``row`` sees. first: int32 [NB], the block's first visible key."""
+    if EXPLICIT:
+        return tl.load(candidates_ptr + row * candidate_strides[2] + j * candidate_strides[3], mask=j < columns, other=0) != 0
+    else:
+        found = first < kv_len
+        if CAUSAL:
+            found = found & (first <= tl.minimum((row + 1) * BLOCK_Q, q_len) - 1 + before)
+        return found
+
+
+@triton.jit(do_not_specialize=["first_row", "rows", "columns", "width", "q_len", "kv_len", "first_stride"])
+def select(
+    scores_ptr, first_ptr, candidates_ptr, indices_ptr, counts_ptr, first_stride, candidate_strides,
+    heads, first_row, rows, columns, width, q_len, kv_len, scalars,
+    NB: tl.constexpr, SCORED: tl.constexpr, PADDED: tl.constexpr, EXPLICIT: tl.constexpr,
+):  # fmt: skip
+    """Grid (rows of this chunk, B * H). scores: fp32 [B, H, chunk, columns]; indices: int32 [B, H, rows, width]; counts: int32 [B, H, rows].
+
+    first: int32 [B or 1, columns] under PADDED. candidates: uint8, any strides (0 to broadcast), under EXPLICIT. NB: columns, padded to 2^n.
+    """
+    row = first_row + tl.program_id(0)
+    head_row = tl.program_id(1)
+    b, h = (head_row // heads).to(tl.int64), (head_row % heads).to(tl.int64)
+    j = tl.arange(0, NB)
+    first = tl.where(j < columns, j * BLOCK_K, kv_len)
+    if PADDED:
+        first = tl.load(first_ptr + b * first_stride + j, mask=j < columns, other=2147483647)
+    before = offset(q_len, kv_len, scalars)
+    candidates_ptr += b * candidate_strides[0] + h * candidate_strides[1]
+    candidate = _candidates(row, j, first, candidates_ptr, candidate_strides, columns, q_len, kv_len, before, EXPLICIT, NB)
+    last = _candidates(rows - 1, j, first, candidates_ptr, candidate_strides, columns, q_len, kv_len, before, EXPLICIT, NB)
+    earlier = _candidates(tl.maximum(row - SLACK, 0), j, first, candidates_ptr, candidate_strides, columns, q_len, kv_len, before, EXPLICIT, NB)
+    seen = tl.sum(candidate.to(tl.int32), 0)
+    total = tl.maximum(tl.sum(last.to(tl.int32), 0), PROMPT_BLOCKS)
+    seen_earlier = tl.where(row >= SLACK, tl.sum(earlier.to(tl.int32), 0), 0)
+    budget = row_budget(tl.maximum(seen - 1, 0).to(tl.int64), tl.maximum(total, 1).to(tl.int64))
+    limit = tl.minimum(tl.maximum(budget, SINKS + LOCALS), seen).to(tl.int32)
+    # The row computes all it sees: within budget, or the prompt's end, where the question is.
+    full = ((limit >= seen) & (seen > 0)) | ((seen == total) & (seen_earlier < total))
+    where = head_row.to(tl.int64) * rows + row
+    tl.store(counts_ptr + where, tl.where(full, -1, limit))
+    if not full:
+        rank = tl.cumsum(candidate.to(tl.int32), 0)
+        forced = candidate & ((rank <= SINKS) | (rank > seen - LOCALS))
+        if SCORED:
+            chunk_row = head_row.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+            score = tl.load(scores_ptr + chunk_row * columns + j, mask=candidate, other=0.0)
+            score = tl.where(score == 0.0, 0.0, score)  # -0.0 ties with 0.0
+        else:
+            score = tl.zeros([NB], tl.float32)
+        bits = score.to(tl.int32, bitcast=True)
+        key = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
+        key = tl.where(forced, 0xFFFFFFFF, tl.where(candidate, tl.maximum(key, 1), 0)).to(tl.uint32)
+        threshold = tl.full([], 0, tl.uint32)
+        bit = tl.full([], 0x80000000, tl.uint32)
+        for _ in tl.range(0, 32):
+            trial = threshold | bit
+            bit = bit >> 1
+            enough = tl.sum((key >= trial).to(tl.int32), 0) >= limit
+            threshold = tl.where(enough, trial, threshold)
+        above = key > threshold
+        tie = candidate & (key == threshold)
+        spare = limit - tl.sum(above.to(tl.int32), 0)
+        chosen = above | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= spare))
+        place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+        tl.store(indices_ptr + where * width + place, j, mask=chosen & (place < width))

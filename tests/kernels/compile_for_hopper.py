@@ -1,0 +1,91 @@
+"""Compile every kernel for sm_90 without a GPU and print registers, shared memory and spills: ``python tests/kernels/compile_for_hopper.py``.
+
+Launches are replaced by Triton's warm-up under a driver that only names its target, so argument handling is the real one.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from stem_compile.kernels.targets import cuda
+from stem_compile.selection import SelectionSpec
+
+
+class Properties:
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132}
+
+
+class NamedTarget:
+    """The least of a driver that compiling needs."""
+
+    utils = Properties()
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def resources(kernel: Any) -> str:
+    """What ptxas says of a compiled kernel."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernel.ptx"
+        ptx.write_text(kernel.asm["ptx"])
+        for tool in ("ptxas", "ptxas-blackwell"):
+            done = subprocess.run([tools / tool, "-v", "-arch=sm_90a", ptx, "-o", ptx.with_suffix(".cubin")], capture_output=True, text=True)
+            if done.returncode == 0:
+                break
+    registers = re.search(r"Used (\d+) registers", done.stderr)
+    spills = re.search(r"(\d+) bytes spill stores", done.stderr)
+    text = f"{registers.group(1) if registers else '?'} registers, {kernel.metadata.shared} bytes shared, {kernel.asm['ptx'].count('wgmma.mma_async')} wgmma"
+    stored = int(spills.group(1)) if spills else 0
+    return text + (f", {stored} bytes spilled" if stored else "")
+
+
+def main() -> None:
+    triton.runtime.driver.set_active(NamedTarget())
+    real = JITFunction.run
+
+    def warm_up(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = real(self, *args, grid=grid, warmup=True, **kwargs)
+        print(f"  {self.fn.__name__}: {resources(kernel)}", flush=True)
+        return kernel
+
+    JITFunction.run = warm_up
+    pad = torch.ones(1, 8192, dtype=torch.bool)
+    for template, d, dv, blocks, mask, dtype in (
+        ("hopper", 128, 128, (128, 128), "kv <= q", torch.bfloat16),
+        ("hopper", 128, 128, (128, 64), "(kv <= q + S0) & Ne(T0(b, kv), 0)", torch.bfloat16),
+        ("hopper", 128, 128, (64, 64), "kv <= q", torch.bfloat16),
+        ("hopper", 64, 64, (128, 128), "kv <= q", torch.float16),
+        ("hopper", 192, 128, (128, 128), "kv <= q", torch.bfloat16),
+        ("hopper", 256, 256, (128, 128), "kv <= q", torch.bfloat16),
+        ("portable", 128, 128, (128, 128), "kv <= q", torch.bfloat16),
+        ("portable", 80, 80, (64, 64), "kv <= q", torch.float32),
+    ):
+        q, k, v = torch.empty(1, 2, 8192, d, dtype=dtype), torch.empty(1, 1, 8192, d, dtype=dtype), torch.empty(1, 1, 8192, dv, dtype=dtype)
+        extra = ((pad,) if "T0" in mask else (), (0,) if "S0" in mask else ())
+        for pooling in ("mean", "max"):
+            spec = SelectionSpec(pooling=pooling, block_q=blocks[0], block_k=blocks[1]).text()
+            print(f"{template} d{d}/{dv} {blocks} {dtype} {mask} {pooling}")
+            indices, counts = cuda.select(q, k, v, *extra, mask, 0.1, spec, "select")
+        cuda.attend(q, k, v, indices, counts, *extra, mask, 0.1, spec, template)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Attention problems for kernel tests: small frozen descriptions, so that failures print and shrink to something readable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stem_compile import ops
+from stem_compile.blocks import candidates, cdiv
+from stem_compile.kernels import launch, reference
+from stem_compile.masks import decode
+from stem_compile.selection import BlockSelection, SelectionSpec
+from stem_compile.tpd import tpd_select
+
+CAUSAL = "kv <= q"
+LAST_ROWS = "kv <= q + kv_len - q_len"
+SCALAR = "kv <= q + S0"
+PADDED = "(kv <= q + S0) & Ne(T0(b, kv), 0)"
+WINDOW = "(kv <= q) & (kv > q - 90)"
+DOCUMENT = "(kv <= q) & Eq(T0(b, q), T0(b, kv))"
+MASKS = (CAUSAL, LAST_ROWS, SCALAR, PADDED, WINDOW, DOCUMENT, "True")
+
+# Weights and outputs are each rounded once to the working type: two half-ulps bound the relative error of a block of rows.
+TOLERANCE = {torch.bfloat16: 2 * 2.0**-9, torch.float16: 2 * 2.0**-12, torch.float32: 2.0**-18}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention with a random selection. layout: how q, k and v lie in memory. pad: "left", "right" or "holes" under PADDED."""
+
+    q_len: int = 300
+    kv_len: int = 300
+    batch: int = 1
+    heads: int = 2
+    key_heads: int = 1
+    head_dim: int = 32
+    value_dim: int = 32
+    block_q: int = 128
+    block_k: int = 128
+    dtype: torch.dtype = torch.float32
+    mask: str = CAUSAL
+    pad: str = "left"
+    layout: str = "bhnd"
+    budget: float = 0.4
+    pooling: str = "mean"
+    metric: str = "paper"
+    stride: int = 16
+    seed: int = 0
+    device: str = "cpu"
+
+    @property
+    def spec(self) -> SelectionSpec:
+        return SelectionSpec(
+            budget=self.budget, pooling=self.pooling, metric=self.metric, stride=self.stride, block_q=self.block_q, block_k=self.block_k,
+            sink_blocks=1, local_blocks=1,
+        )  # fmt: skip
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.heads, self.q_len, self.kv_len
+
+    def _tensor(self, generator: torch.Generator, heads: int, length: int, dim: int, scale: float = 1.0) -> torch.Tensor:
+        x = torch.randn(self.batch, heads, length, dim, generator=generator) * scale
+        x = x.to(self.dtype).to(self.device)
+        if self.layout == "bnhd":
+            return x.transpose(1, 2).contiguous().transpose(1, 2)
+        if self.layout == "sliced":  # a part of a wider row, as in a fused qkv projection
+            return torch.cat([x, torch.full_like(x, float("nan"))], -1)[..., :dim]
+        return x
+
+    def inputs(self) -> dict[str, Any]:
+        """q, k, v, tensors, scalars as the targets take them."""
+        generator = torch.Generator().manual_seed(self.seed)
+        q = self._tensor(generator, self.heads, self.q_len, self.head_dim)
+        k = self._tensor(generator, self.key_heads, self.kv_len, self.head_dim)
+        v = self._tensor(generator, self.key_heads, self.kv_len, self.value_dim, 2.0)
+        tensors: list[torch.Tensor] = []
+        if self.mask == PADDED:
+            position = torch.arange(self.kv_len)
+            hidden = torch.randint(0, max(1, self.kv_len // 2), (self.batch, 1), generator=generator)
+            seen = {"left": position >= hidden, "right": position < self.kv_len - hidden}
+            seen["holes"] = torch.rand(self.batch, self.kv_len, generator=generator) < 0.7
+            tensors = [seen[self.pad].to(self.device)]
+        if self.mask == DOCUMENT:
+            ids = torch.randint(0, 2, (self.batch, max(self.q_len, self.kv_len)), generator=generator)
+            tensors = [(ids * (torch.rand(ids.shape, generator=generator) < 0.02)).cumsum(-1).to(self.device)]
+        scalars = [self.kv_len - self.q_len] if "S0" in self.mask else []
+        return {"q": q, "k": k, "v": v, "tensors": tensors, "scalars": scalars}
+
+    def candidates(self, tensors: Any, scalars: Any) -> torch.Tensor:
+        return candidates(decode(self.mask), self.shape, tensors, scalars, self.block_q, self.block_k, self.device)
+
+    def random_selection(self, tensors: Any, scalars: Any) -> BlockSelection:
+        """A valid selection whose scores are noise."""
+        found = self.candidates(tensors, scalars)
+        noise = torch.rand(self.batch, self.heads, *found.shape[2:], generator=torch.Generator().manual_seed(self.seed)).to(self.device)
+        return tpd_select(noise.masked_fill(~found, -torch.inf), self.spec)
+
+
+def attention_error(case: Case, target: Any, kernel: str, monkeypatch: Any) -> float:
+    """Relative error of ``target.attend`` against the fp64 reference, on poisoned memory; also checks rows without keys."""
+    real = ops.attention_output
+    monkeypatch.setattr(ops, "attention_output", lambda q, v: real(q, v).fill_(float("nan")))
+    data = case.inputs()
+    chosen = case.random_selection(data["tensors"], data["scalars"])
+    scale = case.head_dim**-0.5
+    extra = (data["tensors"], data["scalars"])
+    q, k, v = (data[x] for x in "qkv")
+    lse = torch.full(q.shape[:3], float("nan"), device=q.device)
+    out = target.attend(q, k, v, chosen.indices, chosen.counts, *extra, case.mask, scale, case.spec.text(), kernel, lse=lse)
+    expected = reference.sparse_attention(q.double(), k.double(), v.double(), chosen, decode(case.mask), *extra, scale)
+    empty = expected.abs().sum(-1) == 0
+    assert (out[empty] == 0).all(), "rows without a visible key must be 0"
+    assert (lse[empty] == -torch.inf).all()
+    assert lse[~empty].isfinite().all()
+    assert out.shape == expected.shape and out.dtype == q.dtype
+    return float((out.double() - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def selection_gap(case: Case, target: Any) -> tuple[float, bool]:
+    """(how far blocks chosen differently are from a tie, in standard deviations of the row's scores; whether counts agree)."""
+    data = case.inputs()
+    q, k, v = (data[x] for x in "qkv")
+    extra = (data["tensors"], data["scalars"])
+    scale, spec = case.head_dim**-0.5, case.spec
+    scores = launch.oam_scores(q.double(), k.double(), v.double(), *extra, case.mask, scale, spec.text())
+    expected = tpd_select(scores, spec)
+    indices, counts = target.select(q, k, v, *extra, case.mask, scale, spec.text(), "select")
+    made = BlockSelection(indices, counts, case.block_q, case.block_k, cdiv(case.kv_len, case.block_k))
+    found = case.candidates(*extra)
+    made.check(found)
+    mine, theirs = made.dense(found), expected.dense(found)
+    finite = scores.isfinite()
+    spread = torch.where(finite, scores, 0).std(-1).clamp(min=1e-12)
+    worst_kept = torch.where(mine & ~theirs, scores, torch.inf).amin(-1)
+    best_missed = torch.where(theirs & ~mine, scores, -torch.inf).amax(-1)
+    differ = (mine != theirs).any(-1)
+    gap = torch.where(differ, (best_missed - worst_kept) / spread, 0.0)
+    return float(gap.max()), bool((counts == expected.counts).all())

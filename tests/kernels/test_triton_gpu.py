@@ -1,0 +1,111 @@
+"""The GPU target on a GPU: every template against the fp64 reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from kernel_cases import CAUSAL, DOCUMENT, LAST_ROWS, MASKS, PADDED, SCALAR, TOLERANCE, Case, attention_error, selection_gap
+
+from stem_compile.kernels import launch
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+TEMPLATES = ("portable", "hopper")
+HALF = (torch.bfloat16, torch.float16)
+
+
+def check(case: Case, template: str, monkeypatch: Any) -> None:
+    target = launch.target("cuda")
+    assert target is not None
+    name = target.kernel_name(
+        *(torch.empty(1, 1, 1, d, dtype=case.dtype, device="cuda") for d in (case.head_dim, case.head_dim, case.value_dim)), case.mask, case.spec.text()
+    )
+    if template == "hopper" and not name.startswith("hopper"):
+        pytest.skip(f"no Hopper kernel: {name}")
+    error = attention_error(case, target, name.replace("hopper", template).replace("portable", template), monkeypatch)
+    assert error < TOLERANCE[case.dtype], case
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize("dims", [(32, 32), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)])
+def test_head_dims(template: str, dtype: torch.dtype, dims: tuple[int, int], monkeypatch: Any) -> None:
+    check(Case(1000, 1000, 2, 4, 2, *dims, dtype=dtype, device="cuda"), template, monkeypatch)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("lengths", [(1024, 1024), (700, 1333), (1, 513), (129, 1500)])
+def test_masks_and_lengths(template: str, mask: str, lengths: tuple[int, int], monkeypatch: Any) -> None:
+    if mask in (CAUSAL, DOCUMENT) and lengths[0] != lengths[1]:
+        mask = LAST_ROWS
+    for pad in ("left", "right", "holes") if mask == PADDED else ("left",):
+        check(Case(*lengths, 2, 4, 2, 128, 128, dtype=torch.bfloat16, mask=mask, pad=pad, device="cuda"), template, monkeypatch)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("blocks", [(128, 128), (128, 64), (128, 32), (64, 64), (64, 128), (64, 32)])
+@pytest.mark.parametrize("layout", ["bhnd", "bnhd", "sliced"])
+def test_blocks_and_layouts(template: str, blocks: tuple[int, int], layout: str, monkeypatch: Any) -> None:
+    check(Case(900, 1100, 1, 8, 2, 64, 64, *blocks, dtype=torch.float16, mask=SCALAR, layout=layout, device="cuda"), template, monkeypatch)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_same_inputs_same_bits(template: str) -> None:
+    case = Case(4000, 4000, 1, 4, 2, 128, 128, dtype=torch.bfloat16, device="cuda")
+    data = case.inputs()
+    target, chosen = launch.target("cuda"), case.random_selection([], [])
+    assert target is not None
+    runs = [target.attend(data["q"], data["k"], data["v"], chosen.indices, chosen.counts, [], [], CAUSAL, 0.1, case.spec.text(), template) for _ in range(5)]
+    assert all(torch.equal(runs[0], r) for r in runs)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize("mask", [CAUSAL, SCALAR, PADDED, "True", DOCUMENT])
+def test_selection(pooling: str, dtype: torch.dtype, mask: str) -> None:
+    target = launch.target("cuda")
+    for pad, blocks, dims in (("left", (128, 128), 128), ("right", (128, 64), 64), ("holes", (64, 64), 80)):
+        lengths = (3000, 3000) if mask in (CAUSAL, DOCUMENT) else (2500, 3333)
+        case = Case(
+            *lengths,
+            2,
+            4,
+            2,
+            dims,
+            dims,
+            *blocks,
+            dtype=dtype,
+            mask=mask,
+            pad=pad,
+            pooling=pooling,
+            metric="released" if pad == "right" else "paper",
+            device="cuda",
+        )
+        gap, counts = selection_gap(case, target)
+        assert counts, case
+        # Summaries are rounded to 11 bits for 16-bit inputs; float32 stays float32.
+        assert gap < (1e-3 if dtype == torch.float32 else 2e-2), case
+
+
+def test_beyond_two_to_the_31_elements(monkeypatch: Any) -> None:
+    """Token strides of a fused projection: element offsets pass 2^31 within one head."""
+    n, width = 140_000, 20_000
+    store = torch.empty(n * width, dtype=torch.bfloat16, device="cuda")
+    parts = [store.as_strided((1, 1, n, 64), (n * width, 64, width, 1), 64 * i) for i in range(3)]
+    for p in parts:
+        p.normal_()
+    target = launch.target("cuda")
+    assert target is not None
+    spec = Case(n, n, budget=0.05).spec.text()
+    indices, counts = target.select(*parts, [], [], CAUSAL, 0.125, spec, "select")
+    copies = [p.contiguous() for p in parts]
+    _, plain_counts = target.select(*copies, [], [], CAUSAL, 0.125, spec, "select")
+    assert torch.equal(counts, plain_counts)
+    expected = target.attend(*copies, indices, counts, [], [], CAUSAL, 0.125, spec, "portable")
+    for template in TEMPLATES:
+        if template == "hopper" and torch.cuda.get_device_capability()[0] != 9:
+            continue
+        out = target.attend(*parts, indices, counts, [], [], CAUSAL, 0.125, spec, template)
+        assert (out - expected).norm() < 5e-3 * expected.norm()

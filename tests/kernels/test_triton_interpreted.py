@@ -1,0 +1,82 @@
+"""The GPU target in Triton's interpreter: the portable template and the selection kernels against their definitions, anywhere.
+
+The interpreter multiplies bf16 as integers, so these run in fp16 and fp32; ``test_triton_gpu.py`` has the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from kernel_cases import CAUSAL, DOCUMENT, LAST_ROWS, MASKS, PADDED, SCALAR, TOLERANCE, WINDOW, Case, attention_error, selection_gap
+
+pytest.importorskip("triton")
+from stem_compile.kernels.targets import cuda
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the compiled kernels")
+
+
+@st.composite
+def cases(draw: Any) -> Case:
+    mask = draw(st.sampled_from(MASKS))
+    q_len = draw(st.integers(1, 150))
+    extra = 0 if mask in (CAUSAL, WINDOW, DOCUMENT) else draw(st.integers(0, 100))
+    key_heads = draw(st.integers(1, 2))
+    return Case(
+        q_len=q_len, kv_len=q_len + extra, batch=draw(st.integers(1, 2)), heads=key_heads * draw(st.integers(1, 2)), key_heads=key_heads,
+        head_dim=draw(st.sampled_from([16, 32, 40])), value_dim=draw(st.sampled_from([16, 24])),
+        block_q=draw(st.sampled_from([16, 32])), block_k=draw(st.sampled_from([16, 32])), dtype=draw(st.sampled_from([torch.float32, torch.float16])),
+        mask=mask, pad=draw(st.sampled_from(["left", "right", "holes"])), layout=draw(st.sampled_from(["bhnd", "bnhd", "sliced"])),
+        budget=draw(st.sampled_from([0.2, 0.5, 1.0])), pooling=draw(st.sampled_from(["mean", "max"])),
+        metric=draw(st.sampled_from(["paper", "released"])), stride=draw(st.sampled_from([8, 16])), seed=draw(st.integers(0, 99)),
+    )  # fmt: skip
+
+
+@given(cases())
+@example(Case(300, 300, budget=0.3, block_q=64, block_k=32))
+@example(Case(40, 170, 2, mask=PADDED, pad="right", block_q=16, block_k=16, budget=0.3, dtype=torch.float16))
+@example(Case(1, 97, mask=LAST_ROWS, block_q=16, block_k=32))
+def test_attention(case: Case) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        error = attention_error(case, cuda, "portable", patch)
+    assert error < TOLERANCE[case.dtype]
+
+
+@given(cases())
+@example(Case(400, 400, 1, 2, 1, block_q=32, block_k=32, budget=0.3, pooling="max"))
+@example(Case(400, 433, 2, 2, 2, 80, 32, 32, 32, mask=PADDED, pad="left", budget=0.3))
+@example(Case(500, 700, 1, 2, 1, block_q=64, block_k=32, mask=SCALAR, budget=0.25, pooling="max"))
+def test_selection(case: Case) -> None:
+    gap, counts = selection_gap(case, cuda)
+    assert counts
+    assert gap < (1e-4 if case.dtype == torch.float32 else 2e-2)
+
+
+def test_scores_in_row_chunks_are_the_same(monkeypatch: Any) -> None:
+    from stem_compile.kernels import device_selection
+
+    case = Case(700, 700, 1, 2, 1, 16, 16, 16, 16, budget=0.3)
+    data = case.inputs()
+    arguments = (data["q"], data["k"], data["v"], [], [], CAUSAL, 0.25, case.spec.text(), "select")
+    whole = cuda.select(*arguments)
+    monkeypatch.setattr(device_selection, "SCORE_BYTES", 1)
+    monkeypatch.setattr(device_selection, "CHUNK_UNIT", 16)
+    parts = cuda.select(*arguments)
+    listed = torch.arange(whole[0].shape[-1]) < whole[1].unsqueeze(-1)
+    assert torch.equal(whole[1], parts[1])
+    assert torch.equal(whole[0][listed], parts[0][listed])
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scales_that_are_not_positive(scale: float) -> None:
+    case = Case(50, 50, block_q=16, block_k=16)
+    data = case.inputs()
+    chosen = case.random_selection([], [])
+    q, k, v = (data[x] for x in "qkv")
+    spec = case.spec.text()
+    out = cuda.attend(q, k, v, chosen.indices, chosen.counts, [], [], CAUSAL, scale, spec, "portable")
+    flipped = cuda.attend(q * scale, k, v, chosen.indices, chosen.counts, [], [], CAUSAL, 1.0, spec, "portable")
+    torch.testing.assert_close(out, flipped)
