@@ -24,7 +24,10 @@ def match(node: fx.Node) -> AttentionSite | Rejected | None:
     q, k, v = op["query"], op["key"], op["value"]
     if op["dropout_p"] != 0.0:
         return Rejected(node, Reason.DROPOUT, f"dropout_p={op['dropout_p']}")
-    scale = op["scale"] if op["scale"] is not None else 1 / math.sqrt(value(q).shape[-1])
+    scale = value(op["scale"]) if op["scale"] is not None else 1 / math.sqrt(value(q).shape[-1])
+    if isinstance(scale, torch.SymFloat):
+        # Under dynamic=True Dynamo passes a module's float attributes as inputs; reading one guards on its value.
+        scale = float(scale)
     if not isinstance(scale, int | float):
         return Rejected(node, Reason.SHAPE, "scale is not a constant")
     return AttentionSite(node, q, k, v, float(scale), mask_node=op["attn_mask"], is_causal=bool(op["is_causal"]))
