@@ -21,6 +21,7 @@ from stem_compile.demo.packages import Mendable
 from tests.test_demo import Characters, tiny_llama
 
 STEM_EAGER = ["-o", "inner=eager", "-o", "min_length=1"]
+FEW_FORCED = ["-o", "sink_blocks=1", "-o", "local_blocks=1"]
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_explain_prints_a_table_or_json(folder: str) -> None:
     assert "2 attentions, 2 rewritten" in printed.stdout
     as_json = CliRunner().invoke(commands.app, ["explain", folder, "--tokens", "512", "--json", *STEM_EAGER])
     sites = json.loads(as_json.stdout)["sites"]
-    assert [s["q_shape"] for s in sites] == [[1, 4, 512, 8]] * 2
+    assert [s["q_shape"] for s in sites] == [[1, 4, 512, 16]] * 2
 
 
 def test_demo_writes_table_chart_and_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +83,7 @@ def test_demo_writes_table_chart_and_numbers(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(race, "contenders", without_inductor)
     monkeypatch.setattr("stem_compile.demo.target.smollm", lambda device, dtype: (tiny_llama(vocab=256), Characters()))
     monkeypatch.setattr("stem_compile.demo.text.documentation", lambda: "plain text " * 500)
-    done = CliRunner().invoke(commands.app, ["demo", "--tokens", "1024", "--budget", "0.5", "--repeats", "1", "--out", str(tmp_path), *STEM_EAGER])
+    done = CliRunner().invoke(commands.app, ["demo", "--tokens", "2048", "--budget", "0.5", "--repeats", "1", "--out", str(tmp_path), *STEM_EAGER, *FEW_FORCED])
     assert done.exit_code == 0, done.output
     assert (tmp_path / "demo.png").stat().st_size > 10_000
     assert "stem, budget 0.5" in (tmp_path / "demo.md").read_text()
@@ -90,4 +91,4 @@ def test_demo_writes_table_chart_and_numbers(tmp_path: Path, monkeypatch: pytest
     eager, schedule, half = written["results"]
     assert eager["density"] == schedule["density"] == 1.0
     assert 0.4 < half["density"] < 0.95
-    assert written["settings"]["tokens"] == 1024
+    assert written["settings"]["tokens"] == 2048

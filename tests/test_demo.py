@@ -33,7 +33,7 @@ class Characters:
 
 def tiny_llama(vocab: int = 64) -> Any:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": vocab}
+    sizes = {"hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": vocab}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, max_position_embeddings=4096)).eval()
 
 
@@ -90,7 +90,7 @@ def test_run_sees_memory_that_is_gone_when_it_returns() -> None:
     size = 256 << 20
 
     def hungry() -> int:
-        return int(torch.ones(size, dtype=torch.uint8).sum())
+        return torch.ones(size, dtype=torch.uint8).numel()
 
     measured = run("cpu", hungry)
     if measured.peak_bytes is None:

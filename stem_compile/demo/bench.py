@@ -16,6 +16,9 @@ from stem_compile.demo.report import memory, seconds
 from stem_compile.demo.target import Target
 from stem_compile.selection import Observed, observe
 
+RIVALS = (Contender("eager"), Contender("inductor", "inductor"))
+"""Both dense; the first is what the others are compared with."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -32,7 +35,7 @@ class Row:
 
 def bench(target: Target, lengths: Sequence[int], options: dict[str, Any], repeats: int, device: str, tell: Callable[[str], None]) -> Iterator[Row]:
     """Rows length by length, contenders in turns; the first call of each at a length (compilation) is not timed."""
-    entered = [Contender("eager"), Contender("inductor", "inductor"), Contender("stem", "stem", options)]
+    entered = [*RIVALS, Contender("stem", "stem", options)]
     functions = [target.model if c.backend is None else torch.compile(target.model, backend=c.backend, options=c.options or None) for c in entered]
     for tokens in lengths:
         args, kwargs = target.inputs(tokens)
