@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import MASKS, Case
+
+from tests.kernels.kernel_cases import MASKS, Case
 
 pytest.importorskip("triton")
 from stem_compile import policies, symbolic

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import CAUSAL, DOCUMENT, LAST_ROWS, MASKS, PADDED, SCALAR, TOLERANCE, Case, attention_error, selection_gap
 
 from stem_compile.kernels import launch
+from tests.kernels.kernel_cases import CAUSAL, DOCUMENT, LAST_ROWS, MASKS, PADDED, SCALAR, TOLERANCE, Case, attention_error, selection_gap
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 TEMPLATES = ("portable", "hopper")

@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from kernel_cases import CAUSAL, DOCUMENT, LAST_ROWS, MASKS, PADDED, SCALAR, TOLERANCE, WINDOW, Case, attention_error, selection_gap
+
+from tests.kernels.kernel_cases import CAUSAL, DOCUMENT, LAST_ROWS, MASKS, PADDED, SCALAR, TOLERANCE, WINDOW, Case, attention_error, selection_gap
 
 pytest.importorskip("triton")
 from stem_compile.kernels.targets import cuda
