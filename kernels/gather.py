@@ -188,7 +188,7 @@ def _part(
 
 def _diagonal(p: Problem, query: int, shape: torch.Size, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(0 or -inf [1, 1, rows * heads * tokens, end - start], blind queries) for ``shape`` = (rows, heads, tokens) from ``query`` on."""
-    key = (*shape, start - query, end - start, min(p.kv_len, end))
+    key = (*shape, start - query, end - start, min(p.kv_len, end) - start)
     if key not in p.diagonals:
         rows, group, height = shape
         late = _late(p, query, rows * height, torch.arange(start, end).expand(rows, 1, 1, -1))

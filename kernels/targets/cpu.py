@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from stem_compile import blocks, ops, policies
-from stem_compile.kernels import workers
+from stem_compile.kernels import pooling, workers
 from stem_compile.kernels.gather import Problem, Run, dense
 from stem_compile.kernels.gather import attend as attend_run
 from stem_compile.masks import Mask, decode
-from stem_compile.oam import oam_scores
 from stem_compile.selection import FULL, SelectionSpec, parse
-from stem_compile.tpd import tpd_select
+from stem_compile.tpd import full_rows, row_limits, tpd_select
 
 Tensors = Sequence[torch.Tensor]
 
@@ -45,11 +44,13 @@ def select(
     chosen, meaning = parse(spec), decode(mask)
     shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     found = blocks.candidates(meaning, shape, tensors, scalars, chosen.block_q, chosen.block_k, q.device)
-    if policies.get(chosen.policy).SCORED:
-        scores = oam_scores(q, k, v, blocks.key_visible(meaning, shape, tensors, scalars, q.device), found, chosen, scale)
-    else:
-        scores = torch.where(found, 0.0, -torch.inf).expand(*shape[:2], -1, -1)
-    made = tpd_select(scores, chosen)
+    visible = found.sum(-1)
+    limit = row_limits(visible, chosen)
+    counts = torch.where(full_rows(visible, limit, chosen), FULL, limit).int().expand(*shape[:2], -1)
+    if bool((counts <= 0).all()):
+        return q.new_zeros(ops.selection_shape(q, k, chosen), dtype=torch.int32), counts.contiguous()
+    seen = blocks.key_visible(meaning, shape, tensors, scalars, q.device)
+    made = tpd_select(pooling.scores(q, k, v, seen, found, chosen, scale), chosen)
     return made.indices, made.counts
 
 
