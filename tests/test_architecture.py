@@ -25,7 +25,7 @@ LAYERS = (
     ("passes",),
     ("backend",),
     ("explain",),
-    ("testing", "demo", "commands"),
+    ("testing", "properties", "demo", "commands"),
     ("cli",),
 )
 # selection.Observed computes candidates on demand; config validates against the policies' names.

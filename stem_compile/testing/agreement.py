@@ -1,0 +1,72 @@
+"""Two runs that must select alike: the second computes what the first selected, and its own choice may differ by ties only.
+
+Rounding differs with the shapes of a run, so a block score next to another may swap places and change everything behind it. Forcing the selection keeps
+outputs comparable; the choice itself is compared by its scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from stem_compile.kernels import launch
+from stem_compile.selection import FULL, BlockSelection, Observed
+from stem_compile.testing.numerics import FACTOR
+from stem_compile.testing.subject import Force
+from stem_compile.testing.violation import Violation
+
+
+def forced(wanted: Sequence[torch.Tensor], what: str) -> Force:
+    """Computes ``wanted`` (bool [B, H, rows, key blocks], one an attention); Violation where the run's own selection differs by more than a tie."""
+
+    def force(index: int, seen: Observed) -> BlockSelection | None:
+        if index >= len(wanted):
+            raise Violation(f"{what}: {index + 1} selections instead of {len(wanted)}")
+        own, want = seen.selection.dense(seen.candidates), wanted[index]
+        if own.shape != want.shape:
+            raise Violation(f"{what}: attention {index} selects from {tuple(own.shape)} blocks instead of {tuple(want.shape)}")
+        if bool((own == want).all()):
+            return None
+        place = _beyond_a_tie(seen, own, want)
+        if place is not None:
+            b, h, r = place
+            lists = f"{_listed(own[b, h, r])} instead of {_listed(want[b, h, r])}"
+            raise Violation(f"{what}: attention {index} selects other blocks at (batch, head, query block) = {place}: {lists}")
+        return packed(want, seen)
+
+    return force
+
+
+def _listed(row: torch.Tensor) -> list[int]:
+    return [int(i) for i in row.nonzero()[:, 0]]
+
+
+def _beyond_a_tie(seen: Observed, own: torch.Tensor, want: torch.Tensor) -> tuple[int, ...] | None:
+    """First row that differs by more than blocks whose scores rounding cannot tell apart; None without one."""
+    q, k, v = seen.inputs
+    scores = launch.oam_scores(q, k, v, seen.tensors, seen.scalars, seen.mask, seen.scale, seen.spec)
+    # No score exceeds the product of the norms (Cauchy-Schwarz), which is what rounding is relative to.
+    largest = seen.scale * float(torch.linalg.vector_norm(q.double(), dim=-1).max() * torch.linalg.vector_norm(k.double(), dim=-1).max())
+    noise = FACTOR * torch.finfo(q.dtype).eps * largest
+    taken, left = own & ~want, want & ~own
+    best = scores.masked_fill(~taken, -torch.inf).amax(-1)
+    worst = scores.masked_fill(~left, torch.inf).amin(-1)
+    wrong = (taken.sum(-1) != left.sum(-1)) | ((best - worst > noise) & taken.any(-1))
+    return tuple(wrong.nonzero()[0].tolist()) if bool(wrong.any()) else None
+
+
+def packed(dense: torch.Tensor, like: Observed) -> BlockSelection:
+    """Block lists of a dense selection, in the shapes of the one observed."""
+    made = like.selection
+    columns, width = made.key_blocks, made.indices.shape[-1]
+    counts = dense.sum(-1)
+    every = (dense == like.candidates.expand(dense.shape)).all(-1)
+    order = torch.where(dense, torch.arange(columns, device=dense.device), columns).sort(-1).values[..., :width]
+    full = every & ((made.counts == FULL) | (counts > width))
+    return BlockSelection(order.clamp(max=columns - 1).int(), torch.where(full, FULL, counts).int(), made.block_q, made.block_k, columns)
+
+
+def dense_of(made: Sequence[Observed]) -> list[torch.Tensor]:
+    """What a run computed, one bool [B, H, rows, key blocks] an attention."""
+    return [seen.selection.dense(seen.candidates) for seen in made]

@@ -1,0 +1,81 @@
+"""``check_model`` and ``check_case``: the properties on anyone's model."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from stem_compile.config import StemConfig
+from stem_compile.testing import properties as catalogue
+from stem_compile.testing.case import Case
+from stem_compile.testing.report import Report
+from stem_compile.testing.search import Progress, attempt, search
+from stem_compile.testing.subject import Subject
+from stem_compile.testing.violation import Measure
+
+
+def check_model(
+    model: torch.nn.Module,
+    make_inputs: Any = None,
+    *,
+    options: Mapping[str, Any] | StemConfig | None = None,
+    properties: Sequence[str] | None = None,
+    max_examples: int | None = None,
+    expected: int | None = None,
+    text: torch.Tensor | None = None,
+    bounds: Mapping[str, float] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Report:
+    """Check that ``torch.compile(model, backend="stem", options=options)`` computes what it should, with examples drawn by Hypothesis.
+
+    make_inputs: a function (batch, length, seed) -> inputs, a Hypothesis strategy of inputs, or an example batch; inputs are a tensor, a tuple of
+    arguments, a dict of keyword arguments, or a pair of both, in [batch, length, ...] order. None derives them from a transformers config or from forward's
+    signature. options: of the backend; those not given are set small (``subject.SMALL``), so that short prompts are sparse. properties: names, None for
+    all; max_examples: of each property. expected: number of attentions that must be rewritten, None for all. text: token ids [1, N] for the fidelity
+    report; bounds: the most of its measures, such as {"nll change": 0.05}. seed: same seed, same examples. progress: told of every example.
+
+    Raises OptionError for wrong options, NoInputs when inputs cannot be derived, ValueError for an unknown property. Dynamo is reset before and after.
+    """
+    chosen = [catalogue.get(name) for name in properties] if properties is not None else list(catalogue.every())
+    subject = Subject(model, make_inputs, options, expected, text, bounds)
+    report = Report(_settings(subject, seed, make_inputs))
+    torch._dynamo.reset()
+    for module in chosen:
+        examples = min(module.EXAMPLES, max_examples) if max_examples is not None and module.EXAMPLES <= 2 else max_examples or module.EXAMPLES
+        report.results.append(search(subject, module, examples, seed, progress))
+    torch._dynamo.reset()
+    return report
+
+
+def check_case(
+    model: torch.nn.Module,
+    name: str,
+    case: Case,
+    *,
+    make_inputs: Any = None,
+    options: Mapping[str, Any] | StemConfig | None = None,
+    expected: int | None = None,
+) -> Measure:
+    """One property on one example, as a report prints it. Raises Violation when it does not hold."""
+    return attempt(Subject(model, make_inputs, options, expected), catalogue.get(name), case)
+
+
+def _settings(subject: Subject, seed: int, make_inputs: Any) -> dict[str, Any]:
+    config = getattr(subject.model, "config", None)
+    name = getattr(config, "name_or_path", "") or ""
+    return {
+        "model": type(subject.model).__name__ + (f" ({name})" if name else ""),
+        "parameters": sum(p.numel() for p in subject.model.parameters()),
+        "dtype": str(subject.dtype).removeprefix("torch."),
+        "device": str(subject.device),
+        "options": subject.options,
+        "inputs": subject.source.words,
+        "make_inputs": make_inputs is not None,
+        "seed": seed,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

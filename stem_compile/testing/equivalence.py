@@ -1,0 +1,106 @@
+"""``assert_equivalent``: one call for a unit test. Its failure names the first attention and position that diverge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stem_compile.config import StemConfig
+from stem_compile.sites import AttentionSite, module_path
+from stem_compile.testing import numerics
+from stem_compile.testing.case import Inputs
+from stem_compile.testing.oracle import Mismatch
+from stem_compile.testing.snippet import written
+from stem_compile.testing.subject import Run, Subject
+from stem_compile.testing.violation import Violation, named
+
+
+@dataclass(frozen=True)
+class _Compared:
+    run: Run
+    golden: torch.Tensor
+    allowed: float
+    own_taps: list[torch.Tensor]
+    golden_taps: list[torch.Tensor]
+
+
+def assert_equivalent(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | StemConfig | None = None, **kwargs: Any) -> None:
+    """Assert that ``model`` compiled with backend "stem" computes, for these arguments, what it should.
+
+    Without options: budget 1.0, so what the model itself computes. With a smaller budget: the model with dense attention under exactly the blocks that were
+    selected, so that the approximation is not called an error. Off from fp64 by at most a small factor of the model's own error in its dtype (see
+    ``numerics``), wherever ``attention_mask`` is not 0. Raises Violation (an AssertionError) naming the first attention and position that diverge, or why
+    nothing was rewritten.
+    """
+    given = dict(options) if isinstance(options, Mapping) else options
+    subject = Subject(model, make_inputs=lambda batch, length, seed: (args, kwargs), options={"budget": 1.0} if given is None else given)
+    mask = kwargs.get("attention_mask")
+    inputs = Inputs(args, kwargs, mask.bool() if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None)
+    torch._dynamo.reset()
+    try:
+        compared = _compare(subject, inputs)
+        found = numerics.gap(compared.run.output, compared.golden, compared.allowed, inputs.valid)
+        if not found.ok:
+            raise Violation("\n".join(_explained(subject, inputs, compared, found)), found)
+    finally:
+        torch._dynamo.reset()
+
+
+def _compare(subject: Subject, inputs: Inputs) -> _Compared:
+    run = subject.run(inputs)
+    if not run.made:
+        reasons = "".join(f"\n  {module_path(hit.node)}: {hit.words}" for hit in run.found)
+        raise Violation(f"no attention was rewritten, so there is nothing to compare{reasons or ': none was found'}")
+    try:
+        golden, golden_taps = subject.oracle.run(inputs, run.made, subject.config, exact=True)
+        own, own_taps = subject.oracle.run(inputs, run.made, subject.config, exact=False)
+    except Mismatch as error:
+        raise Violation(str(error)) from None
+    full = all(bool((m.selection.dense(m.candidates) == m.candidates).all()) for m in run.made)
+    if full:
+        # Nothing is left out: the model itself, uncompiled, is the better witness.
+        golden, own = subject.golden_of(inputs), subject.run_eager(inputs)
+    return _Compared(run, golden, numerics.budget(own, golden, subject.dtype, inputs.valid), own_taps, golden_taps)
+
+
+def _explained(subject: Subject, inputs: Inputs, compared: _Compared, found: numerics.Gap) -> list[str]:
+    """The failure, line by line."""
+    sites = [hit for hit in compared.run.found if isinstance(hit, AttentionSite)]
+    lines = ["the compiled model is not equivalent", f"  output: {found.words}, worst at {named(found.where)}", *_first(subject, inputs, compared, sites)]
+    options = ", ".join(f"{k}={v}" for k, v in subject.options.items())
+    return [*lines, f"  options: {options}", "  reproduce:", "", *("    " + line for line in written(subject, inputs, _fails(subject)).splitlines())]
+
+
+def _first(subject: Subject, inputs: Inputs, compared: _Compared, sites: list[AttentionSite]) -> list[str]:
+    seen = numerics.first_beyond(compared.run.output, compared.golden, compared.allowed, inputs.valid)
+    position = f"  first position: {named(seen)}" if seen else ""
+    rows = None if inputs.valid is None else inputs.valid[:, None]
+    for index, (made, site, own, golden) in enumerate(zip(compared.run.made, sites, compared.own_taps, compared.golden_taps)):
+        q, k, v = made.inputs
+        chosen = (made.selection.indices, made.selection.counts, list(made.tensors), list(made.scalars), made.mask, made.scale, made.spec, site.kernel)
+        out = torch.ops.stem.sparse_attention(q, k, v, *chosen)
+        valid = None if rows is None or rows.shape[-1] != out.shape[2] else rows.expand(out.shape[:3])
+        allowed = numerics.budget(own, golden, out.dtype, valid)
+        place = numerics.first_beyond(out, golden, allowed, valid)
+        if place is not None:
+            error = float(numerics.errors(out, golden)[place])
+            block = place[2] // made.selection.block_q
+            return [
+                f"  first attention: {module_path(site.node)} (number {index} of {len(sites)}, mask {site.words}, kernel {site.kernel!r})",
+                f"  first position there: {named(place)} (query block {block}): error {error:.2e}, budget {allowed:.2e}",
+            ]
+    return [position, "  every attention is right for the inputs it got: what differs is between them, in the graph or in the inner compiler"]
+
+
+def _fails(subject: Subject) -> Any:
+    def fails(inputs: Inputs) -> bool:
+        try:
+            compared = _compare(subject, inputs)
+        except Violation:
+            return True
+        return not numerics.gap(compared.run.output, compared.golden, compared.allowed, inputs.valid).ok
+
+    return fails

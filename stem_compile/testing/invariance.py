@@ -1,0 +1,21 @@
+"""What properties of invariance share: whether the model itself has the property, before its compiled form is held to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from stem_compile.testing import numerics
+from stem_compile.testing.case import Inputs
+from stem_compile.testing.subject import Subject
+from stem_compile.testing.violation import Inapplicable
+
+Cut = Callable[[torch.Tensor], torch.Tensor]
+
+
+def own_holds(subject: Subject, first: Inputs, second: Inputs, of_first: Cut, of_second: Cut, allowed: float) -> None:
+    """Inapplicable when the model itself, in fp64, gives different values for the parts of two inputs that are to be compared."""
+    found = numerics.gap(of_second(subject.golden_of(second)), of_first(subject.golden_of(first)), allowed)
+    if not found.ok:
+        raise Inapplicable(f"the model itself does not have this property ({found.words})")

@@ -1,0 +1,81 @@
+"""When two results are equal: an error budget measured on the model itself, never a tolerance picked by hand.
+
+The golden result is the model in fp64. The model in its own dtype is off from it by its rounding; a rewrite may be off by ``FACTOR`` times that, since
+it rounds in another order, plus ``ULPS`` units in the last place of the result's own size, where the model happens to be exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+FACTOR = 4.0
+"""Error allowed relative to the model's own: two orders of summation differ by less, a wrong key or scale by orders of magnitude."""
+ULPS = 8.0
+"""Floor, in units of the dtype's precision: a handful of roundings between equal inputs and the compared output."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The worst position. error, budget: root mean square over the last dimension; ratio: error over budget; where: indices of the position."""
+
+    error: float
+    budget: float
+    where: tuple[int, ...]
+
+    @property
+    def ratio(self) -> float:
+        return self.error / self.budget if self.budget else float("inf")
+
+    @property
+    def ok(self) -> bool:
+        return self.ratio <= 1
+
+    @property
+    def words(self) -> str:
+        """Both numbers and their ratio, for people."""
+        return f"error {self.error:.2e}, budget {self.budget:.2e} ({self.ratio:.3g} times the budget)"
+
+
+def errors(actual: torch.Tensor, golden: torch.Tensor) -> torch.Tensor:
+    """Root mean square of the difference over the last dimension, fp64; infinite where only ``actual`` is not finite."""
+    difference = (actual.double() - golden.double()).masked_fill(actual.double() == golden.double(), 0)
+    return difference.square().mean(-1).sqrt().nan_to_num(nan=torch.inf, posinf=torch.inf)
+
+
+def size(golden: torch.Tensor, valid: torch.Tensor | None = None) -> float:
+    """Root mean square of the positions that count."""
+    squares = golden.double().square().mean(-1).nan_to_num()
+    kept = squares[valid] if valid is not None and valid.shape == squares.shape else squares
+    return float(kept.mean().sqrt()) if kept.numel() else 0.0
+
+
+def budget(eager: torch.Tensor, golden: torch.Tensor, dtype: torch.dtype, valid: torch.Tensor | None = None) -> float:
+    """Allowed error of a position: from the model's own, at its worst position."""
+    own = errors(eager, golden)
+    own = own[valid] if valid is not None and valid.shape == own.shape else own
+    worst = float(own.nan_to_num(posinf=0.0).max()) if own.numel() else 0.0
+    return FACTOR * worst + ULPS * torch.finfo(dtype).eps * max(size(golden, valid), torch.finfo(torch.float32).tiny)
+
+
+def gap(actual: torch.Tensor, golden: torch.Tensor, allowed: float, valid: torch.Tensor | None = None) -> Gap:
+    """The worst position of ``actual`` against ``golden``. valid: bool, positions that count; None is all."""
+    found = errors(actual, golden)
+    if valid is not None and valid.shape == found.shape:
+        found = found.masked_fill(~valid, 0)
+    if not found.numel():
+        return Gap(0.0, allowed, ())
+    worst = int(found.argmax())
+    return Gap(float(found.flatten()[worst]), allowed, tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), found.shape)))
+
+
+def first_beyond(actual: torch.Tensor, golden: torch.Tensor, allowed: float, valid: torch.Tensor | None = None) -> tuple[int, ...] | None:
+    """Indices of the earliest position (smallest along the second dimension) whose error is beyond the budget."""
+    beyond = errors(actual, golden) > allowed
+    if valid is not None and valid.shape == beyond.shape:
+        beyond &= valid
+    places = beyond.nonzero()
+    if not len(places):
+        return None
+    return tuple(places[places[:, -1].argmin()].tolist())

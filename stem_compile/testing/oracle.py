@@ -1,0 +1,112 @@
+"""The oracle of a sparse run: the model's own graph with dense attention, restricted to exactly the blocks that were selected.
+
+It takes from the pipeline only which nodes are attentions. The mask is the tensor that the graph itself computes, not what was recovered from it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from stem_compile.config import StemConfig
+from stem_compile.passes import pipeline
+from stem_compile.selection import Observed
+from stem_compile.sites import AttentionSite
+from stem_compile.testing.case import Inputs
+from stem_compile.testing.exact import Exact, doubled
+from stem_compile.testing.traced import Traced, primary
+
+
+class Mismatch(AssertionError):
+    """The oracle met another number of attentions than selections were captured."""
+
+
+def restricted(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, scale: float, blocks: torch.Tensor | None, size: tuple[int, int]
+) -> torch.Tensor:
+    """Dense attention over the visible keys of ``blocks`` (bool [B, H, rows, columns] of ``size`` tokens; None is all); 0 where a row sees none."""
+    q_len, kv_len = q.shape[2], k.shape[2]
+    group = q.shape[1] // k.shape[1]
+    bias = mask if mask is not None and mask.is_floating_point() else None
+    seen = torch.ones(1, 1, q_len, kv_len, dtype=torch.bool, device=q.device)
+    if causal:
+        seen = seen.tril()
+    if bias is not None:
+        # Written out by hand, a hidden key has the dtype's lowest score.
+        seen = seen & (bias > torch.finfo(torch.float16).min)
+    elif mask is not None:
+        seen = seen & mask.bool()
+    if blocks is not None:
+        seen = seen & blocks.repeat_interleave(size[0], 2)[:, :, :q_len].repeat_interleave(size[1], 3)[..., :kv_len]
+    out = F.scaled_dot_product_attention(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), attn_mask=seen, scale=scale)
+    out = torch.where(seen.any(-1, keepdim=True), out, 0)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+class _Replay(fx.Interpreter):
+    """Runs a graph with its attentions answered by ``attend``."""
+
+    def __init__(self, module: fx.GraphModule, sites: dict[fx.Node, AttentionSite], attend: Callable[..., torch.Tensor]) -> None:
+        # A site's keys may be taken from before they were repeated: nothing is freed early.
+        super().__init__(module, garbage_collect_values=False)
+        self._sites, self._attend = sites, attend
+
+    def run_node(self, node: fx.Node) -> Any:
+        site = self._sites.get(node)
+        if site is None:
+            return super().run_node(node)
+        mask = None if site.mask_node is None else self.env[site.mask_node]
+        return self._attend(self.env[site.q], self.env[site.k], self.env[site.v], mask, site.is_causal, site.scale)
+
+
+class Oracle:
+    """Dense runs of traced graphs. One a trace: what is built for a graph answers to the oracle that built it."""
+
+    def __init__(self, traced: Traced) -> None:
+        self._traced = traced
+        self._next: Iterator[Any] = iter(())
+        self._taps: list[torch.Tensor] = []
+
+    def run(self, inputs: Inputs, made: Sequence[Observed] | None, config: StemConfig, exact: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """(output, each attention's output [B, H, q_len, dv]). made: the captured selections, None for all blocks; exact: in fp64. Raises Mismatch."""
+        self._taps, self._next = [], iter(made or ())
+        self._dense = made is None
+        build = functools.partial(self._build, config=config, exact=exact)
+        key = ("oracle", config, exact)
+        try:
+            result = self._traced.run(key, build, *inputs.args, **inputs.kwargs)
+        except Mismatch as error:
+            # fx adds the node and its stack to the message, which say nothing here.
+            raise Mismatch(str(error).splitlines()[0]) from None
+        if next(self._next, None) is not None:
+            raise Mismatch(f"{len(made or ())} selections were made for {len(self._taps)} attentions")
+        return primary(result), self._taps
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, scale: float) -> torch.Tensor:
+        blocks, size = None, (1, 1)
+        if not self._dense:
+            seen = next(self._next, None)
+            if seen is None:
+                raise Mismatch(f"a selection is missing for attention {len(self._taps)}")
+            blocks, size = seen.selection.dense(seen.candidates), (seen.selection.block_q, seen.selection.block_k)
+        out = restricted(q, k, v, mask, causal, scale, blocks, size)
+        self._taps.append(out)
+        return out
+
+    def _build(self, module: fx.GraphModule, examples: list[Any], config: StemConfig, exact: bool) -> Callable[..., Any]:
+        found = pipeline.analyze(module.graph, config)
+        sites = {hit.node: hit for hit in found if isinstance(hit, AttentionSite)}
+
+        def call(*args: Any) -> Any:
+            replay = _Replay(module, sites, self._attend)
+            if not exact:
+                return replay.run(*args)
+            with Exact():
+                return replay.run(*doubled(args))
+
+        return call

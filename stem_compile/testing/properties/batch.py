@@ -1,0 +1,51 @@
+"""Batch invariance: rows of a batch do not influence each other.
+
+A user's answer must not depend on who else is in the batch: a shared block list, the first row's lengths used for all, or a score normalised over the batch
+would make it so. Every row must equal the same row sent alone, its padding included, and select the same blocks (up to ties).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stem_compile.testing import numerics
+from stem_compile.testing.agreement import dense_of, forced
+from stem_compile.testing.case import Case
+from stem_compile.testing.invariance import own_holds
+from stem_compile.testing.subject import Subject
+from stem_compile.testing.violation import Inapplicable, Measure, require
+
+NAME = "batch-invariance"
+TITLE = "rows do not influence each other"
+ORDER = 6
+EXAMPLES = 8
+
+
+def cases(subject: Subject) -> Any:
+    from stem_compile.testing.lengths import sparse
+    from stem_compile.testing.strategies import cases as drawn
+
+    if "batch" not in subject.source.can:
+        raise Inapplicable("a drawn input has the batch size it has")
+    if subject.expected == 0:
+        raise Inapplicable("no attention is expected to be rewritten")
+    return drawn(subject.source, sparse(subject), batches=(2, 3), wide=False)
+
+
+def check(subject: Subject, case: Case) -> Measure:
+    inputs = subject.inputs(case)
+    run = subject.run(inputs)
+    dense, allowed, worst = dense_of(run.made), subject.budget(case), 0.0
+    for index in {0, case.batch - 1}:
+        row = inputs.row(index, case.batch)
+        valid = row.valid
+
+        own_holds(subject, inputs, row, lambda x, i=index, v=valid: _kept(x[i : i + 1], v), lambda x, v=valid: _kept(x, v), allowed)  # type: ignore[misc]
+        lone = subject.run(row, forced([d[index : index + 1] for d in dense], f"row {index} alone"))
+        found = numerics.gap(run.output[index : index + 1], lone.output, allowed, valid)
+        worst = max(worst, require(found, f"row {index} of {case.batch} differs from itself alone").worst)
+    return Measure(worst)
+
+
+def _kept(x: Any, valid: Any) -> Any:
+    return x if valid is None or valid.shape != x.shape[:2] else x[valid]

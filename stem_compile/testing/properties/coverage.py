@@ -1,0 +1,45 @@
+"""Coverage: the attentions that were rewritten are those expected, and nothing fell back silently.
+
+A model that stays dense is right and slow, so no other property would notice. Expected are all attentions that were found, or as many as the user states; a
+refusal that options or lengths ask for (``dense_layers``, ``fuel``, decoding, ``min_length``) is no fault. At run time, every rewritten attention must
+select.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stem_compile.backend import BENIGN
+from stem_compile.sites import AttentionSite, Reason, Rejected, module_path
+from stem_compile.testing.case import Case
+from stem_compile.testing.subject import Subject
+from stem_compile.testing.violation import Measure, Violation
+
+NAME = "coverage"
+TITLE = "the expected attentions are rewritten"
+ORDER = 3
+EXAMPLES = 4
+
+
+def cases(subject: Subject) -> Any:
+    from stem_compile.testing.lengths import sparse
+    from stem_compile.testing.strategies import cases as drawn
+
+    return drawn(subject.source, sparse(subject), wide=False)
+
+
+def check(subject: Subject, case: Case) -> Measure:
+    run = subject.run(case)
+    sites = [hit for hit in run.found if isinstance(hit, AttentionSite)]
+    asked = (*BENIGN, Reason.GRADIENT) if subject.options["min_length"] else tuple(r for r in BENIGN if r is not Reason.SHORT)
+    refused = [hit for hit in run.found if isinstance(hit, Rejected) and hit.reason not in asked]
+    expected = subject.expected
+    if expected is None and not run.found:
+        raise Violation("no attention was found: the model has none in its compiled graphs, or it is spelled in a way that is not recognised")
+    if (expected is None and refused) or (expected is not None and len(sites) != expected):
+        wanted = "all" if expected is None else expected
+        reasons = "".join(f"\n  {module_path(hit.node)}: {hit.words}" for hit in refused[:8])
+        raise Violation(f"{len(sites)} of {len(run.found)} attentions were rewritten, expected {wanted}{reasons}")
+    if len(run.made) != len(sites):
+        raise Violation(f"{len(sites)} attentions were rewritten and {len(run.made)} selected blocks when they ran")
+    return Measure(facts={"rewritten": len(sites), "found": len(run.found)})

@@ -1,0 +1,32 @@
+"""Dense equivalence: with ``budget=1.0`` the compiled model computes what the model itself computes.
+
+At full budget every visible block is computed, so nothing is approximated: recovered masks, scales, head maps, cached offsets and padding must be right, for
+every length and batch. Off from the model in fp64 by at most ``numerics.FACTOR`` times the model's own error in its dtype, at every position.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stem_compile.testing import numerics
+from stem_compile.testing.case import Case
+from stem_compile.testing.subject import Subject
+from stem_compile.testing.violation import Measure, require
+
+NAME = "dense-equivalence"
+TITLE = "budget 1.0 equals the model's own attention"
+ORDER = 1
+EXAMPLES = 12
+
+
+def cases(subject: Subject) -> Any:
+    from stem_compile.testing.lengths import dense
+    from stem_compile.testing.strategies import cases as drawn
+
+    return drawn(subject.source, dense(subject), wide=subject.wide)
+
+
+def check(subject: Subject, case: Case) -> Measure:
+    run = subject.run(case, budget=1.0)
+    found = numerics.gap(run.output, subject.golden(case), subject.budget(case), subject.inputs(case).valid)
+    return require(found, "the output at budget 1.0 is not the model's")

@@ -1,0 +1,62 @@
+"""Determinism: the same inputs give the same bits and the same blocks.
+
+Runs that differ cannot be debugged, and a difference that comes from uninitialised memory is a wrong answer waiting. Where the model itself is
+deterministic, two compiled runs must be equal bit by bit; on a CPU the second runs with uninitialised memory filled with NaN.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from stem_compile.testing import numerics
+from stem_compile.testing.agreement import dense_of
+from stem_compile.testing.case import Case
+from stem_compile.testing.subject import Subject
+from stem_compile.testing.violation import Inapplicable, Measure, Violation, named
+
+NAME = "determinism"
+TITLE = "equal inputs give equal bits and blocks"
+ORDER = 8
+EXAMPLES = 5
+
+
+def cases(subject: Subject) -> Any:
+    from stem_compile.testing.lengths import sparse
+    from stem_compile.testing.strategies import cases as drawn
+
+    return drawn(subject.source, sparse(subject), batches=(2,), wide=False)
+
+
+def check(subject: Subject, case: Case) -> Measure:
+    inputs = subject.inputs(case)
+    with torch.no_grad():
+        own = [numerics.errors(subject.run_eager(inputs), subject.eager(case)).max() for _ in range(2)]
+    if float(max(own)) > 0:
+        raise Inapplicable("the model itself gives different bits for equal inputs")
+    first = subject.run(case)
+    with _poisoned(subject.device):
+        second = subject.run(case)
+    for index, (a, b) in enumerate(zip(dense_of(first.made), dense_of(second.made))):
+        if not torch.equal(a, b):
+            place = (a != b).any(-1).nonzero()[0].tolist()
+            raise Violation(f"attention {index} selects other blocks in a second run, at (batch, head, query block) = {tuple(place)}")
+    found = numerics.gap(second.output, first.output, float(torch.finfo(torch.float64).tiny), inputs.valid)
+    if not found.ok:
+        raise Violation(f"a second run differs by {found.error:.2e} at {named(found.where)}", found)
+    return Measure()
+
+
+@contextlib.contextmanager
+def _poisoned(device: torch.device) -> Iterator[None]:
+    """Uninitialised memory holds NaN. Not on a GPU, where the switch would also choose other algorithms."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -1,0 +1,67 @@
+"""Kernel exactness: the compiled output equals the model with dense attention under exactly the blocks that were selected.
+
+The selections of the compiled run are captured and the model's own graph is run in fp64 with dense attention restricted to them. So a difference is a fault
+of a kernel (or of how it is called), never the approximation. The error budget is that of the same restricted run in the model's dtype. One attention an
+example is also computed with its queries scaled until scores reach ``PEAK``, where a softmax without its maximum overflows; models rarely reach that by
+themselves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from stem_compile.masks import decode
+from stem_compile.selection import Observed
+from stem_compile.sites import AttentionSite
+from stem_compile.testing import numerics
+from stem_compile.testing.case import Case
+from stem_compile.testing.oracle import Mismatch, restricted
+from stem_compile.testing.subject import Subject
+from stem_compile.testing.violation import Inapplicable, Measure, Violation, require
+
+NAME = "kernel-exactness"
+TITLE = "equals dense attention under the selected blocks"
+ORDER = 2
+EXAMPLES = 10
+PEAK = 200.0
+"""exp(200) overflows fp32, and exp(200 - max) does not."""
+
+
+def cases(subject: Subject) -> Any:
+    from stem_compile.testing.lengths import sparse
+    from stem_compile.testing.strategies import cases as drawn
+
+    return drawn(subject.source, sparse(subject), wide=False)
+
+
+def check(subject: Subject, case: Case) -> Measure:
+    run, inputs = subject.run(case), subject.inputs(case)
+    if not run.made:
+        raise Inapplicable("no attention was rewritten")
+    try:
+        golden, _ = subject.oracle.run(inputs, run.made, subject.config, exact=True)
+        own, _ = subject.oracle.run(inputs, run.made, subject.config, exact=False)
+    except Mismatch as error:
+        raise Violation(str(error)) from None
+    allowed = numerics.budget(own, golden, subject.dtype, inputs.valid)
+    measure = require(numerics.gap(run.output, golden, allowed, inputs.valid), "the output is not that of the selected blocks")
+    sites = [hit for hit in run.found if isinstance(hit, AttentionSite)]
+    index = case.seed % len(run.made)
+    stressed = _stressed(run.made[index], sites[index].kernel)
+    return Measure(max(measure.worst, stressed.worst), {"density": run.made[index].density})
+
+
+def _stressed(seen: Observed, kernel: str) -> Measure:
+    """The kernel alone, on scores that reach ``PEAK``."""
+    q, k, v = (x.detach() for x in seen.inputs)
+    group = q.shape[1] // k.shape[1]
+    peak = seen.scale * float((q.double() @ k.double().repeat_interleave(group, 1).transpose(-1, -2)).abs().max())
+    q = (q * (PEAK / max(peak, 1e-3))).to(q.dtype)
+    chosen, mask = seen.selection, decode(seen.mask).dense(seen.shape, seen.tensors, seen.scalars, q.device)
+    operands = (chosen.indices, chosen.counts, list(seen.tensors), list(seen.scalars), seen.mask, seen.scale, seen.spec, kernel)
+    out = torch.ops.stem.sparse_attention(q, k, v, *operands)
+    rest = (mask, False, seen.scale, chosen.dense(seen.candidates), (chosen.block_q, chosen.block_k))
+    golden, own = restricted(q.double(), k.double(), v.double(), *rest), restricted(q, k, v, *rest)
+    return require(numerics.gap(out, golden, numerics.budget(own, golden, q.dtype)), f"kernel {kernel!r} is off for scores up to {PEAK:g}")

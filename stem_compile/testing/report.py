@@ -1,0 +1,140 @@
+"""Report: what was checked, how often, how close, and a verdict that a stranger understands."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stem_compile.testing.case import Case
+from stem_compile.testing.numerics import Gap
+from stem_compile.testing.subject import brief
+from stem_compile.testing.violation import Violation
+
+MARKS = {"pass": "ok", "fail": "FAIL", "not applicable": "-"}
+
+
+@dataclass
+class Failure:
+    """message: what differs, where, by how much. case: the smallest example found, None where examples fail together.
+
+    needed: examples tried until one failed.
+    """
+
+    message: str
+    case: Case | None
+    needed: int
+    gap: Gap | None = None
+
+
+@dataclass
+class Result:
+    """One property. worst: largest error relative to its budget. facts: means over the examples. verdict: a key of ``MARKS``."""
+
+    name: str
+    title: str
+    verdict: str = "pass"
+    examples: int = 0
+    worst: float = 0.0
+    facts: dict[str, float] = field(default_factory=dict)
+    reason: str = ""
+    seconds: float = 0.0
+    failure: Failure | None = None
+
+    @property
+    def remark(self) -> str:
+        """What else a reader wants to know, in a line."""
+        if self.failure is not None:
+            return self.failure.message.splitlines()[0]
+        return self.reason if self.verdict == "not applicable" else ", ".join(f"{k} {v:.3g}" for k, v in self.facts.items())
+
+
+@dataclass
+class Report:
+    """Results of ``check_model``. ``print`` it; ``passed`` says it in a word; ``raise_for_failures()`` makes a test of it.
+
+    settings: model, dtype, device, options, seed, versions. model: the expression that gives the model in snippets.
+    """
+
+    settings: dict[str, Any]
+    results: list[Result] = field(default_factory=list)
+    model: str = "model"
+
+    @property
+    def failures(self) -> list[Result]:
+        return [r for r in self.results if r.verdict == "fail"]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every property that applies holds, and at least one does."""
+        return not self.failures and any(r.verdict == "pass" for r in self.results)
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        held = [r for r in self.results if r.verdict == "pass"]
+        skipped = [r for r in self.results if r.verdict == "not applicable"]
+        rest = f"; {len(skipped)} not applicable" if skipped else ""
+        if self.failures:
+            names = ", ".join(r.name for r in self.failures)
+            return f"FAIL: {names}. Do not use backend='stem' with this model until this is understood. {len(held)} other properties hold{rest}."
+        if not held:
+            return f"NOTHING CHECKED: no property applies{rest}."
+        return f"PASS: {len(held)} properties hold over {sum(r.examples for r in held)} examples{rest}."
+
+    def snippet(self, result: Result) -> str:
+        """Python that runs the failing example alone."""
+        assert result.failure is not None
+        options = brief(self.settings["options"])
+        if result.failure.case is None:
+            return f"check_model({self.model}, options={options!r}, properties=[{result.name!r}], seed={self.settings['seed']})"
+        made = ", make_inputs=make_inputs" if self.settings.get("make_inputs") else ""
+        head = "from stem_compile.testing import Case, check_case\n\n"
+        return f"{head}check_case(\n    {self.model},\n    {result.name!r},\n    {result.failure.case!r},\n    options={options!r}{made},\n)"
+
+    def __str__(self) -> str:
+        columns = ("property", "", "examples", "worst/budget", "what it says")
+        rows = [columns, *((r.name, MARKS[r.verdict], str(r.examples), f"{r.worst:.2f}" if r.worst else "-", r.title) for r in self.results)]
+        widths = [max(len(r[i]) for r in rows) for i in range(len(columns))]
+        lines = [self.headline, "", *("  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows), ""]
+        lines += [f"{r.name}: {r.remark}" for r in self.results if r.remark and r.verdict != "fail"]
+        return "\n".join([*lines, *self._failures(), "", self.verdict])
+
+    __repr__ = __str__
+
+    @property
+    def headline(self) -> str:
+        """What was checked."""
+        options = ", ".join(f"{k}={v}" for k, v in self.settings["options"].items())
+        return f"{self.settings['model']}, {self.settings['dtype']} on {self.settings['device']}, {options}, seed {self.settings['seed']}"
+
+    def _failures(self) -> list[str]:
+        lines: list[str] = []
+        for result in self.failures:
+            assert result.failure is not None
+            lines += ["", f"{result.name} does not hold ({result.title}):", f"  {result.failure.message}", f"  found at example {result.failure.needed}"]
+            lines += ["  reproduce the smallest one found:", "", *("    " + line for line in self.snippet(result).splitlines())]
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain data."""
+        results = []
+        for r in self.results:
+            plain = asdict(r)
+            if r.failure is not None:
+                plain["failure"] |= {"case": repr(r.failure.case), "snippet": self.snippet(r), "gap": asdict(r.failure.gap) if r.failure.gap else None}
+            results.append(plain)
+        return {"verdict": self.verdict, "passed": self.passed, "settings": self.settings, "results": results}
+
+    def write(self, path: str | Path) -> None:
+        """As JSON, or as a page of HTML for a path that ends in .html."""
+        from stem_compile.testing.html import page
+
+        path = Path(path)
+        path.write_text(page(self) if path.suffix == ".html" else json.dumps(self.to_dict(), indent=2, default=str) + "\n")
+
+    def raise_for_failures(self) -> None:
+        """Violation with the whole report when a property failed or none applies."""
+        if not self.passed:
+            raise Violation(f"\n{self}")

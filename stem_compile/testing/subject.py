@@ -1,0 +1,168 @@
+"""Subject: a model under test, run in the ways that properties compare: its own, in fp64, and compiled."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from stem_compile import backend
+from stem_compile.config import StemConfig
+from stem_compile.selection import BlockSelection, Observed, observe
+from stem_compile.sites import AttentionSite, Rejected
+from stem_compile.testing import numerics
+from stem_compile.testing.case import Case, Inputs
+from stem_compile.testing.exact import Exact, golden_copy
+from stem_compile.testing.inputs import Source, place_of, source_of
+from stem_compile.testing.oracle import Oracle
+from stem_compile.testing.traced import Traced, primary
+
+SMALL = {"budget": 0.5, "block_size": 64, "key_block_size": 32, "sink_blocks": 1, "local_blocks": 1, "min_length": 0, "inner": "eager"}
+"""What a check sets where the user says nothing: blocks small enough that short, quick prompts are sparse."""
+
+Force = Callable[[int, Observed], BlockSelection | None]
+"""(number of the attention in this call, what was selected) -> what to compute instead."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One compiled call. output: [batch, length, ...]; made: the selections, in order; found: every attention of the graphs that ran."""
+
+    output: torch.Tensor
+    made: list[Observed]
+    found: list[AttentionSite | Rejected]
+    result: Any
+
+
+def options_of(options: Mapping[str, Any] | StemConfig | None) -> dict[str, Any]:
+    """The options a check runs with: the user's, and ``SMALL`` where they say nothing. Raises OptionError."""
+    given = {f: getattr(options, f) for f in options.__dataclass_fields__} if isinstance(options, StemConfig) else dict(options or {})
+    # Key blocks that suit the user's query blocks, not ours.
+    small = {k: v for k, v in SMALL.items() if not (k == "key_block_size" and "block_size" in given)}
+    merged = small | given
+    StemConfig.from_options(merged)
+    return merged
+
+
+def brief(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options without those that ``options_of`` would add again."""
+    return {k: v for k, v in options.items() if k not in SMALL or SMALL[k] != v or (k == "key_block_size" and options["block_size"] != SMALL["block_size"])}
+
+
+class Subject:
+    """options: the backend's, merged with ``SMALL``. expected: sites that must be rewritten, None for all. text: token ids [1, N] for fidelity;
+    bounds: the most of each of its measures."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        make_inputs: Any = None,
+        options: Mapping[str, Any] | StemConfig | None = None,
+        expected: int | None = None,
+        text: torch.Tensor | None = None,
+        bounds: Mapping[str, float] | None = None,
+    ) -> None:
+        self.model = model.eval()
+        self.source: Source = source_of(model, make_inputs)
+        self.options = options_of(options)
+        self.config = StemConfig.from_options(self.options)
+        self.expected, self.text, self.bounds = expected, text, dict(bounds or {})
+        self.device, self.dtype = place_of(model)
+        self.traced = Traced(model)
+        self.oracle = Oracle(self.traced)
+        self._compiled: dict[Any, Any] = {}
+        self._ran: list[AttentionSite | Rejected] = []
+        self.inputs = functools.lru_cache(maxsize=64)(self.source.make)
+        self.eager = functools.lru_cache(maxsize=8)(self._eager)
+        self.golden = functools.lru_cache(maxsize=8)(self._golden)
+        self._twin = functools.cache(lambda: golden_copy(self.model))
+
+    @property
+    def wide(self) -> bool:
+        """Whether tracing is cheap enough to also try embeddings and explicit positions, each a graph of its own."""
+        return sum(p.numel() for p in self.model.parameters()) < 20_000_000
+
+    @property
+    def block(self) -> int:
+        """Tokens a query block."""
+        return self.config.block_size
+
+    @property
+    def key_block(self) -> int:
+        """Tokens a key block."""
+        return self.config.key_block_size or self.config.block_size
+
+    def _eager(self, case: Case) -> torch.Tensor:
+        return self.run_eager(self.inputs(case))
+
+    def run_eager(self, given: Inputs) -> torch.Tensor:
+        """The model's own output."""
+        with torch.no_grad():
+            return primary(self.model(*given.args, **given.kwargs))
+
+    def text_inputs(self) -> Inputs:
+        """The user's text."""
+        assert self.text is not None
+        return Inputs((), {"input_ids": self.text.to(self.device), "use_cache": False})
+
+    def _golden(self, case: Case) -> torch.Tensor:
+        return self.golden_of(self.inputs(case))
+
+    def golden_of(self, given: Inputs) -> torch.Tensor:
+        """The model's own output in fp64."""
+        raised = given.tensors(lambda x: x.double() if x.is_floating_point() else x)
+        with torch.no_grad(), Exact():
+            return primary(self._twin()(*raised.args, **raised.kwargs))
+
+    def budget(self, case: Case) -> float:
+        """Error a position of this case's output may have: see ``numerics``."""
+        return numerics.budget(self.eager(case), self.golden(case), self.dtype, self.inputs(case).valid)
+
+    def run(self, given: Case | Inputs, force: Force | None = None, **changes: Any) -> Run:
+        """The compiled model. changes: options other than the subject's own."""
+        inputs = self.inputs(given) if isinstance(given, Case) else given
+        options = self.options | changes
+        made: list[Observed] = []
+        ran: list[AttentionSite | Rejected] = []
+
+        def note(seen: Observed) -> BlockSelection | None:
+            made.append(seen)
+            return force(len(made) - 1, seen) if force else None
+
+        with observe(note), torch.no_grad():
+            result = self._call(options, ran, inputs)
+        return Run(primary(result), made, ran, result)
+
+    def _call(self, options: dict[str, Any], ran: list[AttentionSite | Rejected], inputs: Inputs) -> Any:
+        key = tuple(sorted(options.items(), key=lambda kv: kv[0]))
+        # What is built outlives this call, so it must not hold this call's list.
+        build = functools.partial(self._built, options=options, ran=lambda found: self._ran.extend(found))
+        self._ran = ran
+        if options["inner"] == "eager":
+            return self.traced.run(("stem", key), build, *inputs.args, **inputs.kwargs)
+        if key not in self._compiled:
+            self._compiled[key] = torch.compile(self.model, backend=build, dynamic=True)
+        with torch._dynamo.config.patch(recompile_limit=64):
+            return self._compiled[key](*inputs.args, **inputs.kwargs)
+
+    @staticmethod
+    def _built(module: fx.GraphModule, examples: list[Any], options: dict[str, Any], ran: Callable[[Any], None]) -> Callable[..., Any]:
+        """Backend "stem" under ``options``; the result tells ``ran`` which attentions it holds whenever it runs."""
+        found: list[AttentionSite | Rejected] = []
+        with backend.listen(lambda rewrite: found.extend(rewrite.found)):
+            compiled = backend.stem(module, examples, options=options)
+
+        def call(*args: Any) -> Any:
+            ran(found)
+            return compiled(*args)
+
+        return call
+
+    def forget(self) -> None:
+        """Rewrite anew at the next call; for tests that plant faults in the passes."""
+        self.traced.forget()
+        self._compiled.clear()
