@@ -37,8 +37,9 @@ class Run:
 class Problem:
     """One attention; its keys and values in the dtype that is computed in: [B, Hk, key blocks * block_k, width], zeros past ``kv_len``.
 
-    offset: keys before the first query, None when not causal. first: first block with a visible key, a batch row. bias: 0 or -inf a key,
-    [B, key blocks * block_k], None when all are visible. cut: per batch row, hidden keys before each block; only with a bias.
+    lse: [B, H, q_len] for the log-sum-exp of each query's scores. offset: keys before the first query, None when not causal. first: first
+    block with a visible key, a batch row. bias: 0 or -inf a key, [B, key blocks * block_k], None when all are visible. cut: per batch row,
+    hidden keys before each block; only with a bias. diagonals: biases of the causal term by their geometry.
     """
 
     q: torch.Tensor
@@ -52,6 +53,7 @@ class Problem:
     scale: float
     offset: int | None
     first: list[int]
+    lse: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     cut: list[list[int]] = field(default_factory=list)
     diagonals: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=dict)
@@ -89,24 +91,25 @@ def attend(p: Problem, run: Run) -> None:
     rows = len(run.rows)
     # [rows, heads, tokens, width]: heads beside tokens, so that calls on shared keys see one tall query.
     q = dense(p.q[run.batch, heads, tokens].unflatten(1, (rows, -1)).transpose(0, 1), p.keys.dtype, p.keys.shape[-1])
-    out = p.out[run.batch, heads, tokens].unflatten(1, (rows, -1)).transpose(0, 1)
     parts = list(_full(p, run, q) if run.count is None else _listed(p, run, q))
-    if parts:
-        out.copy_(_merge(parts)[..., : out.shape[-1]])
-    else:
-        out.zero_()
+    out, lse = _merge(parts) if parts else (q.new_zeros(()), q.new_full((), -torch.inf))
+    p.out[run.batch, heads, tokens].unflatten(1, (rows, -1)).transpose(0, 1).copy_(out[..., : p.out.shape[-1]] if parts else out)
+    if p.lse is not None:
+        p.lse[run.batch, heads, tokens].unflatten(1, (rows, -1)).transpose(0, 1).copy_(lse)
 
 
-def _merge(parts: list[Part]) -> torch.Tensor:
+def _merge(parts: list[Part]) -> Part:
     """Attention over the union of the parts' keys; 0 where none has a visible one."""
     if len(parts) == 1:
-        return parts[0][0]
-    # The softmax of nothing but -inf is NaN; such outputs are 0 already.
-    weights = torch.softmax(torch.stack([lse for _, lse in parts]), 0).nan_to_num_(0.0).unsqueeze(-1)
+        return parts[0]
+    every = torch.stack([lse for _, lse in parts])
+    lse = torch.logsumexp(every, 0)
+    # Where all are -inf the difference is NaN; such outputs are 0 already.
+    weights = every.sub_(lse).exp_().nan_to_num_(0.0).unsqueeze(-1)
     total = parts[0][0].mul_(weights[0])
     for weight, (out, _) in zip(weights[1:], parts[1:]):
         total.addcmul_(weight, out)
-    return total
+    return total, lse
 
 
 def _full(p: Problem, run: Run, q: torch.Tensor) -> Iterator[Part]:
@@ -138,7 +141,7 @@ def _shared(p: Problem, run: Run, q: torch.Tensor, start: int, end: int, diagona
     if p.bias is not None and p.cut[run.batch][-(-end // p.block_k)] > p.cut[run.batch][start // p.block_k]:
         hidden = p.bias[run.batch, None, None, None, start:end]
         bias = hidden if bias is None else bias + hidden
-        blind = _blind(bias)
+        blind = blind_to(bias)
     return _part(p, q, (1, 1, -1), keys, values, bias, blind)
 
 
@@ -151,7 +154,7 @@ def _window(p: Problem, run: Run, q: torch.Tensor) -> Part:
     bias, blind = _diagonal(p, run.rows.start * p.block_q, torch.Size((1, group, height)), start, start + size)
     if p.bias is not None:
         bias = bias + _sliding(p.bias[run.batch, :, None], start, rows, size, p.block_q).transpose(1, 2)[:, None]
-        blind = _blind(bias)
+        blind = blind_to(bias)
     return _part(p, q, (rows, 1, -1), keys, values, bias, blind)
 
 
@@ -169,21 +172,26 @@ def _gathered(p: Problem, run: Run, q: torch.Tensor) -> Part:
         late = _late(p, run.rows.start * p.block_q, rows * height, (listed.unsqueeze(-1) * p.block_k + torch.arange(p.block_k)).view(rows, group, 1, -1))
         bias = late.flatten(0, 1)[:, None] if bias is None else bias + late.flatten(0, 1)[:, None]
     shape = (rows * group, 1, -1, width)
-    return _part(p, q, shape[:3], keys.view(shape), values.view(shape), bias, None if bias is None else _blind(bias))
+    return _part(p, q, shape[:3], keys.view(shape), values.view(shape), bias, None if bias is None else blind_to(bias))
 
 
 def _part(
     p: Problem, q: torch.Tensor, shape: tuple[int, ...], keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, blind: torch.Tensor | None
 ) -> Part:
     """q: [rows, heads, tokens, width], seen as ``shape`` by the call. bias: 0 or -inf, broadcastable to the scores. blind: queries that see nothing."""
-    query = q.view(*shape, q.shape[-1])
-    if bias is not None:
-        bias = bias.expand(-1, 1, query.shape[2], -1)
-    out, lse = _flash(query, keys, values, 0.0, False, attn_mask=bias, scale=p.scale)
-    if blind is not None:
-        # The call reports 0 for them.
-        lse = lse.masked_fill(blind, -torch.inf)
+    out, lse = flash(q.view(*shape, q.shape[-1]), keys, values, p.scale, bias, blind)
     return out.reshape(q.shape), lse.reshape(q.shape[:-1])
+
+
+def flash(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, bias: torch.Tensor | None, blind: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(output, log-sum-exp) of [B, 1, tokens, width] against [B, 1, keys, width]; arguments as above."""
+    if bias is not None:
+        bias = bias.expand(-1, 1, q.shape[2], -1)
+    out, lse = _flash(q, keys, values, 0.0, False, attn_mask=bias, scale=scale)
+    # The call reports a log-sum-exp of 0 for a query that sees nothing.
+    return out, lse if blind is None else lse.masked_fill(blind, -torch.inf)
 
 
 def _diagonal(p: Problem, query: int, shape: torch.Size, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -193,7 +201,7 @@ def _diagonal(p: Problem, query: int, shape: torch.Size, start: int, end: int) -
         rows, group, height = shape
         late = _late(p, query, rows * height, torch.arange(start, end).expand(rows, 1, 1, -1))
         bias = late.expand(-1, group, -1, -1).reshape(1, 1, rows * group * height, -1)
-        blind = _blind(bias)
+        blind = blind_to(bias)
         p.diagonals[key] = bias, blind if bool(blind.any()) else None
     return p.diagonals[key]
 
@@ -207,7 +215,8 @@ def _late(p: Problem, query: int, tokens: int, position: torch.Tensor) -> torch.
     return torch.zeros(late.shape, dtype=p.keys.dtype).masked_fill_(late, -torch.inf)
 
 
-def _blind(bias: torch.Tensor) -> torch.Tensor:
+def blind_to(bias: torch.Tensor) -> torch.Tensor:
+    """Queries that a bias leaves no key."""
     return (bias == -torch.inf).all(-1)
 
 

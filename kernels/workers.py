@@ -46,6 +46,8 @@ def _pool(process: int, count: int, share: int) -> ThreadPoolExecutor:
     ready = threading.Barrier(count + 1)
 
     def start() -> None:
+        # A thread's first question for the number sets it to the default, whatever was set before.
+        torch.get_num_threads()
         torch.set_num_threads(share)
         ready.wait()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -9,9 +10,9 @@ import torch.nn.functional as F
 
 from stem_compile import blocks, ops, policies
 from stem_compile.kernels import pooling, workers
-from stem_compile.kernels.gather import Problem, Run, dense
+from stem_compile.kernels.gather import Problem, Run, dense, flash
 from stem_compile.kernels.gather import attend as attend_run
-from stem_compile.masks import Mask, decode
+from stem_compile.masks import Full, Mask, decode
 from stem_compile.selection import FULL, SelectionSpec, parse
 from stem_compile.tpd import full_rows, row_limits, tpd_select
 
@@ -57,17 +58,20 @@ def select(
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, counts: torch.Tensor,
     tensors: Tensors, scalars: Sequence[int], mask: str, scale: float, spec: str, kernel: str,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Softmax attention over the visible keys of the selected blocks; a row without any gives 0.
 
     q: [B, H, q_len, d]. k: [B, Hk, kv_len, d], v: [B, Hk, kv_len, dv]. indices, counts: as ``select`` returns. Result: ``ops.attention_output``.
+    lse: [B, H, q_len], receives the log-sum-exp of each row's visible scores, -inf without any.
     """
     chosen, meaning = parse(spec), decode(mask)
     out = ops.attention_output(q, v)
     if blocks.split(meaning)[2]:
-        _masked(q, k, v, indices, counts, tensors, scalars, meaning, scale, chosen, out)
+        _masked(q, k, v, indices, counts, tensors, scalars, meaning, scale, chosen, out, lse)
         return out
     problem = _problem(q, k, v, indices, tensors, scalars, meaning, scale, chosen, out)
+    problem.lse = lse
     runs = sorted(_runs(problem, counts, chosen), key=lambda run: run.count is not None)
     workers.run(lambda run: attend_run(problem, run), runs)
     return out
@@ -146,27 +150,34 @@ def _edges(p: Problem, counts: torch.Tensor, spec: SelectionSpec) -> tuple[torch
 
 def _masked(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, counts: torch.Tensor, tensors: Tensors, scalars: Sequence[int],
-    mask: Mask, scale: float, spec: SelectionSpec, out: torch.Tensor,
+    mask: Mask, scale: float, spec: SelectionSpec, out: torch.Tensor, lse: torch.Tensor | None,
 ) -> None:  # fmt: skip
     """Any mask: evaluated for one query row block at a time and gathered like the keys."""
     batch, heads, q_len, _ = q.shape
     group, kv_len = heads // k.shape[1], k.shape[2]
     shape = (batch, heads, q_len, kv_len)
-    columns = blocks.cdiv(kv_len, spec.block_k)
-    ragged = (0, columns * spec.block_k - kv_len)
-    keys, values = (F.pad(x, (0, 0, *ragged)).unflatten(2, (columns, spec.block_k)) for x in (k, v))
+    problem = _problem(q, k, v, indices, tensors, scalars, Full(), scale, spec, out)
+    keys, values = (x.unflatten(2, (-1, spec.block_k)) for x in (problem.keys, problem.values))
+    columns, width = keys.shape[2], keys.shape[-1]
     found = blocks.candidates(mask, shape, tensors, scalars, spec.block_q, spec.block_k, q.device).expand(batch, heads, -1, columns)
     lengths = counts.tolist()
-    for row, start in enumerate(range(0, q_len, spec.block_q)):
-        rows = slice(start, min(start + spec.block_q, q_len))
-        visible = F.pad(mask.dense(shape, tensors, scalars, q.device, rows).expand(batch, heads, -1, kv_len), ragged).unflatten(-1, (columns, spec.block_k))
-        for b in range(batch):
-            for h in range(heads):
-                count = lengths[b][h][row]
-                listed = found[b, h, row].nonzero()[:, 0] if count == FULL else indices[b, h, row, :count]
-                if not len(listed):
-                    out[b, h, rows] = 0
-                    continue
-                key, value = (x[b, h // group].index_select(0, listed).flatten(0, 1)[None, None] for x in (keys, values))
-                seen = visible[b, h].index_select(1, listed).flatten(1)[None, None]
-                out[b, h, rows] = F.scaled_dot_product_attention(q[b : b + 1, h : h + 1, rows], key, value, attn_mask=seen, scale=scale)[0, 0]
+
+    def attend_row(row: int) -> None:
+        rows = slice(row * spec.block_q, min((row + 1) * spec.block_q, q_len))
+        visible = mask.dense(shape, tensors, scalars, q.device, rows)
+        hidden = ~F.pad(visible.expand(-1, -1, rows.stop - rows.start, kv_len), (0, columns * spec.block_k - kv_len)).unflatten(-1, (columns, spec.block_k))
+        for b, h in itertools.product(range(batch), range(heads)):
+            count = lengths[b][h][row]
+            listed = found[b, h, row].nonzero()[:, 0] if count == FULL else indices[b, h, row, :count]
+            result, total = q.new_zeros(()), q.new_full((), -torch.inf)
+            if len(listed):
+                key, value = (x[b, h // group].index_select(0, listed).view(1, 1, -1, width) for x in (keys, values))
+                unseen = hidden[b % len(hidden), h % hidden.shape[1]].index_select(1, listed).flatten(1)
+                bias = torch.zeros(unseen.shape, dtype=keys.dtype).masked_fill_(unseen, -torch.inf)
+                result, total = flash(dense(q[None, None, b, h, rows], keys.dtype, width), key, value, scale, bias[None, None], unseen.all(-1))
+                result = result[0, 0, :, : v.shape[3]]
+            out[b, h, rows] = result
+            if lse is not None:
+                lse[b, h, rows] = total
+
+    workers.run(attend_row, range(counts.shape[2] - 1, -1, -1))

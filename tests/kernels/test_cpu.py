@@ -1,0 +1,295 @@
+"""The CPU target against the reference and the definitions: any shape, any selection, poisoned memory, several threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stem_compile import ops
+from stem_compile.blocks import cdiv
+from stem_compile.kernels import pooling, reference, workers
+from stem_compile.kernels.targets import cpu
+from stem_compile.masks import decode
+from stem_compile.selection import FULL, BlockSelection, SelectionSpec
+from tests.kernels.kernel_cases import CAUSAL, DOCUMENT, LAST_ROWS, MASKS, PADDED, SCALAR, WINDOW, Case, selection_gap
+
+FACTOR = 2.0
+"""Our error over that of SDPA in the same dtype on the same scores."""
+FLOOR = 2.0
+"""Ulps of the largest output granted where SDPA happens to be exact."""
+
+quick = settings(derandomize=True, max_examples=60)
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Memory that nobody wrote is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@st.composite
+def cases(draw: Any) -> Case:
+    mask = draw(st.sampled_from(MASKS))
+    q_len = draw(st.integers(1, 500))
+    extra = 0 if mask in (CAUSAL, WINDOW, DOCUMENT) else draw(st.integers(0, 200))
+    key_heads = draw(st.integers(1, 2))
+    return Case(
+        q_len=q_len, kv_len=q_len + extra, batch=draw(st.integers(1, 2)), heads=key_heads * draw(st.integers(1, 3)), key_heads=key_heads,
+        head_dim=draw(st.sampled_from([16, 40])), value_dim=draw(st.sampled_from([16, 24, 64])),
+        block_q=draw(st.sampled_from([32, 64])), block_k=draw(st.sampled_from([16, 32, 64])),
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])),
+        mask=mask, pad=draw(st.sampled_from(["left", "right", "holes"])), layout=draw(st.sampled_from(["bhnd", "bnhd", "sliced"])),
+        budget=draw(st.sampled_from([0.2, 0.5, 1.0])), pooling=draw(st.sampled_from(["mean", "max"])),
+        metric=draw(st.sampled_from(["paper", "released"])), stride=draw(st.sampled_from([8, 16])), seed=draw(st.integers(0, 99)),
+    )  # fmt: skip
+
+
+def any_lists(case: Case, chosen: BlockSelection, found: torch.Tensor) -> BlockSelection:
+    """Another selection from the same candidates: every row and head has its own length, forced blocks or not."""
+    generator = torch.Generator().manual_seed(case.seed)
+    keep = (torch.rand(*chosen.counts.shape, chosen.key_blocks, generator=generator) < 0.4) & found
+    counts = keep.sum(-1)
+    indices = torch.where(keep, torch.arange(chosen.key_blocks), chosen.key_blocks).sort(-1).values.clamp(max=chosen.key_blocks - 1)
+    counts = torch.where(torch.rand(counts.shape, generator=generator) < 0.2, FULL, counts)
+    return replace(chosen, indices=indices.int(), counts=counts.int())
+
+
+def sdpa_error(case: Case, data: dict[str, Any], chosen: BlockSelection, golden: torch.Tensor) -> float:
+    """SDPA's own error in the case's dtype, given the whole mask as a tensor."""
+    q, k, v = (data[x] for x in "qkv")
+    dense = chosen.dense(case.candidates(data["tensors"], data["scalars"]))
+    seen = decode(case.mask).dense(case.shape, data["tensors"], data["scalars"]).expand(case.shape)
+    computed = dense.repeat_interleave(case.block_q, 2)[:, :, : case.q_len].repeat_interleave(case.block_k, 3)[..., : case.kv_len]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen & computed, scale=case.head_dim**-0.5, enable_gqa=True)
+    return float((out.double() - golden).abs().max())
+
+
+def check_attention(case: Case, every_list: bool) -> None:
+    data = case.inputs()
+    extra = (data["tensors"], data["scalars"])
+    q, k, v = (data[x] for x in "qkv")
+    chosen, scale = case.random_selection(*extra), case.head_dim**-0.5
+    if every_list:
+        chosen = any_lists(case, chosen, case.candidates(*extra))
+    lse = torch.full(q.shape[:3], torch.nan, dtype=torch.float64)
+    out = cpu.attend(q, k, v, chosen.indices, chosen.counts, *extra, case.mask, scale, case.spec.text(), "", lse=lse)
+    golden = reference.sparse_attention(q.double(), k.double(), v.double(), chosen, decode(case.mask), *extra, scale)
+    like = ops.attention_output(q, v)
+    assert (out.shape, out.stride(), out.dtype) == (like.shape, like.stride(), q.dtype)
+    allowed = FACTOR * sdpa_error(case, data, chosen, golden) + FLOOR * torch.finfo(q.dtype).eps * float(golden.abs().max())
+    assert float((out.double() - golden).abs().max()) <= allowed
+    # exp(lse) is what the weights sum to: an attention over values of one must come back as one.
+    empty = golden.abs().sum(-1) == 0
+    assert (out[empty] == 0).all() and (lse[empty] == -torch.inf).all() and lse[~empty].isfinite().all()
+
+
+@quick
+@given(cases(), st.booleans())
+@example(Case(640, 640, 1, 6, 2, block_q=64, block_k=32, budget=0.5), False)
+@example(Case(640, 901, 2, 6, 2, block_q=64, block_k=64, budget=0.5, mask=PADDED, pad="left"), False)
+@example(Case(640, 640, 1, 2, 1, block_q=32, block_k=64, budget=0.3, dtype=torch.bfloat16), False)
+@example(Case(500, 500, 2, 2, 1, mask=WINDOW, block_q=64, block_k=32), True)
+@example(Case(300, 333, mask="True", block_q=64, block_k=32), True)
+@example(Case(150, 260, mask=SCALAR, block_q=64, block_k=32), True)
+@example(Case(1, 97, mask=LAST_ROWS, block_q=16, block_k=32), False)
+def test_attention_is_the_references(case: Case, every_list: bool) -> None:
+    check_attention(case, every_list)
+
+
+@pytest.mark.parametrize("blocks", [(128, 128), (128, 64), (128, 32), (64, 64), (64, 32), (64, 128)])
+@pytest.mark.parametrize("mask", [CAUSAL, PADDED])
+def test_real_block_sizes(blocks: tuple[int, int], mask: str) -> None:
+    check_attention(Case(1100, 1100, 1, 3, 1, 32, 32, *blocks, budget=0.4, mask=mask), every_list=False)
+
+
+@pytest.mark.parametrize("scale", [-0.4, 0.0, 3.0])
+def test_any_scale(scale: float) -> None:
+    case = Case(300, 300, block_q=64, block_k=32, budget=0.3, dtype=torch.float64)
+    data = case.inputs()
+    q, k, v = (data[x] for x in "qkv")
+    chosen = case.random_selection([], [])
+    out = cpu.attend(q, k, v, chosen.indices, chosen.counts, [], [], CAUSAL, scale, case.spec.text(), "")
+    torch.testing.assert_close(out, reference.sparse_attention(q, k, v, chosen, decode(CAUSAL), [], [], scale))
+
+
+def test_log_sum_exp() -> None:
+    case = Case(400, 460, 2, 4, 2, block_q=64, block_k=32, budget=0.4, dtype=torch.float64, mask=PADDED)
+    data = case.inputs()
+    extra = (data["tensors"], data["scalars"])
+    chosen = case.random_selection(*extra)
+    lse = torch.full(data["q"].shape[:3], torch.nan, dtype=torch.float64)
+    cpu.attend(data["q"], data["k"], data["v"], chosen.indices, chosen.counts, *extra, PADDED, 0.2, case.spec.text(), "", lse=lse)
+    computed = chosen.dense(case.candidates(*extra)).repeat_interleave(64, 2)[:, :, :400].repeat_interleave(32, 3)[..., :460]
+    seen = computed & decode(PADDED).dense(case.shape, *extra)
+    scores = data["q"] @ data["k"].repeat_interleave(2, 1).transpose(-1, -2) * 0.2
+    torch.testing.assert_close(lse, scores.masked_fill(~seen, -torch.inf).logsumexp(-1))
+
+
+def test_large_scores_do_not_overflow() -> None:
+    case = Case(400, 400, 1, 2, 1, block_q=64, block_k=32, budget=0.4)
+    data = case.inputs()
+    q, k, v = data["q"] * 40, data["k"] * 40, data["v"]
+    chosen = case.random_selection([], [])
+    out = cpu.attend(q, k, v, chosen.indices, chosen.counts, [], [], CAUSAL, 1.0, case.spec.text(), "")
+    golden = reference.sparse_attention(q.double(), k.double(), v.double(), chosen, decode(CAUSAL), [], [], 1.0)
+    torch.testing.assert_close(out.double(), golden, atol=0.05, rtol=0)
+
+
+@quick
+@given(cases())
+def test_runs_cover_every_row_once(case: Case) -> None:
+    if case.mask in (WINDOW, DOCUMENT):
+        return
+    data = case.inputs()
+    extra = (data["tensors"], data["scalars"])
+    chosen = case.random_selection(*extra)
+    out = ops.attention_output(data["q"], data["v"])
+    problem = cpu._problem(data["q"], data["k"], data["v"], chosen.indices, *extra, decode(case.mask), 1.0, case.spec, out)
+    times = torch.zeros(chosen.counts.shape, dtype=torch.int)
+    for run in cpu._runs(problem, chosen.counts, case.spec):
+        times[run.batch, run.heads.start : run.heads.stop, run.rows.start : run.rows.stop] += 1
+    assert (times == 1).all()
+
+
+def test_forced_blocks_are_not_gathered() -> None:
+    """What makes it fast: sinks and local blocks are views, heads of a group and neighbouring rows run together."""
+    spec = SelectionSpec(budget=0.3)
+    q, k, v = torch.randn(1, 3, 4096, 16), torch.randn(1, 1, 4096, 16), torch.randn(1, 1, 4096, 16)
+    indices, counts = cpu.select(q, k, v, [], [], CAUSAL, 0.25, spec.text(), "")
+    problem = cpu._problem(q, k, v, indices, [], [], decode(CAUSAL), 0.25, spec, ops.attention_output(q, v))
+    runs = list(cpu._runs(problem, counts, spec))
+    listed = [run for run in runs if run.count is not None]
+    assert {(run.prefix, run.window, len(run.heads)) for run in listed} == {(spec.sinks, spec.locals, 3)}
+    assert len(runs) < 0.7 * counts.shape[2]
+
+
+@quick
+@given(cases())
+@example(Case(400, 433, 2, 2, 2, 80, 32, 32, 32, mask=PADDED, pad="left", budget=0.3))
+@example(Case(700, 700, 2, 6, 2, block_q=64, block_k=32, budget=0.3, pooling="max"))
+@example(Case(700, 990, 2, 6, 2, block_q=64, block_k=32, budget=0.3, pooling="max", mask=PADDED, pad="holes"))
+@example(Case(5000, 5000, 1, 2, 1, 16, 16, budget=0.25))
+@example(Case(5000, 5000, 1, 2, 1, 16, 16, budget=0.25, pooling="max"))
+def test_selection_is_the_definitions(case: Case) -> None:
+    gap, counts = selection_gap(case, cpu)
+    assert counts
+    # Scores are fp32 whatever the inputs: only the order of sums differs.
+    assert gap < 1e-4
+
+
+@pytest.mark.parametrize("spec", [SelectionSpec(budget=1.0), SelectionSpec(policy="dense"), SelectionSpec()])
+def test_nothing_is_scored_where_every_row_is_full(spec: SelectionSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pooling, "scores", None)
+    case = Case(1000, 1100, 2, 4, 2, mask=PADDED)
+    data = case.inputs()
+    q, k, v = (data[x] for x in "qkv")
+    indices, counts = cpu.select(q, k, v, data["tensors"], data["scalars"], PADDED, 1.0, spec.text(), "")
+    found = case.candidates(data["tensors"], data["scalars"])
+    assert tuple(indices.shape) == ops.selection_shape(q, k, spec)
+    assert indices.dtype == counts.dtype == torch.int32
+    made = BlockSelection(indices, counts, 128, 128, cdiv(1100, 128))
+    assert torch.equal(made.dense(found), found.expand(2, 4, -1, -1))
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operator made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return out
+
+
+@pytest.mark.parametrize("mask", [CAUSAL, PADDED, WINDOW])
+@pytest.mark.parametrize("pool", ["mean", "max"])
+def test_memory_grows_linearly(mask: str, pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Modes are thread-local: run the pieces here.
+    monkeypatch.setattr(workers, "run", lambda work, pieces: [work(piece) for piece in pieces])
+    largest = []
+    for length in (2048, 4096):
+        case = Case(length, length, 1, 2, 1, 16, 16, 32, 32, mask=mask, budget=0.25, pooling=pool)
+        data = case.inputs()
+        q, k, v = (data[x] for x in "qkv")
+        with Largest() as made:
+            indices, counts = cpu.select(q, k, v, data["tensors"], data["scalars"], mask, 0.2, case.spec.text(), "")
+            cpu.attend(q, k, v, indices, counts, data["tensors"], data["scalars"], mask, 0.2, case.spec.text(), "")
+        largest.append(made.elements)
+    # Block scores are length^2 / block^2, times the cells of a row chunk under max pooling: below the inputs here.
+    assert largest[1] <= 2.1 * largest[0]
+    assert largest[1] < 4096 * 4096 / 8
+
+
+def test_threads_share_the_work_and_leave_no_trace() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        seen, lock, meet = [], threading.Lock(), threading.Barrier(3, timeout=30)
+
+        def work(piece: int) -> None:
+            if piece < 3:
+                meet.wait()
+            with lock:
+                seen.append((piece, threading.get_ident(), torch.get_num_threads(), torch.is_grad_enabled()))
+
+        workers.run(work, range(50))
+        assert sorted(piece for piece, *_ in seen) == list(range(50))
+        assert len({thread for _, thread, *_ in seen}) == 3
+        assert {tuple(rest) for _, _, *rest in seen} == {(1, False)}
+        assert torch.get_num_threads() == 3
+        made = []
+        thread = threading.Thread(target=lambda: made.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert made == [3]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_errors_reach_the_caller() -> None:
+    def work(piece: int) -> None:
+        raise ZeroDivisionError(piece)
+
+    with pytest.raises(ZeroDivisionError):
+        workers.run(work, range(5))
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_under_any_gradient_mode(mode: Any, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with mode():
+            case = Case(300, 300, block_q=64, block_k=32, budget=0.3)
+            data = case.inputs()
+            q, k, v = (data[x] for x in "qkv")
+            indices, counts = cpu.select(q, k, v, [], [], CAUSAL, 0.2, case.spec.text(), "")
+            out = cpu.attend(q, k, v, indices, counts, [], [], CAUSAL, 0.2, case.spec.text(), "")
+            assert out.isfinite().all() and not out.requires_grad
+            assert out.is_inference() == torch.is_inference_mode_enabled()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_names_need_no_data() -> None:
+    x = torch.empty(1, 2, 256, 64, dtype=torch.bfloat16, device="meta")
+    spec = SelectionSpec(block_k=64, pooling="max").text()
+    assert cpu.kernel_name(x, x, x, CAUSAL, spec) == "cpu gather bf16 128x64"
+    assert cpu.kernel_name(x, x, x, WINDOW, spec) == "cpu masked bf16 128x64"
+    assert cpu.select_name(x, x, x, CAUSAL, spec) == "cpu max 128x64"
+    assert cpu.kernel_name(x.to(torch.int8), x, x, CAUSAL, spec) == ops.REFERENCE
