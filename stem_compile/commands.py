@@ -147,6 +147,39 @@ def bench(
     Console().print(benchmark.table(f"{target}, {machine.describe(place)}", rows))
 
 
+@app.command()
+def check(
+    target: TargetArgument,
+    option: Options = None,
+    properties: Annotated[list[str] | None, typer.Option("--property", "-p", help="Property to check; may be repeated.", show_default="all")] = None,
+    examples: Annotated[int | None, typer.Option(help="Examples of each property.", show_default="its own number; 2 for large models", min=1)] = None,
+    expected: Annotated[int | None, typer.Option(help="Attentions that must be rewritten.", show_default="all")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text for the fidelity report.", show_default="random tokens")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the examples.")] = 0,
+    device: Device = "",
+    dtype: Dtype = "",
+    as_json: AsJson = False,
+    html: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
+) -> None:
+    """Property-test a model: is it the same as without the backend, and how far off at your budget? Exit status 3 when a property does not hold."""
+    from stem_compile.testing import command
+
+    place, precision = _place(device, dtype)
+    arguments = {"options": backend_options(option), "properties": properties or None, "max_examples": examples, "expected": expected, "seed": seed}
+    with _progress() as bar:
+        task = bar.add_task("loading", total=None)
+        report = command.check(
+            target, place, precision, text, lambda what, done, total: bar.update(task, description=what, completed=done, total=total), **arguments
+        )
+    if html is not None:
+        report.write(html)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2, default=str))
+    else:
+        command.show(report, Console())
+    raise typer.Exit(0 if report.passed else 3)
+
+
 def backend_options(pairs: list[str] | None) -> dict[str, Any]:
     """Options of the backend from NAME=VALUE texts. Raises Mendable for a wrong name or value, before anything is loaded."""
     from stem_compile.config import OptionError, StemConfig

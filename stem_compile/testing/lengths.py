@@ -6,6 +6,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from stem_compile import policies, symbolic
+from stem_compile.symbolic import BLOCKS, ROW
 from stem_compile.testing.subject import Subject
 from stem_compile.testing.violation import Inapplicable
 
@@ -16,21 +18,31 @@ def dense(subject: Subject) -> Any:
 
 
 def bounds(subject: Subject) -> tuple[int, int]:
-    """Shortest length with rows that must leave blocks out, and one a few query blocks longer. Raises Inapplicable."""
+    """Shortest length at which rows choose among blocks (beyond sinks and local ones), and one a few query blocks longer. Raises Inapplicable.
+
+    A model with too few positions gets the lengths at which rows leave blocks out at all.
+    """
+    spec, longest = subject.config.selection, subject.source.longest
+    forced = spec.sinks + spec.locals
+    leaves_out = max(forced * subject.key_block + 2 * subject.block, subject.config.shortest)
+    if subject.source.strategy is None and longest < leaves_out:
+        raise Inapplicable(f"blocks are left out from {leaves_out} tokens on, and the model has {longest} positions")
+    low = max(leaves_out, _choosing(subject, forced) * subject.key_block)
+    low = low if low <= longest else leaves_out
+    return low, min(low + 3 * subject.block, longest)
+
+
+def _choosing(subject: Subject, forced: int) -> int:
+    """Blocks from which on the last rows' budget is two more than what is forced."""
     spec = subject.config.selection
-    low = max((spec.sinks + spec.locals) * subject.key_block + 2 * subject.block, subject.config.shortest)
-    high = min(low + 4 * subject.block, subject.source.longest)
-    if subject.source.strategy is None and high < low:
-        raise Inapplicable(f"blocks are left out from {low} tokens on, and the model has {high} positions")
-    return low, high
+    policy = policies.get(spec.policy)
+    if not policy.SCORED or spec.budget == 1:
+        return 0
+    budget = policy.budget(spec)
+    # The row before the last: the last is whole.
+    return next((n for n in range(2, 2048) if forced + 2 <= symbolic.evaluate(budget, {ROW: n - 2, BLOCKS: n}) < n - 2), 0)
 
 
 def sparse(subject: Subject) -> Any:
     """Lengths at which rows leave blocks out, ragged ends included."""
     return st.integers(*bounds(subject))
-
-
-def whole(subject: Subject) -> Any:
-    """The same in whole query blocks."""
-    low, high = bounds(subject)
-    return st.integers(-(-low // subject.block), max(-(-low // subject.block), high // subject.block)).map(lambda n: n * subject.block)

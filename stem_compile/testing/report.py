@@ -54,12 +54,14 @@ class Result:
 class Report:
     """Results of ``check_model``. ``print`` it; ``passed`` says it in a word; ``raise_for_failures()`` makes a test of it.
 
-    settings: model, dtype, device, options, seed, versions. model: the expression that gives the model in snippets.
+    settings: model, dtype, device, options, seed, versions. model, imports: the expression that gives the
+    model in snippets, and what it needs.
     """
 
     settings: dict[str, Any]
     results: list[Result] = field(default_factory=list)
     model: str = "model"
+    imports: list[str] = field(default_factory=list)
 
     @property
     def failures(self) -> list[Result]:
@@ -87,10 +89,12 @@ class Report:
         """Python that runs the failing example alone."""
         assert result.failure is not None
         options = brief(self.settings["options"])
+        needs = "".join(f"{line}\n" for line in self.imports)
         if result.failure.case is None:
-            return f"check_model({self.model}, options={options!r}, properties=[{result.name!r}], seed={self.settings['seed']})"
+            call = f"check_model({self.model}, options={options!r}, properties=[{result.name!r}], seed={self.settings['seed']})"
+            return f"{needs}from stem_compile.testing import check_model\n\n{call}"
         made = ", make_inputs=make_inputs" if self.settings.get("make_inputs") else ""
-        head = "from stem_compile.testing import Case, check_case\n\n"
+        head = f"{needs}from stem_compile.testing import Case, check_case\n\n"
         return f"{head}check_case(\n    {self.model},\n    {result.name!r},\n    {result.failure.case!r},\n    options={options!r}{made},\n)"
 
     def __str__(self) -> str:
@@ -99,7 +103,7 @@ class Report:
         widths = [max(len(r[i]) for r in rows) for i in range(len(columns))]
         lines = [self.headline, "", *("  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows), ""]
         lines += [f"{r.name}: {r.remark}" for r in self.results if r.remark and r.verdict != "fail"]
-        return "\n".join([*lines, *self._failures(), "", self.verdict])
+        return "\n".join([*lines, *self.failure_lines(), "", self.verdict])
 
     __repr__ = __str__
 
@@ -109,7 +113,8 @@ class Report:
         options = ", ".join(f"{k}={v}" for k, v in self.settings["options"].items())
         return f"{self.settings['model']}, {self.settings['dtype']} on {self.settings['device']}, {options}, seed {self.settings['seed']}"
 
-    def _failures(self) -> list[str]:
+    def failure_lines(self) -> list[str]:
+        """What failed, with a snippet each."""
         lines: list[str] = []
         for result in self.failures:
             assert result.failure is not None

@@ -79,8 +79,8 @@ class _Search:
         raise Violation(violation.message, violation.gap)
 
 
-def search(subject: Subject, module: ModuleType, examples: int, seed: int, progress: Progress | None = None) -> Result:
-    """The result of one property on ``examples`` examples."""
+def search(subject: Subject, module: ModuleType, examples: int, seed: int, progress: Progress | None = None, shrink: bool = True) -> Result:
+    """The result of one property on ``examples`` examples. shrink: whether to look for a smaller one that fails."""
     import hypothesis
 
     begun = time.monotonic()
@@ -96,7 +96,7 @@ def search(subject: Subject, module: ModuleType, examples: int, seed: int, progr
         database=None,
         deadline=None,
         suppress_health_check=list(hypothesis.HealthCheck),
-        phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+        phases=[hypothesis.Phase.generate, *([hypothesis.Phase.shrink] if shrink else [])],
         report_multiple_bugs=False,
         print_blob=False,
     )

@@ -28,15 +28,10 @@ EXAMPLES = 8
 
 
 def cases(subject: Subject) -> Any:
-    from hypothesis import strategies as st
-
-    from stem_compile.testing.lengths import bounds
+    from stem_compile.testing.lengths import sparse
     from stem_compile.testing.strategies import cases as drawn
 
-    low, high = bounds(subject)
-    # Long enough for budgets above what sinks and local blocks take anyway.
-    lengths = st.integers(min(2 * low, high), min(2 * high, subject.source.longest))
-    return drawn(subject.source, lengths, pad_step=subject.block, wide=False)
+    return drawn(subject.source, sparse(subject), pad_step=subject.block, wide=False)
 
 
 def check(subject: Subject, case: Case) -> Measure:

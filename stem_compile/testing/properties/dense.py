@@ -16,7 +16,7 @@ from stem_compile.testing.violation import Measure, require
 NAME = "dense-equivalence"
 TITLE = "budget 1.0 equals the model's own attention"
 ORDER = 1
-EXAMPLES = 12
+EXAMPLES = 16
 
 
 def cases(subject: Subject) -> Any:

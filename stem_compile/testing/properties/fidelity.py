@@ -35,7 +35,8 @@ def cases(subject: Subject) -> Any:
 
 def check(subject: Subject, case: Case) -> Measure:
     given = subject.inputs(case) if subject.text is None else subject.text_inputs()
-    ids = given.kwargs.get("input_ids")
+    leaves = [x for x in (given.kwargs.get("input_ids"), *given.args) if isinstance(x, torch.Tensor) and x.dtype == torch.long and x.dim() == 2]
+    ids = leaves[0] if leaves else None
     dense = subject.run_eager(given)
     if ids is None or dense.dim() != 3 or dense.shape[1] != ids.shape[1] or dense.shape[2] <= int(ids.max()):
         raise Inapplicable("the output is no distribution over the next token")

@@ -1,0 +1,49 @@
+"""Models under test, tiny and with random weights: the default one, and one of each transformers type that runs offline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+TINY: dict[str, Any] = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": 64, "head_dim": 16,
+}  # fmt: skip
+
+
+def transformer(model_type: str, **overrides: Any) -> torch.nn.Module:
+    """A causal language model of a transformers type, the same weights every time."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **(TINY | overrides))
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()  # type: ignore[no-any-return]
+
+
+class Plain(torch.nn.Module):
+    """A causal attention without transformers: token ids [batch, length] -> logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(50, 64)
+        self.qkv = torch.nn.Linear(64, 192)
+        self.out = torch.nn.Linear(64, 50)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        q, k, v = (x.unflatten(-1, (4, 16)).transpose(1, 2) for x in self.qkv(self.embedding(tokens)).chunk(3, -1))
+        out: torch.Tensor = self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return out
+
+
+def plain() -> torch.nn.Module:
+    """``Plain`` with the same weights every time; also what the command line's tests name as their factory."""
+    torch.manual_seed(0)
+    return Plain().eval()
+
+
+def encoder() -> torch.nn.Module:
+    """torch.nn.TransformerEncoder, which is bidirectional."""
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(64, 4, 64, dropout=0.0, batch_first=True)
+    return torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()

@@ -1,0 +1,131 @@
+"""Where faults are planted: in what the passes decide, in what the CPU target is called with, in what it gives back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from stem_compile import masks, selection
+from stem_compile.blocks import candidates
+from stem_compile.kernels.targets import cpu
+from stem_compile.masks import And, Mask
+from stem_compile.passes import pipeline
+from stem_compile.selection import BlockSelection
+from stem_compile.sites import AttentionSite
+
+Patch = pytest.MonkeyPatch
+Call = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """name: the mistake in words. caught_by: name of a property. plant: makes it, with pytest's monkeypatch."""
+
+    name: str
+    caught_by: str
+    plant: Callable[[Patch], None]
+
+    @contextmanager
+    def planted(self) -> Iterator[None]:
+        """The fault is there inside the ``with``."""
+        with pytest.MonkeyPatch.context() as patch:
+            self.plant(patch)
+            yield
+
+
+FAULTS: list[Fault] = []
+
+
+def fault(name: str, caught_by: str) -> Callable[[Callable[[Patch], None]], None]:
+    """Enter the decorated plant into ``FAULTS``."""
+    return lambda plant: FAULTS.append(Fault(name, caught_by, plant))
+
+
+# -- where faults are planted ----------------------------------------------------------------------------------------------
+
+ATTEND = ("q", "k", "v", "indices", "counts", "tensors", "scalars", "mask", "scale", "spec", "kernel")
+SELECT = ("q", "k", "v", "tensors", "scalars", "mask", "scale", "spec", "kernel")
+
+
+def sites(patch: Patch, change: Callable[[AttentionSite], Any]) -> None:
+    """Change every attention after the masks are understood; a result replaces it."""
+    decide = pipeline.decide
+
+    def wrong(found: Any, config: Any) -> Any:
+        return [(change(hit) or hit) if isinstance(hit, AttentionSite) else hit for hit in decide(found, config)]
+
+    patch.setattr(pipeline, "decide", wrong)
+
+
+def terms(patch: Patch, change: Callable[[Mask], Mask]) -> None:
+    """Change every term of every recovered mask."""
+
+    def wrong(site: AttentionSite) -> None:
+        assert site.mask is not None
+        changed = [change(t) for t in (site.mask.terms if isinstance(site.mask, And) else (site.mask,))]
+        site.mask = changed[0]
+        for term in changed[1:]:
+            site.mask = site.mask & term
+
+    sites(patch, wrong)
+
+
+def attend(patch: Patch, **changes: Callable[[Call], Any]) -> None:
+    """The attention kernel gets other arguments than it was called with."""
+    right = cpu.attend
+    patch.setattr(cpu, "attend", lambda *args: right(*_changed(ATTEND, args, changes)))
+
+
+def select(patch: Patch, **changes: Callable[[Call], Any]) -> None:
+    """So does the selection."""
+    right = cpu.select
+    patch.setattr(cpu, "select", lambda *args: right(*_changed(SELECT, args, changes)))
+
+
+def _changed(names: tuple[str, ...], args: Any, changes: dict[str, Callable[[Call], Any]]) -> list[Any]:
+    call = dict(zip(names, args, strict=True))
+    return list((call | {name: change(call) for name, change in changes.items()}).values())
+
+
+def output(patch: Patch, change: Callable[[Call, torch.Tensor], torch.Tensor]) -> None:
+    """Change what the attention kernel wrote."""
+    right = cpu.attend
+    patch.setattr(cpu, "attend", lambda *args: change(dict(zip(ATTEND, args, strict=True)), right(*args)))
+
+
+def lists(patch: Patch, change: Callable[[Call, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Change the block lists that were made."""
+    right = cpu.select
+    patch.setattr(cpu, "select", lambda *args: change(dict(zip(SELECT, args, strict=True)), *right(*args)))
+
+
+def plain(patch: Patch, weights: Callable[[torch.Tensor, torch.Tensor, Call], torch.Tensor]) -> None:
+    """A kernel of ten lines in the target's place. weights: (scores, blocks computed [B, H, rows, columns], call) -> what multiplies the values."""
+
+    def kernel(*args: Any) -> torch.Tensor:
+        call = dict(zip(ATTEND, args, strict=True))
+        q, k, v = call["q"], call["k"], call["v"]
+        spec, meaning, shape = selection.parse(call["spec"]), masks.decode(call["mask"]), (*q.shape[:3], k.shape[2])
+        found = candidates(meaning, shape, call["tensors"], call["scalars"], spec.block_q, spec.block_k, q.device)
+        dense = BlockSelection(call["indices"], call["counts"], spec.block_q, spec.block_k, found.shape[-1]).dense(found)
+        keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        hidden = ~(expanded(dense, spec, shape) & meaning.dense(shape, call["tensors"], call["scalars"]))
+        return weights((q @ keys.transpose(-1, -2) * call["scale"]).masked_fill(hidden, -torch.inf), dense, call) @ values
+
+    patch.setattr(cpu, "attend", kernel)
+
+
+def expanded(dense: torch.Tensor, spec: selection.SelectionSpec, shape: tuple[int, int, int, int]) -> torch.Tensor:
+    """Blocks as tokens."""
+    return dense.repeat_interleave(spec.block_q, 2)[:, :, : shape[2]].repeat_interleave(spec.block_k, 3)[..., : shape[3]]
+
+
+def respecified(**changes: Any) -> Callable[[Call], str]:
+    """The selection's spec with other fields."""
+    return lambda call: dataclasses.replace(selection.parse(call["spec"]), **changes).text()
