@@ -13,9 +13,6 @@ from stem_compile.config import StemConfig
 from stem_compile.passes import normalize
 from stem_compile.sites import AttentionSite, Reason, Rejected, value
 
-DECODE_QUERIES = 16
-"""Fewer query rows than this behind a prefix are decoding, where selection has nothing to save."""
-
 
 def decide(found: list[AttentionSite | Rejected], config: StemConfig) -> list[AttentionSite | Rejected]:
     """Apply the user's options and the lengths. Comparing a symbolic length installs a guard: another length compiles anew, once."""
@@ -34,9 +31,7 @@ def decide(found: list[AttentionSite | Rejected], config: StemConfig) -> list[At
 def _decided(site: AttentionSite, config: StemConfig) -> AttentionSite | Rejected:
     if config.keeps_dense(site.index):
         return Rejected(site.node, Reason.DENSE_LAYER, f"attention {site.index}")
-    q_len, kv_len = value(site.q).shape[2], value(site.k).shape[2]
-    if q_len != kv_len and q_len < DECODE_QUERIES:
-        return Rejected(site.node, Reason.DECODE, f"{q_len} queries, {kv_len} keys")
+    kv_len = value(site.k).shape[2]
     if kv_len < config.shortest:
         return Rejected(site.node, Reason.SHORT, f"{kv_len} keys, min_length {config.shortest}")
     return site
@@ -45,8 +40,11 @@ def _decided(site: AttentionSite, config: StemConfig) -> AttentionSite | Rejecte
 def insert_selection(graph: fx.Graph, sites: list[AttentionSite], config: StemConfig) -> None:
     """Rewrite ``graph`` in place; ``site.node`` becomes the sparse_attention node."""
     spec = config.selection.text()
+    replaced: dict[fx.Node, fx.Node] = {}
     for site in sites:
         assert site.mask is not None
+        # An attention may read another one directly.
+        site.q, site.k, site.v = (replaced.get(n, n) for n in (site.q, site.k, site.v))
         mask = (site.tensors, site.scalars, masks.encode(site.mask))
         with graph.inserting_before(site.node):
             scores = call(graph, ops.OAM_SCORES, (site.q, site.k, site.v, *mask, site.scale, spec), site.node)
@@ -57,6 +55,7 @@ def insert_selection(graph: fx.Graph, sites: list[AttentionSite], config: StemCo
         site.node.replace_all_uses_with(attention)
         relax_views(attention)
         graph.erase_node(site.node)
+        replaced[site.node] = attention
         site.node = attention
 
 

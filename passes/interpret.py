@@ -163,7 +163,9 @@ class Interpreter:
     @staticmethod
     def _compare(name: str, a: Any, b: Any) -> Any:
         a, b = number(a), number(b)
-        # One canonical form: difference on the left, so equal predicates are equal expressions.
+        if name in ("eq", "ne") and isinstance(a, Where) and a.args[1:] == (1, 0) and b in (0, 1):
+            # A condition counted as a number and compared with one: the condition, or its opposite.
+            return a.args[0] if (name == "eq") == (b == 1) else sympy.Not(a.args[0])
         return _COMPARE[name](a, b)
 
     def _map(self, function: Callable[..., Any], *nodes: Any) -> SymTensor:

@@ -21,6 +21,8 @@ from stem_compile.passes.interpret import is_one
 from stem_compile.sites import AttentionSite, Reason, Rejected, value
 
 HEAD_DIMS = range(16, 257)
+DECODE_QUERIES = 16
+"""Fewer query rows than this behind a prefix are decoding, where selection has nothing to save."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -57,17 +59,20 @@ def _checked(hit: AttentionSite | Rejected) -> AttentionSite | Rejected:
     q, k, v = tensors
     if not (q.dtype == k.dtype == v.dtype and q.dtype in DTYPES):
         return Rejected(hit.node, Reason.DTYPE, ", ".join(str(t.dtype).removeprefix("torch.") for t in tensors))
-    if q.shape[-1] not in HEAD_DIMS or v.shape[-1] not in HEAD_DIMS:
+    if int(q.shape[-1]) not in HEAD_DIMS or int(v.shape[-1]) not in HEAD_DIMS:
         return Rejected(hit.node, Reason.HEAD_DIM, f"{q.shape[-1]} and {v.shape[-1]}")
     hit.k, hit.v = unrepeated(hit.k, hit.node), unrepeated(hit.v, hit.node)
     if value(hit.k).shape[1] != value(hit.v).shape[1]:
         hit.k, hit.v = _original(hit)
     q, k, v = value(hit.q), value(hit.k), value(hit.v)
-    if not isinstance(q.shape[1], int) or not isinstance(k.shape[1], int) or q.shape[1] % k.shape[1]:
+    # int() of a symbolic size specialises it: nobody serves one model with several head counts or head dims.
+    if int(q.shape[1]) % int(k.shape[1]):
         return Rejected(hit.node, Reason.SHAPE, f"{q.shape[1]} query heads over {k.shape[1]} key heads")
     # Comparing symbolic sizes installs guards: a cache's keys and values have lengths that Dynamo does not know to be equal.
     if not (q.shape[0] == k.shape[0] == v.shape[0] and q.shape[-1] == k.shape[-1] and k.shape[2] == v.shape[2]):
         return Rejected(hit.node, Reason.SHAPE, f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
+    if q.shape[2] != k.shape[2] and q.shape[2] < DECODE_QUERIES:
+        return Rejected(hit.node, Reason.DECODE, f"{q.shape[2]} queries, {k.shape[2]} keys")
     return hit
 
 

@@ -57,7 +57,7 @@ def run(module: fx.GraphModule, config: StemConfig) -> Rewrite:
         return result
     roots = [n for site in sites for n in site.node.all_input_nodes]
     insert_selection(graph, sites, config)
-    roots += [part for site in sites for part in site.node.all_input_nodes[3:5]]
+    roots += [part for site in sites for part in site.node.args[3:5] if isinstance(part, fx.Node)]
     if config.verify:
         verify.after_insert(graph, sites)
     lower(graph, sites)

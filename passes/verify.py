@@ -40,7 +40,8 @@ def after_lower(graph: fx.Graph, sites: list[AttentionSite]) -> None:
     """Every sparse attention has a kernel and is fed by one fused selection."""
     graph.lint()
     for site in sites:
-        selected = site.node.all_input_nodes[3].args[0]
+        listed = site.node.args[3]
+        selected = listed.args[0] if isinstance(listed, fx.Node) else None
         _require(bool(site.kernel) and site.node.args[-1] == site.kernel, f"{site.node.name} has no kernel")
         _require(isinstance(selected, fx.Node) and selected.target is ops.SELECT, f"{site.node.name} has no fused selection")
 

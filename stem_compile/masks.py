@@ -212,6 +212,8 @@ def predicate(expr: Any) -> Mask:
     expr = sympy.sympify(expr)
     if expr == sympy.true:
         return Full()
+    if isinstance(expr, sympy.Not):
+        expr = sympy.to_nnf(expr, simplify=False)
     if isinstance(expr, sympy.And):
         return functools.reduce(Mask.__and__, (predicate(a) for a in _ordered(expr.args)))
     if isinstance(expr, sympy.Or):
@@ -231,8 +233,12 @@ def _causal(expr: Any) -> Mask | None:
     if not isinstance(expr, sympy.Le | sympy.Lt | sympy.Ge | sympy.Gt):
         return None
     small, large = (expr.lts, expr.gts)
-    offset = sympy.expand(large - Q - (small - KV)) - (1 if isinstance(expr, sympy.Lt | sympy.Gt) else 0)
-    # kv <= q + offset, offset the same for every position
+    # factor * kv <= factor * q + offset, offset the same for every position
+    slack = sympy.expand(large - small) - (1 if isinstance(expr, sympy.Lt | sympy.Gt) else 0)
+    factor = slack.coeff(Q)
+    if not factor.is_Integer or factor < 1 or slack.coeff(KV) != -factor:
+        return None
+    offset = symbolic.FloorDiv(sympy.expand(slack - factor * Q + factor * KV), factor)
     if expr.has(KV) and expr.has(Q) and not offset.has(Q, KV, B, H) and not offset.atoms(sympy.Function):
         return Causal(int(offset) if offset.is_Integer else offset)
     return None

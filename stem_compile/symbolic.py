@@ -34,6 +34,10 @@ class FloorDiv(sympy.Function):  # type: ignore[misc]
             return sympy.Integer(int(a) // int(b))
         if b == 1:
             return a
+        quotient = sympy.expand(a / b) if b.is_Integer else a / b
+        # (2 q) // 2 is q: every coefficient divides.
+        if b.is_Integer and all(c.is_Integer for c in quotient.as_coefficients_dict().values()):
+            return quotient
         return None
 
     def _eval_is_integer(self) -> bool:

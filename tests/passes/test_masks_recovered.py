@@ -23,7 +23,7 @@ def _agrees(program: Program, dynamic: bool | None) -> AttentionSite | Rejected:
     return result.found[0]
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(programs())
 def test_recovered_masks_are_right(program: Program) -> None:
     hit = _agrees(program, dynamic=False)
@@ -33,7 +33,7 @@ def test_recovered_masks_are_right(program: Program) -> None:
     assert any(isinstance(t, Padding) for t in terms) == (program.padding != "absent")
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(programs())
 def test_recovered_masks_are_right_for_symbolic_sizes(program: Program) -> None:
     hit = _agrees(program, dynamic=True)
