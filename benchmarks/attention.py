@@ -107,7 +107,7 @@ class Problem:
         partial = (c + 1) * bk > r * bq + 1
 
         def lists(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return chosen.sum(-1).int(), chosen.int().argsort(-1, descending=True, stable=True).int()
+            return chosen.sum(-1).int(), torch.argsort(chosen.int(), dim=-1, descending=True, stable=True).int()
 
         cut, full = lists(self.blocks & partial), lists(self.blocks & ~partial)
         mask = BlockMask.from_kv_blocks(*cut, *full, BLOCK_SIZE=(bq, bk), mask_mod=lambda b, h, q, kv: kv <= q, seq_lengths=(self.n, self.n))
