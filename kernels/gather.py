@@ -180,7 +180,7 @@ def _part(
 ) -> Part:
     """q: [rows, heads, tokens, width], seen as ``shape`` by the call. bias: 0 or -inf, broadcastable to the scores. blind: queries that see nothing."""
     out, lse = flash(q.view(*shape, q.shape[-1]), keys, values, p.scale, bias, blind)
-    return out.reshape(q.shape), lse.reshape(q.shape[:-1])
+    return out.reshape(q.shape).to(lse.dtype), lse.reshape(q.shape[:-1])
 
 
 def flash(

@@ -1,7 +1,7 @@
-"""Block scores on CPUs: what ``oam.oam_scores`` defines, without copies of whole tensors and without the pairs a causal mask hides anyway.
+"""Selection on CPUs: what ``oam.oam_scores`` and ``tpd.tpd_select`` define, in pieces that stay in a core's cache.
 
-Every tensor is read once, in pieces that stay in a core's cache: converted, summed or multiplied there. The maximum over cells multiplies
-one chunk of query row blocks at a time with the keys it can see, and keeps one number a block pair.
+Keys and values are summarised once; then every piece of query row blocks of a head is scored and ranked on its own. No tensor is copied
+whole, no block score outlives its piece, and the maximum over cells multiplies only with the keys that the piece can see.
 """
 
 from __future__ import annotations
@@ -19,38 +19,115 @@ from stem_compile.selection import SelectionSpec
 
 PIECE = 2048
 """Tokens read at once: 512 KiB in fp32 at width 64."""
-TALL = 384
-"""Rows of a product of cells, all heads of a group together."""
-
-
-def scores(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None, candidates: torch.Tensor, spec: SelectionSpec, scale: float
-) -> torch.Tensor:
-    """As ``oam.oam_scores``: [B, H, query blocks, key blocks], fp32 (fp64 for fp64 inputs); -inf where ``candidates`` is False."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    pool = {"mean": _mean, "max": _max}[spec.pooling]
-    result = pool(q, k, visible, candidates, spec, dtype).mul_(scale)
-    norms = q.new_empty(v.shape[:3], dtype=dtype)
-    workers.run(lambda at: torch.linalg.vector_norm(_rows(v, at, dtype), dim=-1, out=norms[at]), _pieces(v, PIECE))
-    # The norm of a norm is itself: the definition does the rest.
-    magnitude = oam._value_term(norms.unsqueeze(-1), visible, spec, dtype).mul_(spec.beta)
-    result.unflatten(1, (k.shape[1], -1)).add_(magnitude[:, :, None, None])
-    return result.masked_fill_(~candidates, -torch.inf)
-
 
 At = tuple[int, int, slice]
 """(batch row, head, tokens)."""
 
 
+def ranked(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor | None,
+    candidates: torch.Tensor,
+    counts: torch.Tensor,
+    width: int,
+    spec: SelectionSpec,
+    scale: float,
+) -> torch.Tensor:
+    """Each row's ``counts`` best blocks, ascending: int32 [B, H, query blocks, width]. Ties go to the earlier block.
+
+    q: [B, H, q_len, d]. k: [B, Hk, kv_len, d], v: [B, Hk, kv_len, dv]. visible: bool [B or 1, kv_len] or None (all). candidates: bool
+    [B or 1, H or 1, query blocks, key blocks]. counts: its first three dimensions; rows with none or ``FULL`` are left as garbage.
+    """
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    keys = _Keys(k, v, visible, spec, dtype)
+    indices = q.new_zeros(q.shape[0], q.shape[1], *candidates.shape[2:3], width, dtype=torch.int32)
+    q_present = _present(q.shape[2], None, spec.block_q, keys.stride, dtype)[0]
+    group = q.shape[1] // k.shape[1]
+
+    def rank(at: At) -> None:
+        b, h, tokens = at
+        rows = slice(tokens.start // spec.block_q, cdiv(tokens.stop, spec.block_q))
+        kept, found = (x[b % len(x), h % x.shape[1], rows] for x in (counts, candidates))
+        # Blocks beyond all of the piece's rows' sight need no score.
+        reach = int((found.any(0) * torch.arange(1, found.shape[1] + 1)).max())
+        if int(kept.max()) <= 0:
+            return
+        queries = dense(q[at], dtype, q.shape[3], len(found) * spec.block_q).view(len(found), -1, keys.stride, q.shape[3])
+        scores = keys.scores(b, h // group, queries, q_present[rows], reach, scale)
+        indices[b, h, rows] = _best(scores, found[:, :reach], kept, width, spec)
+
+    pieces = list(_pieces(q, max(1, PIECE // spec.block_q) * spec.block_q))
+    # Late rows see most: the last piece to finish had better be a small one.
+    workers.run(rank, reversed(pieces))
+    return indices
+
+
+def _best(scores: torch.Tensor, found: torch.Tensor, counts: torch.Tensor, width: int, spec: SelectionSpec) -> torch.Tensor:
+    """Algorithm 1's choice, as ``tpd.tpd_select`` makes it: scores, found [rows, columns], counts [rows] -> int32 [rows, width]."""
+    columns = scores.shape[1]
+    place = found.cumsum(-1)
+    forced = found & ((place <= spec.sinks) | (place > place[:, -1:] - spec.locals))
+    scores = scores.masked_fill_(~found, -torch.inf).masked_fill_(forced, torch.inf)
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :width]
+    listed = torch.arange(order.shape[1]) < counts.unsqueeze(-1)
+    chosen = torch.where(listed, order, columns).sort(-1).values.clamp(max=columns - 1).int()
+    return F.pad(chosen, (0, width - chosen.shape[1]))
+
+
+class _Keys:
+    """What a score needs of keys and values: summaries (or reversed groups, for the maximum), presence and the value term."""
+
+    def __init__(self, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None, spec: SelectionSpec, dtype: torch.dtype) -> None:
+        self.stride = stride = min(spec.stride, spec.block_q, spec.block_k)
+        self.peak = spec.pooling == "max"
+        self.cells = spec.block_k // stride if self.peak else 1
+        groups = cdiv(k.shape[2], spec.block_k) * self.cells
+        # [B, Hk, groups, stride, d], the last key of a group first.
+        self.keys = k.new_empty(*k.shape[:2], groups, stride, k.shape[3], dtype=dtype)
+        norms = v.new_empty(v.shape[:3], dtype=dtype)
+
+        def summarise(at: At) -> None:
+            b, h, tokens = at
+            blocks = slice(tokens.start // spec.block_k, cdiv(tokens.stop, spec.block_k))
+            piece = dense(k[at], dtype, k.shape[3], (blocks.stop - blocks.start) * spec.block_k)
+            if visible is not None:
+                seen = visible[b % len(visible), tokens]
+                piece = piece.where(F.pad(seen, (0, len(piece) - len(seen)))[:, None], 0)
+            piece = piece.view(-1, spec.block_k // (stride * self.cells), stride, k.shape[3]).sum(1) if not self.peak else piece.view(-1, stride, k.shape[3])
+            self.keys[b, h, blocks.start * self.cells : blocks.stop * self.cells] = piece.flip(1)
+            torch.linalg.vector_norm(dense(v[at], dtype, v.shape[3]), dim=-1, out=norms[at])
+
+        workers.run(summarise, _pieces(k, max(1, PIECE // spec.block_k) * spec.block_k))
+        present = _present(k.shape[2], visible, spec.block_k, stride, dtype)
+        # [B or 1, groups, stride]: how many keys each entry sums.
+        self.present = (present.flatten(1, 2) if self.peak else present.sum(2)).flip(2)
+        # The norm of a norm is itself: the definition does the rest.
+        self.values = oam._value_term(norms.unsqueeze(-1), visible, spec, dtype) * spec.beta
+
+    def scores(self, b: int, h: int, queries: torch.Tensor, present: torch.Tensor, reach: int, scale: float) -> torch.Tensor:
+        """[rows, reach] of queries [rows, groups, stride, d], present [rows, groups, stride]: 1 for queries that exist."""
+        keys, count = self.keys[b, h, : reach * self.cells].flatten(1), self.present[b % len(self.present), : reach * self.cells]
+        if not self.peak:
+            pairs = present.sum(1) @ count.t()
+            pooled = (queries.sum(1).flatten(1) @ keys.t()).div_(pairs.clamp_(min=1))
+        else:
+            cells = queries.flatten(0, 1).flatten(1) @ keys.t()
+            pairs = present.flatten(0, 1) @ count.t()
+            if bool((pairs == self.stride).all()):
+                cells.div_(self.stride)
+            else:
+                cells.div_(pairs.clamp(min=1)).masked_fill_(pairs == 0, -torch.inf)
+            pooled = cells.view(len(queries), -1, reach * self.cells).amax(1).view(-1, reach, self.cells).amax(-1).nan_to_num_(neginf=0.0)
+        return pooled.mul_(scale).add_(self.values[b, h, :reach])
+
+
 def _pieces(x: torch.Tensor, tokens: int) -> Iterator[At]:
-    for b in range(x.shape[0]):
-        for h in range(x.shape[1]):
-            for start in range(0, x.shape[2], tokens):
+    for start in range(0, x.shape[2], tokens):
+        for b in range(x.shape[0]):
+            for h in range(x.shape[1]):
                 yield b, h, slice(start, min(start + tokens, x.shape[2]))
-
-
-def _rows(x: torch.Tensor, at: At, dtype: torch.dtype) -> torch.Tensor:
-    return dense(x[at], dtype, x.shape[3])
 
 
 def _present(length: int, visible: torch.Tensor | None, block: int, stride: int, dtype: torch.dtype) -> torch.Tensor:
@@ -58,75 +135,3 @@ def _present(length: int, visible: torch.Tensor | None, block: int, stride: int,
     present = torch.ones(1, length, dtype=dtype) if visible is None else visible.to(dtype)
     blocks = cdiv(length, block)
     return F.pad(present, (0, blocks * block - length)).view(-1, blocks, block // stride, stride)
-
-
-def _mean(q: torch.Tensor, k: torch.Tensor, visible: torch.Tensor | None, candidates: torch.Tensor, spec: SelectionSpec, dtype: torch.dtype) -> torch.Tensor:
-    stride = min(spec.stride, spec.block_q, spec.block_k)
-    q_sum = _group_sums(q, None, spec.block_q, stride, dtype).flatten(3)
-    k_sum = _group_sums(k, visible, spec.block_k, stride, dtype).flip(3).flatten(3)
-    q_count = _present(q.shape[2], None, spec.block_q, stride, dtype).sum(2)
-    k_count = _present(k.shape[2], visible, spec.block_k, stride, dtype).sum(2).flip(2)
-    pairs = (q_count @ k_count.transpose(1, 2)).clamp_(min=1)
-    return oam._grouped_product(q_sum, k_sum).div_(pairs[:, None])
-
-
-def _group_sums(x: torch.Tensor, visible: torch.Tensor | None, block: int, stride: int, dtype: torch.dtype) -> torch.Tensor:
-    """Sums over a block's groups of ``stride`` tokens: [B, heads, blocks, stride, width]; hidden tokens count as zero."""
-    blocks = cdiv(x.shape[2], block)
-    sums = x.new_empty(*x.shape[:2], blocks, stride, x.shape[3], dtype=dtype)
-
-    def add(at: At) -> None:
-        b, h, tokens = at
-        first, count = tokens.start // block, cdiv(tokens.stop - tokens.start, block)
-        piece = dense(x[at], dtype, x.shape[3], count * block)
-        if visible is not None:
-            seen = visible[b % len(visible), tokens]
-            if not bool(seen.all()):
-                piece = piece.where(F.pad(seen, (0, len(piece) - len(seen)))[:, None], 0)
-        torch.sum(piece.view(count, -1, stride, x.shape[3]), 1, out=sums[b, h, first : first + count])
-
-    workers.run(add, _pieces(x, max(1, PIECE // block) * block))
-    return sums
-
-
-def _max(q: torch.Tensor, k: torch.Tensor, visible: torch.Tensor | None, candidates: torch.Tensor, spec: SelectionSpec, dtype: torch.dtype) -> torch.Tensor:
-    stride = min(spec.stride, spec.block_q, spec.block_k)
-    rows, columns = candidates.shape[2:]
-    group, width = q.shape[1] // k.shape[1], stride * q.shape[3]
-    cells_q, cells_k = spec.block_q // stride, spec.block_k // stride
-    keys = _reversed_groups(k, visible, spec.block_k, stride, dtype)
-    q_present = _present(q.shape[2], None, spec.block_q, stride, dtype)[0]
-    k_present = _present(k.shape[2], visible, spec.block_k, stride, dtype).flip(3).flatten(1, 2)
-    whole = bool(q_present.all()) and bool(k_present.all())
-    peaks = q.new_zeros(q.shape[0], q.shape[1], rows, columns, dtype=dtype)
-    # Columns that any row of a batch row up to this one sees: what lies beyond is hidden whatever its score.
-    seen = (candidates.any(1) * torch.arange(1, columns + 1)).amax(-1).cummax(-1).values.expand(q.shape[0], -1).tolist()
-    step = max(1, TALL // (group * cells_q))
-
-    def peak(piece: tuple[int, int, range]) -> None:
-        b, h, some = piece
-        reach = seen[b][some[-1]]
-        if not reach:
-            return
-        heads = slice(h * group, (h + 1) * group)
-        tokens = slice(some.start * spec.block_q, some.stop * spec.block_q)
-        queries = dense(q[b, heads, tokens], dtype, q.shape[3], len(some) * spec.block_q).view(-1, width)
-        cells = queries @ keys[b, h, : reach * cells_k].t()
-        if not whole:
-            pairs = q_present[some.start : some.stop].flatten(0, 1) @ k_present[b % len(k_present), : reach * cells_k].t()
-            cells.view(group, -1, reach * cells_k).div_(pairs.clamp(min=1)).masked_fill_(pairs == 0, -torch.inf)
-        found = cells.view(group, len(some), cells_q, reach * cells_k).amax(2).unflatten(-1, (reach, cells_k)).amax(-1)
-        peaks[b, heads, some.start : some.stop, :reach] = found.div_(stride) if whole else found.nan_to_num_(neginf=0.0)
-
-    chunks = [range(start, min(start + step, rows)) for start in range(0, rows, step)]
-    # Heavy chunks first: the last ones decide when all threads are done.
-    workers.run(peak, [(b, h, some) for some in reversed(chunks) for b in range(q.shape[0]) for h in range(k.shape[1])])
-    return peaks
-
-
-def _reversed_groups(k: torch.Tensor, visible: torch.Tensor | None, block: int, stride: int, dtype: torch.dtype) -> torch.Tensor:
-    """Groups of ``stride`` keys, last key first: [B, Hk, key blocks * block / stride, stride * width]; hidden keys are zero."""
-    length = cdiv(k.shape[2], block) * block
-    made = k.new_zeros(*k.shape[:2], length // stride, stride, k.shape[3], dtype=dtype)
-    made.flatten(2, 3)[:, :, : k.shape[2]] = k if visible is None else k.where(visible[:, None, :, None], 0)
-    return made.flip(3).flatten(3)

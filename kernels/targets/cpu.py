@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -14,10 +15,11 @@ from stem_compile.kernels.gather import Problem, Run, dense, flash
 from stem_compile.kernels.gather import attend as attend_run
 from stem_compile.masks import Full, Mask, decode
 from stem_compile.selection import FULL, SelectionSpec, parse
-from stem_compile.tpd import full_rows, row_limits, tpd_select
+from stem_compile.tpd import full_rows, row_limits
 
 Tensors = Sequence[torch.Tensor]
 
+NATIVE = False
 TALL = 768
 """Queries from which PyTorch's flash attention takes its largest tile."""
 
@@ -45,14 +47,26 @@ def select(
     chosen, meaning = parse(spec), decode(mask)
     shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     found = blocks.candidates(meaning, shape, tensors, scalars, chosen.block_q, chosen.block_k, q.device)
-    visible = found.sum(-1)
-    limit = row_limits(visible, chosen)
-    counts = torch.where(full_rows(visible, limit, chosen), FULL, limit).int().expand(*shape[:2], -1)
-    if bool((counts <= 0).all()):
-        return q.new_zeros(ops.selection_shape(q, k, chosen), dtype=torch.int32), counts.contiguous()
-    seen = blocks.key_visible(meaning, shape, tensors, scalars, q.device)
-    made = tpd_select(pooling.scores(q, k, v, seen, found, chosen, scale), chosen)
-    return made.indices, made.counts
+    counts = _counts(found.sum(-1), chosen)
+    width = int(ops.selection_shape(q, k, chosen)[3])
+    if int(counts.max()) <= 0:
+        indices = q.new_zeros(*shape[:2], found.shape[2], width, dtype=torch.int32)
+    else:
+        seen = blocks.key_visible(meaning, shape, tensors, scalars, q.device)
+        indices = pooling.ranked(q, k, v, seen, found, counts, width, chosen, scale)
+    return indices, counts.expand(shape[0], shape[1], -1).contiguous()
+
+
+def _counts(visible: torch.Tensor, spec: SelectionSpec) -> torch.Tensor:
+    """Lengths of the lists, int32, for rows with ``visible`` candidates. The layers of a model share them."""
+    return _counts_of(visible.numpy().tobytes(), tuple(visible.shape), spec)
+
+
+@functools.lru_cache(maxsize=64)
+def _counts_of(visible: bytes, shape: tuple[int, ...], spec: SelectionSpec) -> torch.Tensor:
+    rows = torch.frombuffer(bytearray(visible), dtype=torch.int64).view(shape)
+    limit = row_limits(rows, spec)
+    return torch.where(full_rows(rows, limit, spec), FULL, limit).int()
 
 
 def attend(
@@ -82,7 +96,7 @@ def _problem(
     mask: Mask, scale: float, spec: SelectionSpec, out: torch.Tensor,
 ) -> Problem:  # fmt: skip
     shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = torch.promote_types(q.dtype, torch.float32) if not NATIVE else q.dtype
     width = max(k.shape[3], v.shape[3])
     columns = blocks.cdiv(shape[3], spec.block_k)
     keys, values = (dense(x, dtype, width, columns * spec.block_k) for x in (k, v))
