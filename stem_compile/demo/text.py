@@ -9,8 +9,7 @@ from stem_compile.demo.packages import Mendable
 
 KEY = "71432"
 NEEDLE = "\n\nThe pass key is {key}. Remember it: {key} is the pass key.\n\n"
-HEAD = "<|im_start|>user\nRead the following documentation.\n\n"
-QUESTION = "\n\nWhat is the pass key mentioned in the documentation?<|im_end|>\n<|im_start|>assistant\nThe pass key is "
+QUESTION = "\n\nWhat is the pass key? The pass key is "
 
 
 @dataclass(frozen=True)
@@ -31,12 +30,12 @@ def documentation() -> str:
 
 def prompt(tokenizer: Any, tokens: int, key: str = KEY, position: float = 0.5) -> Prompt:
     """A prompt of exactly ``tokens`` tokens with ``key`` hidden at ``position`` (0 start, 1 end). Raises Mendable for too few or too many."""
-    head, needle, question, answer = (tokenizer(part).input_ids for part in (HEAD, NEEDLE.format(key=key), QUESTION, key))
-    room = tokens - len(head) - len(needle) - len(question)
+    needle, question, answer = (tokenizer(part).input_ids for part in (NEEDLE.format(key=key), QUESTION, key))
+    room = tokens - len(needle) - len(question)
     if room < 128:
         raise Mendable(f"{tokens} tokens leave no room for a text; give at least {tokens - room + 128}")
     text = tokenizer(documentation()).input_ids
     if len(text) < room:
         raise Mendable(f"the documentation has {len(text)} tokens; ask for at most {tokens - room + len(text)}")
     before = int(room * position)
-    return Prompt([*head, *text[:before], *needle, *text[before:room], *question], answer, len(head) + before)
+    return Prompt([*text[:before], *needle, *text[before:room], *question], answer, before)
