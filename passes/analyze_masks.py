@@ -40,11 +40,17 @@ def _analyzed(site: AttentionSite, interpreter: Interpreter) -> AttentionSite | 
             return Rejected(site.node, Reason.SCORE_BIAS, str(error))
         return Rejected(site.node, Reason.MASK, str(error))
     terms = site.mask.terms if isinstance(site.mask, And) else (site.mask,)
-    if not any(isinstance(t, Causal) for t in terms):
+    if not any(isinstance(t, Causal) for t in terms) and not _orders_positions(site.mask):
         return Rejected(site.node, Reason.BIDIRECTIONAL, site.mask.words)
     if not all(isinstance(t, Causal | masks.Padding) for t in terms):
         return Rejected(site.node, Reason.MASK, site.mask.words)
     return site
+
+
+def _orders_positions(mask: Mask) -> bool:
+    """Whether queries are held against keys in a way that is not plainly causal, through runtime positions for example."""
+    loads = {a for a in mask.predicate.atoms(sympy.Function) if symbolic.load_index(a) is not None}
+    return Q in mask.predicate.free_symbols and (any(Q in load.free_symbols for load in loads) or KV in mask.predicate.free_symbols)
 
 
 def read_mask(site: AttentionSite, interpreter: Interpreter) -> Mask:

@@ -55,7 +55,8 @@ def run(module: fx.GraphModule, config: StemConfig) -> Rewrite:
     sites = result.sites
     if not sites:
         return result
-    roots = [n for site in sites for n in site.node.all_input_nodes]
+    replaced = {site.node for site in sites}
+    roots = [n for site in sites for n in site.node.all_input_nodes if n not in replaced]
     insert_selection(graph, sites, config)
     roots += [part for site in sites for part in site.node.args[3:5] if isinstance(part, fx.Node)]
     if config.verify:

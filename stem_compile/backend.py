@@ -43,7 +43,7 @@ class StemWarning(UserWarning):
 def stem(
     module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | StemConfig | None = None, mode: str | None = None
 ) -> Callable[..., Any]:
-    """Dynamo backend. options: fields of ``StemConfig``; mode: Inductor's ("reduce-overhead", "max-autotune", ...)."""
+    """Dynamo backend. options: fields of ``StemConfig``; mode: Inductor's, where no options are given."""
     try:
         config = StemConfig.from_options(options)
     except OptionError as error:
@@ -54,7 +54,7 @@ def stem(
     refused = [hit for hit in result.found if isinstance(hit, Rejected) and hit.reason not in BENIGN]
     if config.fallback == "error" and refused:
         raise StemError("not rewritten, and fallback='error':\n" + "\n".join(f"  {module_path(r.node)}: {r.words}" for r in refused))
-    compiled: Callable[..., Any] = _inner(module, example_inputs, config.inner, mode)
+    compiled: Callable[..., Any] = _inner(module, example_inputs, config.inner, mode or config.mode)
     return compiled
 
 

@@ -13,6 +13,7 @@ from stem_compile import policies
 from stem_compile.selection import SelectionSpec
 
 INNER = ("inductor", "aot_eager", "eager")
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 FALLBACK = ("dense", "error")
 METRICS = ("paper", "released")
 POOLINGS = ("mean", "max")
@@ -38,7 +39,8 @@ class StemConfig:
     dense_layers: that many first attentions of the model stay dense, or the indices of those that do.
     min_length: prompts with fewer keys stay dense; None lets the policy decide. prompt_length: tokens of the whole prompt when it is
     prefilled in chunks, so that chunks select as one shot would; None is the length of each call.
-    inner: the backend that gets the rewritten graph. fallback: "dense" leaves an attention that cannot be rewritten as it is, "error" raises.
+    inner: the backend that gets the rewritten graph. mode: Inductor's mode ("reduce-overhead", "max-autotune", ...), since torch.compile
+    takes either ``mode=`` or ``options=``. fallback: "dense" leaves an attention that cannot be rewritten as it is, "error" raises.
     fuel: rewrite only the first ``fuel`` attentions, to bisect a wrong answer; None is all. verify: check every pass's result (slow).
     """
 
@@ -57,6 +59,7 @@ class StemConfig:
     min_length: int | None = None
     prompt_length: int | None = None
     inner: str = "inductor"
+    mode: str | None = None
     fallback: str = "dense"
     fuel: int | None = None
     verify: bool = False
@@ -69,6 +72,8 @@ class StemConfig:
         _one_of("pooling", self.pooling, POOLINGS)
         _one_of("inner", self.inner, INNER)
         _one_of("fallback", self.fallback, FALLBACK)
+        if self.mode is not None:
+            _one_of("mode", self.mode, MODES)
         _one_of("block_size", self.block_size, QUERY_BLOCKS)
         if self.key_block_size is not None:
             _one_of("key_block_size", self.key_block_size, KEY_BLOCKS)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from stem_compile import policies, selection
+from stem_compile import selection, tpd
 from stem_compile.blocks import cdiv
 
 LIBRARY = torch.library.Library("stem", "DEF")
@@ -43,12 +43,7 @@ def attention_output(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 def selection_shape(q: torch.Tensor, k: torch.Tensor, spec: selection.SelectionSpec) -> tuple[Any, Any, Any, Any]:
     """Shape of ``indices``: (B, H, query blocks, width); of ``counts`` without its last number."""
-    return q.shape[0], q.shape[1], cdiv(q.shape[2], spec.block_q), list_width(spec, cdiv(k.shape[2], spec.block_k))
-
-
-def list_width(spec: selection.SelectionSpec, key_blocks: Any) -> Any:
-    """Longest list a row can have: int, or SymInt for a symbolic number of key blocks."""
-    return torch.sym_min(policies.get(spec.policy).width(spec, key_blocks), key_blocks)
+    return q.shape[0], q.shape[1], cdiv(q.shape[2], spec.block_q), tpd.list_width(spec, cdiv(k.shape[2], spec.block_k))
 
 
 def _fake(name: str) -> Any:
@@ -92,5 +87,5 @@ def _(
 
 def _lists(like: torch.Tensor, blocks: Any, spec: selection.SelectionSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Empty (indices, counts) for ``blocks`` = (B, H, query blocks, key blocks)."""
-    shape = (*blocks[:3], list_width(spec, blocks[3]))
+    shape = (*blocks[:3], tpd.list_width(spec, blocks[3]))
     return like.new_empty(shape, dtype=torch.int32), like.new_empty(shape[:3], dtype=torch.int32)

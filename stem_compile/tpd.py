@@ -6,12 +6,20 @@ shrink budgets by themselves. Ties go to the earlier block: the selection is a p
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from stem_compile import policies, symbolic
 from stem_compile.blocks import cdiv
 from stem_compile.selection import FULL, BlockSelection, SelectionSpec
 from stem_compile.symbolic import BLOCKS, ROW
+
+
+def list_width(spec: SelectionSpec, key_blocks: Any) -> Any:
+    """Longest list a row can have: int, or SymInt for a symbolic number of key blocks. A chunk's rows have the whole prompt's budget."""
+    total = torch.sym_max(key_blocks, cdiv(spec.prompt_length, spec.block_k))
+    return torch.sym_min(policies.get(spec.policy).width(spec, total), key_blocks)
 
 
 def everything(spec: SelectionSpec) -> bool:
@@ -22,8 +30,7 @@ def everything(spec: SelectionSpec) -> bool:
 def tpd_select(scores: torch.Tensor, spec: SelectionSpec) -> BlockSelection:
     """scores: [B, H, rows, key blocks], -inf where a block holds no visible key. Budgets are exact integer arithmetic (int64)."""
     columns = scores.shape[-1]
-    policy = policies.get(spec.policy)
-    width = min(int(policy.width(spec, columns)), columns)
+    width = int(list_width(spec, columns))
     candidate = scores > -torch.inf
     visible = candidate.sum(-1)
     limit = row_limits(visible, spec)

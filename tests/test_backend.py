@@ -1,0 +1,125 @@
+"""The backend as users meet it: failures leave the graph as it was, fallback="error" names the site, graphs without attention pass untouched."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from stem_compile import backend
+from stem_compile.backend import StemError, StemWarning
+from stem_compile.passes import pipeline
+from stem_compile.sites import Reason, Rejected
+
+OPTIONS: dict[str, Any] = {"min_length": 0, "budget": 1.0, "inner": "eager"}
+
+
+class Block(torch.nn.Module):
+    """A plain module with one attention."""
+
+    def __init__(self, causal: bool = True) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Linear(32, 96)
+        self.causal = causal
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, 16).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).reshape(x.shape)
+
+
+X = torch.randn(2, 100, 32, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_plain_module_is_rewritten() -> None:
+    model, made = Block(), []
+    with torch.no_grad(), backend.listen(made.append):
+        out = torch.compile(model, backend="stem", options=OPTIONS, fullgraph=True)(X)
+        torch.testing.assert_close(out, model(X), rtol=1e-4, atol=1e-5)
+    assert len(made[0].sites) == 1
+
+
+def test_training_goes_on_dense() -> None:
+    model, made = Block(), []
+    with backend.listen(made.append):
+        torch.compile(model, backend="stem", options=OPTIONS, fullgraph=True)(X).sum().backward()
+    assert [h.reason for h in made[0].found] == [Reason.GRADIENT]
+    assert model.qkv.weight.grad is not None
+
+
+@pytest.mark.parametrize("step", ["match", "analyze_masks", "insert_selection", "lower", "cleanup"])
+def test_our_own_failure_leaves_the_graph_as_it_was(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(pipeline, step, broken)
+    model, made = Block(), []
+    with torch.no_grad(), backend.listen(made.append), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        out = torch.compile(model, backend="stem", options=OPTIONS, fullgraph=True)(X)
+        assert torch.equal(out, model(X))
+    told = [w for w in caught if issubclass(w.category, StemWarning)]
+    assert len(told) == 1
+    assert "planted" in str(told[0].message)
+    assert [h.reason for h in made[0].found] == [Reason.INTERNAL]
+    assert not [n for n in made[0].module.graph.nodes if "stem" in str(n.target)]
+
+
+def test_fallback_error_names_the_site_and_the_way_out() -> None:
+    with torch.no_grad(), pytest.raises(StemError, match=r"no causal mask.*budgets"):
+        torch.compile(Block(causal=False), backend="stem", options={**OPTIONS, "fallback": "error"})(X)
+
+
+def test_fallback_error_lets_pass_what_was_asked_for() -> None:
+    with torch.no_grad():
+        torch.compile(Block(), backend="stem", options={**OPTIONS, "fallback": "error", "min_length": 1000})(X)
+
+
+def test_a_graph_without_attention_is_untouched() -> None:
+    made: list[Any] = []
+    linear = torch.nn.Linear(32, 4)
+    with backend.listen(made.append):
+        out = torch.compile(linear, backend="stem", options={"inner": "eager"})(X)
+    assert torch.equal(out, linear(X))
+    assert made[0].found == []
+    assert not made[0].changed
+
+
+def test_a_rejected_attention_is_bitwise_what_it_was() -> None:
+    model, made = Block(causal=False), []
+    with torch.no_grad(), backend.listen(made.append):
+        assert torch.equal(torch.compile(model, backend="stem", options=OPTIONS)(X), model(X))
+    assert isinstance(made[0].found[0], Rejected)
+
+
+def test_fuel_bisects() -> None:
+    model = torch.nn.Sequential(Block(), Block(), Block())
+    for fuel in range(4):
+        torch._dynamo.reset()
+        made: list[Any] = []
+        with torch.no_grad(), backend.listen(made.append):
+            torch.compile(model, backend="stem", options={**OPTIONS, "fuel": fuel})(X)
+        assert len(made[0].sites) == fuel
+
+
+def test_views_behind_an_attention_keep_working() -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(x, x, x, is_causal=True).view(-1)
+
+    x = torch.randn(1, 2, 50, 16)
+    torch.testing.assert_close(torch.compile(model, backend="stem", options=OPTIONS)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_mode_reaches_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import compile_fx
+
+    seen: list[Any] = []
+    monkeypatch.setattr(compile_fx, "compile_fx", lambda module, inputs, config_patches=None: seen.append(config_patches) or module.forward)
+    with torch.no_grad():
+        torch.compile(Block(), backend="stem", mode="max-autotune-no-cudagraphs")(X)
+        torch._dynamo.reset()
+        torch.compile(Block(), backend="stem", options={"mode": "max-autotune-no-cudagraphs"})(X)
+    assert [s["max_autotune"] for s in seen] == [True, True]
