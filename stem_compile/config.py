@@ -33,9 +33,11 @@ class StemConfig:
     budget: part of the causal block pairs to compute, in (0, 1]; None is the published length schedule.
     mu: budget of the last row relative to the first (Eq. 3). beta: weight of the values' norms in block scores (Eq. 7).
     metric: "paper" is Eq. 7; "released" z-scores the norms over the sequence, as the authors' code does (later tokens are seen).
-    pooling: "mean" over the anti-diagonal cells of a block pair (published, cheap) or their "max" (selects better, costs more).
+    pooling: "mean" over the anti-diagonal cells of a block pair (published, cheap) or their "max" (selects better, costs more). None: "mean"
+    under the published schedule, "max" with ``budget=``; docs/design.md says what was measured.
     stride: tokens a group in the pooling. block_size: queries a row block. key_block_size: keys a block; None is block_size.
-    sink_blocks, local_blocks: first and last blocks of a row that are always computed, in units of block_size.
+    sink_blocks, local_blocks: first and last blocks of a row that are always computed, in units of block_size. None: the published 4 and 4
+    under the published schedule, 1 and 2 with ``budget=``, where fixed blocks would eat what is asked for.
     dense_layers: that many first attentions of the model stay dense, or the indices of those that do.
     min_length: prompts with fewer keys stay dense; None lets the policy decide. prompt_length: tokens of the whole prompt when it is
     prefilled in chunks, so that chunks select as one shot would; None is the length of each call.
@@ -49,12 +51,12 @@ class StemConfig:
     mu: float = 0.7
     beta: float = 0.2
     metric: str = "paper"
-    pooling: str = "mean"
+    pooling: str | None = None
     stride: int = 16
     block_size: int = 128
     key_block_size: int | None = None
-    sink_blocks: int = 4
-    local_blocks: int = 4
+    sink_blocks: int | None = None
+    local_blocks: int | None = None
     dense_layers: int | tuple[int, ...] = 0
     min_length: int | None = None
     prompt_length: int | None = None
@@ -69,7 +71,8 @@ class StemConfig:
             object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         _one_of("policy", self.policy, policies.names())
         _one_of("metric", self.metric, METRICS)
-        _one_of("pooling", self.pooling, POOLINGS)
+        if self.pooling is not None:
+            _one_of("pooling", self.pooling, POOLINGS)
         _one_of("inner", self.inner, INNER)
         _one_of("fallback", self.fallback, FALLBACK)
         if self.mode is not None:
@@ -112,18 +115,20 @@ class StemConfig:
     @property
     def selection(self) -> SelectionSpec:
         """The part that a selection depends on."""
+        published = self.budget is None
+        pooling, sinks, locals_ = ("mean", 4, 4) if published else ("max", 1, 2)
         return SelectionSpec(
             policy=self.policy,
             budget=None if self.budget is None else float(self.budget),
             mu=float(self.mu),
             beta=float(self.beta),
             metric=self.metric,
-            pooling=self.pooling,
+            pooling=pooling if self.pooling is None else self.pooling,
             stride=self.stride,
             block_q=self.block_size,
             block_k=self.key_block_size or self.block_size,
-            sink_blocks=self.sink_blocks,
-            local_blocks=self.local_blocks,
+            sink_blocks=sinks if self.sink_blocks is None else self.sink_blocks,
+            local_blocks=locals_ if self.local_blocks is None else self.local_blocks,
             prompt_length=self.prompt_length or 0,
         )
 

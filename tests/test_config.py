@@ -56,3 +56,11 @@ def test_selection_text_round_trips() -> None:
     assert selection.parse("") == selection.SelectionSpec()
     with pytest.raises(ValueError, match="unknown selection field"):
         selection.parse("colour=red")
+
+
+def test_the_schedule_is_published_and_a_budget_takes_what_selects_best() -> None:
+    published, asked = StemConfig().selection, StemConfig(budget=0.25).selection
+    assert (published.pooling, published.sink_blocks, published.local_blocks) == ("mean", 4, 4)
+    assert (asked.pooling, asked.sink_blocks, asked.local_blocks) == ("max", 1, 2)
+    chosen = StemConfig(budget=0.25, pooling="mean", sink_blocks=4, local_blocks=4).selection
+    assert (chosen.pooling, chosen.sink_blocks, chosen.local_blocks) == ("mean", 4, 4)
