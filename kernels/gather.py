@@ -15,6 +15,9 @@ import torch
 Part = tuple[torch.Tensor, torch.Tensor]
 """(output [rows, heads of the group, tokens, width], log-sum-exp [rows, heads of the group, tokens], -inf where no key was visible)."""
 
+GATHERED = 2 << 20
+"""Bytes of keys and values copied at once: what a call reads next should still be in a core's cache."""
+
 _flash: Callable[..., Part] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
@@ -106,7 +109,7 @@ def _merge(parts: list[Part]) -> Part:
     lse = torch.logsumexp(every, 0)
     # Where all are -inf the difference is NaN; such outputs are 0 already.
     weights = every.sub_(lse).exp_().nan_to_num_(0.0).unsqueeze(-1)
-    total = parts[0][0].mul_(weights[0])
+    total = parts[0][0].to(lse.dtype).mul_(weights[0])
     for weight, (out, _) in zip(weights[1:], parts[1:]):
         total.addcmul_(weight, out)
     return total, lse
@@ -163,16 +166,30 @@ def _gathered(p: Problem, run: Run, q: torch.Tensor) -> Part:
     rows, group, height, width = q.shape
     assert run.count is not None
     listed = p.indices[run.batch, run.heads.start : run.heads.stop, run.rows.start : run.rows.stop, run.prefix : run.count - run.window].transpose(0, 1)
-    index = listed.reshape(-1)
-    keys, values = (x[run.batch, _key_head(p, run)].view(-1, p.block_k * width).index_select(0, index) for x in (p.keys, p.values))
     bias = None
     if p.bias is not None:
-        bias = p.bias[run.batch].view(-1, p.block_k).index_select(0, index).view(rows * group, 1, 1, -1)
+        bias = p.bias[run.batch].view(-1, p.block_k).index_select(0, listed.reshape(-1)).view(rows, group, 1, -1)
     if not run.window and int(listed.max()) >= p.columns(run.rows[0])[0]:
         late = _late(p, run.rows.start * p.block_q, rows * height, (listed.unsqueeze(-1) * p.block_k + torch.arange(p.block_k)).view(rows, group, 1, -1))
-        bias = late.flatten(0, 1)[:, None] if bias is None else bias + late.flatten(0, 1)[:, None]
-    shape = (rows * group, 1, -1, width)
-    return _part(p, q, shape[:3], keys.view(shape), values.view(shape), bias, None if bias is None else blind_to(bias))
+        bias = late if bias is None else bias + late
+    keys, values = (x[run.batch, _key_head(p, run)].view(-1, p.block_k * width) for x in (p.keys, p.values))
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    step = max(1, GATHERED // (2 * group * listed.shape[-1] * p.block_k * width * q.element_size()))
+    for start in range(0, rows, step):
+        some = slice(start, min(start + step, rows))
+        index = listed[some].reshape(-1)
+        shape = ((some.stop - some.start) * group, 1, -1, width)
+        cut = None if bias is None else bias[some].flatten(0, 1)[:, None]
+        found = flash(
+            q[some].view(shape),
+            keys.index_select(0, index).view(shape),
+            values.index_select(0, index).view(shape),
+            p.scale,
+            cut,
+            cut if cut is None else blind_to(cut),
+        )
+        out[some], lse[some] = (x.view(t[some].shape) for x, t in zip(found, (out, lse)))
+    return out, lse
 
 
 def _part(
@@ -180,7 +197,7 @@ def _part(
 ) -> Part:
     """q: [rows, heads, tokens, width], seen as ``shape`` by the call. bias: 0 or -inf, broadcastable to the scores. blind: queries that see nothing."""
     out, lse = flash(q.view(*shape, q.shape[-1]), keys, values, p.scale, bias, blind)
-    return out.reshape(q.shape).to(lse.dtype), lse.reshape(q.shape[:-1])
+    return out.reshape(q.shape), lse.reshape(q.shape[:-1])
 
 
 def flash(

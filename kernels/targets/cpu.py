@@ -19,9 +19,10 @@ from stem_compile.tpd import full_rows, row_limits
 
 Tensors = Sequence[torch.Tensor]
 
-NATIVE = False
-TALL = 768
-"""Queries from which PyTorch's flash attention takes its largest tile."""
+TALL = 1536
+"""Queries of a run, all heads together. PyTorch's flash attention takes its largest tile from 768 on."""
+NATIVE_BF16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()
+"""Whether bf16 products are faster than fp32 ones here. Elsewhere everything is computed in fp32, which is exacter too."""
 
 _SHORT = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -84,10 +85,15 @@ def attend(
     if blocks.split(meaning)[2]:
         _masked(q, k, v, indices, counts, tensors, scalars, meaning, scale, chosen, out, lse)
         return out
-    problem = _problem(q, k, v, indices, tensors, scalars, meaning, scale, chosen, out)
-    problem.lse = lse
-    runs = sorted(_runs(problem, counts, chosen), key=lambda run: run.count is not None)
-    workers.run(lambda run: attend_run(problem, run), runs)
+
+    def pieces() -> Iterator[tuple[Problem, Run]]:
+        # Lazy, so that a worker plans: its small calls run alone instead of waiting for torch's other threads.
+        problem = _problem(q, k, v, indices, tensors, scalars, meaning, scale, chosen, out)
+        problem.lse = lse
+        for run in sorted(_runs(problem, counts, chosen), key=lambda run: run.count is not None):
+            yield problem, run
+
+    workers.run(lambda piece: attend_run(*piece), pieces())
     return out
 
 
@@ -96,7 +102,7 @@ def _problem(
     mask: Mask, scale: float, spec: SelectionSpec, out: torch.Tensor,
 ) -> Problem:  # fmt: skip
     shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    dtype = torch.promote_types(q.dtype, torch.float32) if not NATIVE else q.dtype
+    dtype = q.dtype if NATIVE_BF16 and q.dtype == torch.bfloat16 else torch.promote_types(q.dtype, torch.float32)
     width = max(k.shape[3], v.shape[3])
     columns = blocks.cdiv(shape[3], spec.block_k)
     keys, values = (dense(x, dtype, width, columns * spec.block_k) for x in (k, v))
