@@ -2,6 +2,7 @@
 
     python benchmarks/attention.py                                # 8K to 128K, published schedule
     python benchmarks/attention.py --lengths 131072 --budgets none,0.125 --poolings mean,max
+    python benchmarks/attention.py --million                      # 1,048,576 tokens, 4 query heads, 1 KV head: correctness, time, memory
     python benchmarks/attention.py --plot out/attention.json      # only draw the chart of an earlier run
 
 Times are medians with the 20th and 80th percentile, milliseconds, of one process on one device. A contender that is not within the error
@@ -203,6 +204,35 @@ def table(result: dict[str, Any], reference: float | None, ceiling: float) -> st
     return "\n".join(lines)
 
 
+def million(options: argparse.Namespace) -> int:
+    """One attention of 2^20 tokens: sampled query blocks against fp64, milliseconds, device memory beyond inputs and output."""
+    wrong = 0
+    for pooling in options.poolings.split(","):
+        for blocks in options.blocks.split(","):
+            bq, bk = map(int, blocks.split("x"))
+            spec = SelectionSpec(pooling=pooling, block_q=bq, block_k=bk)
+            problem = Problem(1 << 20, 4, 1, options.head_dim, getattr(torch, options.dtype), spec)
+            kernel = "hopper" if torch.cuda.get_device_capability()[0] == 9 else "portable"
+            del problem.indices, problem.counts
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            out = problem.whole(kernel)
+            torch.cuda.synchronize()
+            extra = torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()
+            error = problem.error(out)
+            wrong += not error < TOLERANCE[options.dtype]
+            del out
+            chosen, whole = measure(problem.select, options.milliseconds), measure(functools.partial(problem.whole, kernel), options.milliseconds)
+            rate = problem.flop / (whole["ms"] - chosen["ms"]) / 1e9
+            print(
+                f"1M tokens, {pooling} pooling, blocks {blocks}, density {problem.density:.3f}: {kernel} + selection {whole['ms']:.1f} ms, selection "
+                f"{chosen['ms']:.1f} ms, {rate:.0f} TFLOP/s, error {error:.1e}, {extra / 1e9:.2f} GB beyond inputs and output",
+                flush=True,
+            )
+    return int(wrong > 0)
+
+
 def plot(data: dict[str, Any], path: Path) -> None:
     """Speed-up over the fastest dense SDPA against length, one line a contender."""
     import matplotlib
@@ -245,11 +275,14 @@ def main() -> int:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--milliseconds", type=float, default=600, help="of runs per contender")
     parser.add_argument("--out", type=Path, default=Path("out/attention.json"))
+    parser.add_argument("--million", action="store_true", help="only the 1M-token check")
     parser.add_argument("--plot", type=Path, help="draw the chart of this JSON and stop")
     options = parser.parse_args()
     if options.plot:
         plot(json.loads(options.plot.read_text()), options.plot.with_suffix(".png"))
         return 0
+    if options.million:
+        return million(options)
     import triton
 
     limits = ceilings()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -119,13 +120,44 @@ class _KeySide:
                 sums, self.sums, self.held, self.value, scores, *sizes, ROWS=tile, COLUMNS=tile, STEP=inner, STAGES=3, num_warps=8,
             )  # fmt: skip
         else:
-            tile, inner = (128, 64) if q.element_size() == 2 else (64, 32)
-            cells_q, cells_k = chosen.block_q // self.stride, chosen.block_k // self.stride
-            module("cells").peak[(cdiv(chunk * cells_q, tile) * cdiv(columns * cells_k, tile), batch * heads)](
-                q, self.k, self.visible, self.value, scores, q.stride()[:3], self.k.stride()[:3], self.visible_stride, *sizes,
-                ROWS=tile, COLUMNS=tile, STEP=inner, STAGES=3, PADDED=self.visible is not None, num_warps=8,
-            )  # fmt: skip
+            self._peaks(q, scores, sizes, chosen, module("cells"))
         return scores
+
+    def _peaks(self, q: torch.Tensor, scores: torch.Tensor, sizes: tuple[Any, ...], chosen: SelectionSpec, module: ModuleType) -> None:
+        """Scores by cells (max pooling)."""
+        chunk, columns = scores.shape[2:]
+        cells_q, cells_k = chosen.block_q // self.stride, chosen.block_k // self.stride
+        config = cell_config(q, self.k, self.visible, self.stride)
+        sides = (q, self.k)
+        if config["BULK"]:
+            sides = (_groups(q, self.stride, config["ROWS"], config["STEP"]), _groups(self.k, self.stride, config["COLUMNS"], config["STEP"]))
+        module.peak[(cdiv(chunk * cells_q, config["ROWS"]) * cdiv(columns * cells_k, config["COLUMNS"]), scores.shape[0] * scores.shape[1])](
+            *sides, self.visible, self.value, scores, q.stride()[:3], self.k.stride()[:3], self.visible_stride, *sizes,
+            PADDED=self.visible is not None, **config,
+        )  # fmt: skip
+
+
+CELLS = {"ROWS": 128, "COLUMNS": 256, "STEP": 64, "STAGES": 4, "SPECIAL": False, "BAND": 16, "num_warps": 8}
+"""Launch configuration of the cell scores where tiles come by TMA."""
+
+
+def cell_config(q: torch.Tensor, k: torch.Tensor, visible: torch.Tensor | None, stride: int) -> dict[str, Any]:
+    """Launch configuration of the cell scores: tiles by TMA (Hopper and later) where every group of tokens is whole and visible."""
+    whole = visible is None and q.shape[2] % stride == 0 and k.shape[2] % stride == 0
+    bulk = whole and q.element_size() == 2 and q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device)[0] >= 9
+    if bulk and all(x.data_ptr() % 16 == 0 and all(step % 8 == 0 and step > 0 for step in x.stride()[:3]) for x in (q, k)):
+        return {**CELLS, "BULK": True}
+    tile, inner = (128, 64) if q.element_size() == 2 else (64, 32)
+    return {"ROWS": tile, "COLUMNS": tile, "STEP": inner, "STAGES": 3, "BULK": False, "SPECIAL": False, "BAND": 1, "num_warps": 8}
+
+
+def _groups(x: torch.Tensor, stride: int, groups: int, columns: int) -> Any:
+    """Descriptor of x [B, H, n, d] as [B, H, n / stride, stride, d], one slot of ``groups`` groups a tile."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    batch, heads, length, width = x.shape
+    b, h, n, _ = x.stride()
+    return TensorDescriptor(x, [batch, heads, length // stride, stride, width], [b, h, n * stride, n, 1], [1, 1, groups, 1, columns])
 
 
 def _released(peak: torch.Tensor) -> torch.Tensor:

@@ -29,11 +29,18 @@ select = device_selection.select
 
 @dataclass(frozen=True)
 class Config:
-    """Launch configuration: keys a tile, pipeline stages, warps."""
+    """Launch configuration: keys a tile, pipeline stages, warps; portable template: queries a program (0: a whole block), TMA, warp roles.
+
+    persistent: as many programs as the device has multiprocessors, else one a row (Hopper template).
+    """
 
     tile: int
     stages: int
     warps: int
+    rows: int = 0
+    bulk: bool = False
+    special: bool = False
+    persistent: bool = True
 
 
 @functools.cache
@@ -59,37 +66,65 @@ def hopper_config(spec: KernelSpec) -> Config | None:
 
 
 @functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of ``device``."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def shared_bytes(spec: KernelSpec, config: Config) -> int:
+    """Shared memory of the portable template, from above: queries, the ring, and for float32 the second part of each operand's tf32 split."""
+    d, dv = _padded(spec.head_dim), _padded(spec.value_dim)
+    if spec.dtype == "fp32":
+        return 8 * (config.rows * d + config.tile * (d + dv)) + 4 * (config.rows * config.tile + (config.stages - 1) * config.tile * (d + dv))
+    return 2 * (config.rows * d + config.rows * config.tile + config.stages * config.tile * (d + dv))
+
+
+@functools.cache
 def portable_configs(spec: KernelSpec) -> tuple[Config, ...]:
     """Configurations of the portable template, best first; later ones need less shared memory."""
     size = 4 if spec.dtype == "fp32" else 2
     row = size * max(_padded(spec.head_dim), _padded(spec.value_dim))
     tile = min(spec.block_k, 128 if row <= 256 else 64 if size == 2 else 32)
     stages = 2 if tile * row >= 1 << 15 else 3
-    warps = 8 if spec.block_q >= 128 else 4
-    ladder = [Config(tile, s, warps) for s in range(stages, 0, -1)]
-    while tile > 16:
-        tile //= 2
-        ladder += [Config(tile, s, warps) for s in (2, 1)]
-    return tuple(ladder)
+    ladder: list[Config] = []
+    rows = spec.block_q
+    while not ladder or rows >= 16:
+        warps = 8 if rows >= 128 else 4
+        ladder += [Config(tile, s, warps, rows, size == 2) for s in range(stages, 0, -1)]
+        ladder += [Config(t, s, warps, rows, size == 2) for t in (tile // 2, tile // 4) if t >= 16 for s in (2, 1)]
+        rows //= 2
+    return tuple(sorted(ladder, key=lambda c: shared_bytes(spec, c) > SHARED_BYTES))
 
 
-_fitting: dict[tuple[KernelSpec, torch.device], int] = {}
+_fitting: dict[tuple[KernelSpec, torch.device, bool], int] = {}
 
 
-def _launch_portable(module: Any, grid: tuple[int, int], chosen: KernelSpec, device: torch.device, config: Config | None, *arguments: Any, lse: bool) -> None:
+def _launch_portable(
+    module: Any, chosen: KernelSpec, config: Config | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
+    lse: torch.Tensor | None, indices: torch.Tensor, counts: torch.Tensor, runtime: tuple[Any, ...],
+) -> None:  # fmt: skip
     """Launch with the best configuration that the device's shared memory holds; which one that is, is found once."""
     configs = (config,) if config else portable_configs(chosen)
-    start = 0 if config else _fitting.get((chosen, device), 0)
+    found = (chosen, q.device, lse is not None)
+    start = 0 if config else _fitting.get(found, 0)
+    strides = (q.stride()[:3], k.stride()[:3], v.stride()[:3], out.stride()[:3])
     for place in range(start, len(configs)):
         c = configs[place]
+        rows = c.rows or chosen.block_q
+        bulk = c.bulk and _capability(q.device)[0] >= 9 and _describable(k) and _describable(v)
+        keys = (_plain_descriptor(k, c.tile), _plain_descriptor(v, c.tile)) if bulk else (k, v)
+        grid = (cdiv(q.shape[2], chosen.block_q) * (chosen.block_q // rows), q.shape[0] * q.shape[1])
         try:
-            module.attend[grid](*arguments, TILE=c.tile, STAGES=c.stages, LSE=lse, num_warps=c.warps)
+            module.attend[grid](
+                q, *keys, out, lse, indices, counts, *strides, *runtime, ROWS=rows, TILE=c.tile, STAGES=c.stages, LSE=lse is not None,
+                BULK=bulk, SPECIAL=bulk and c.special, num_warps=c.warps,
+            )  # fmt: skip
         except OutOfResources:
             if place + 1 == len(configs):
                 raise
             continue
         if not config:
-            _fitting[chosen, device] = place
+            _fitting[found] = place
         return
 
 
@@ -145,6 +180,13 @@ def _tile_layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
     return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], gl.bfloat16 if dtype is torch.bfloat16 else gl.float16)
 
 
+def _plain_descriptor(x: torch.Tensor, rows: int) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    strides = [x.stride(i) if x.shape[i] > 1 else x.shape[-2] * _padded(x.shape[-1]) for i in range(3)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, _padded(x.shape[-1])])
+
+
 def _describable(x: torch.Tensor) -> bool:
     """Whether TMA can address ``x``: 16-byte aligned base and strides, no broadcast dimension."""
     unit = 16 // x.element_size()
@@ -179,16 +221,16 @@ def attend(
     module = cache.load(chosen)
     runtime = (heads, heads // k.shape[1], q_len, k.shape[2], indices.shape[-1], scale * LOG2E, *mask_arguments(tensors, scalars, mask))
     indices, counts = indices.contiguous(), counts.contiguous()
-    grid = (cdiv(q_len, chosen.block_q), batch * heads)
+    rows = cdiv(q_len, chosen.block_q)
+    items = rows * batch * heads
     if template == "hopper":
         config = config or hopper_config(chosen)
         assert config is not None, f"no hopper configuration for {chosen}"
         descriptors = (_descriptor(q, 64), _descriptor(k, config.tile), _descriptor(v, config.tile))
-        module.attend[grid](
-            *descriptors, out, lse, indices, counts, out.stride()[:3], *runtime,
+        module.attend[(min(items, processors(q.device)) if config.persistent else items,)](
+            *descriptors, out, lse, indices, counts, out.stride()[:3], items, rows, *runtime,
             TILE=config.tile, STAGES=config.stages, LSE=lse is not None, num_warps=config.warps,
         )  # fmt: skip
     else:
-        strides = (q.stride()[:3], k.stride()[:3], v.stride()[:3], out.stride()[:3])
-        _launch_portable(module, grid, chosen, q.device, config, q, k, v, out, lse, indices, counts, *strides, *runtime, lse=lse is not None)
+        _launch_portable(module, chosen, config, q, k, v, out, lse, indices, counts, runtime)
     return out

@@ -43,35 +43,48 @@ def peak(
     q_ptr, k_ptr, visible_ptr, value_ptr, scores_ptr, q_strides, k_strides, visible_stride,
     heads, group, rows, first_row, columns, q_len, kv_len, scale, scalars,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, PADDED: tl.constexpr,
+    BULK: tl.constexpr, SPECIAL: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     """Grid (row tiles * column tiles, B * H), tiles of ROWS x COLUMNS cells. scores: fp32 [B, H, rows, columns] from ``first_row`` on.
 
-    visible: uint8 [B or 1, kv_len] under PADDED.
+    visible: uint8 [B or 1, kv_len] under PADDED. BULK: q_ptr and k_ptr are descriptors of [B, H, groups, STRIDE, d] with [1, 1, ROWS or
+    COLUMNS, 1, STEP] tiles; every group is whole and visible. BAND: row tiles that share the column tiles they read while these are in the cache.
     """
     tiles = tl.cdiv(columns * CELLS_K, COLUMNS)
-    row_tile, column_tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    row_tiles = tl.cdiv(rows * CELLS_Q, ROWS)
+    band = tl.program_id(0) // (BAND * tiles)
+    height = tl.minimum(row_tiles - band * BAND, BAND)
+    inside = tl.program_id(0) - band * (BAND * tiles)
+    row_tile, column_tile = band * BAND + inside % height, inside // height
     if CAUSAL:
         bottom = tl.minimum(first_row * BLOCK_Q + (row_tile + 1) * ROWS * STRIDE, q_len) - 1 + offset(q_len, kv_len, scalars)
         if column_tile * COLUMNS * STRIDE > bottom:
             return
     head_row = tl.program_id(1)
     b, h = (head_row // heads).to(tl.int64), (head_row % heads).to(tl.int64)
-    q_ptr += b * q_strides[0] + h * q_strides[1]
-    k_ptr += b * k_strides[0] + (h // group) * k_strides[1]
+    if not BULK:
+        q_ptr += b * q_strides[0] + h * q_strides[1]
+        k_ptr += b * k_strides[0] + (h // group) * k_strides[1]
+    first_m, first_n = first_row * CELLS_Q + row_tile * ROWS, column_tile * COLUMNS
     m = first_row * CELLS_Q + row_tile * ROWS + tl.arange(0, ROWS)
     n = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     CHUNKS: tl.constexpr = (HEAD_DIM + STEP - 1) // STEP
     EVEN: tl.constexpr = HEAD_DIM % STEP == 0
     product = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for i in tl.range(0, STRIDE * CHUNKS, num_stages=STAGES):
+    for i in tl.range(0, STRIDE * CHUNKS, num_stages=STAGES, warp_specialize=SPECIAL):
         slot = i // CHUNKS
-        column = tl.arange(0, STEP) + (i - slot * CHUNKS) * STEP
-        q_token, k_token = m * STRIDE + slot, n * STRIDE + STRIDE - 1 - slot
-        q = _tokens(q_ptr, q_token, q_token < q_len, q_strides[2], column, EVEN)
-        present = k_token < kv_len
-        if PADDED:
-            present = present & (tl.load(visible_ptr + b * visible_stride + k_token, mask=present, other=0) != 0)
-        k = _tokens(k_ptr, k_token, present, k_strides[2], column, EVEN)
+        chunk = (i - slot * CHUNKS) * STEP
+        if BULK:
+            q = q_ptr.load([head_row // heads, head_row % heads, first_m, slot, chunk]).reshape([ROWS, STEP])
+            k = k_ptr.load([head_row // heads, head_row % heads // group, first_n, STRIDE - 1 - slot, chunk]).reshape([COLUMNS, STEP])
+        else:
+            column = tl.arange(0, STEP) + chunk
+            q_token, k_token = m * STRIDE + slot, n * STRIDE + STRIDE - 1 - slot
+            q = _tokens(q_ptr, q_token, q_token < q_len, q_strides[2], column, EVEN)
+            present = k_token < kv_len
+            if PADDED:
+                present = present & (tl.load(visible_ptr + b * visible_stride + k_token, mask=present, other=0) != 0)
+            k = _tokens(k_ptr, k_token, present, k_strides[2], column, EVEN)
         product = tl.dot(q, tl.trans(k), product, input_precision=PRECISION)
     if PADDED:
         slot = tl.arange(0, SLOTS)

@@ -1,10 +1,10 @@
-"""Portable block-sparse attention: one program per (query block, query head), online softmax over the listed key blocks.
+"""Portable block-sparse attention: one program per (ROWS queries of a block, query head), online softmax over the listed key blocks.
 
 q: [B, H, q_len, HEAD_DIM], k: [B, Hk, kv_len, HEAD_DIM], v: [B, Hk, kv_len, VALUE_DIM], o like q with VALUE_DIM; last stride 1, others any.
 indices: int32 [B, H, rows, width], ascending; counts: int32 [B, H, rows], -1 for every block in the causal range. A listed row's blocks that
 no query of the row sees entirely come last, so the mask is evaluated on those only, unless the mask is more than causal (GENERAL).
-Scores are kept in powers of two: exp2 with log2(e) folded into the scale. Hidden scores are a large finite negative, never -inf, so that
-no step makes a NaN; a row that saw none gives 0 and a log-sum-exp of -inf.
+Scores are kept in powers of two: exp2 with log2(e) folded into the scale. Hidden scores are -inf and a row's peak starts at a finite FLOOR, so
+that no step makes a NaN and hidden weights are exactly 0; a row that saw none gives 0 and a log-sum-exp of -inf.
 """
 
 import triton
@@ -31,7 +31,7 @@ def offset(q_len, kv_len, scalars):
 
 
 # generated: end
-HIDDEN = tl.constexpr(-1.0e30)
+FLOOR = tl.constexpr(-1.0e30)
 D: tl.constexpr = tl.constexpr(triton.next_power_of_2(HEAD_DIM.value))
 DV: tl.constexpr = tl.constexpr(triton.next_power_of_2(VALUE_DIM.value))
 
@@ -53,31 +53,37 @@ def _load_rows(pointers, present, WIDTH: tl.constexpr, PADDED: tl.constexpr, RAG
 
 @triton.jit
 def _sweep(
-    acc, peak, total, q, k_ptr, v_ptr, index_ptr, listed, first, last, rows, b, h, q_len, kv_len,
-    stride_k, stride_v, scale, tensors, layouts, scalars, MASKED: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    acc, peak, total, q, k_ptr, v_ptr, index_ptr, listed, first, last, rows, b, h, hk, q_len, kv_len,
+    stride_k, stride_v, scale, tensors, layouts, scalars,
+    MASKED: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, BULK: tl.constexpr, SPECIAL: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the tiles [first, last) of this row's list."""
     SPLIT: tl.constexpr = BLOCK_K // TILE
     column = tl.arange(0, TILE)
     k_offsets = column[:, None] * stride_k + tl.arange(0, D)[None, :]
     v_offsets = column[:, None] * stride_v + tl.arange(0, DV)[None, :]
-    for i in tl.range(first, last, num_stages=STAGES):
+    for i in tl.range(first, last, num_stages=STAGES, warp_specialize=SPECIAL and not MASKED):
         block = tl.load(index_ptr + i // SPLIT, mask=listed, other=0)
         start = tl.where(listed, block * BLOCK_K + (i - i // SPLIT * SPLIT) * TILE, i * TILE)
-        k_tile, v_tile = k_ptr + start.to(tl.int64) * stride_k + k_offsets, v_ptr + start.to(tl.int64) * stride_v + v_offsets
         present = start + column < kv_len
-        k = _load_rows(k_tile, present, HEAD_DIM, D, MASKED)
+        if BULK:
+            k = k_ptr.load([b, hk, start, 0]).reshape([TILE, D])
+        else:
+            k = _load_rows(k_ptr + start.to(tl.int64) * stride_k + k_offsets, present, HEAD_DIM, D, MASKED)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if MASKED:
             kv = start + column[None, :]
             seen = visible(b, h, rows[:, None], kv, q_len, kv_len, tensors, layouts, scalars) & (kv < kv_len)
-            scores = tl.where(seen, scores, HIDDEN)
+            scores = tl.where(seen, scores, -float("inf"))
         higher = tl.maximum(peak, tl.max(scores, 1) * scale)
         weights = tl.exp2(scores * scale - higher[:, None])
         shrink = tl.exp2(peak - higher)
         total = total * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None]
-        v = _load_rows(v_tile, present, VALUE_DIM, DV, MASKED)
+        if BULK:
+            v = v_ptr.load([b, hk, start, 0]).reshape([TILE, DV])
+        else:
+            v = _load_rows(v_ptr + start.to(tl.int64) * stride_v + v_offsets, present, VALUE_DIM, DV, MASKED)
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
         peak = higher
     return acc, peak, total
@@ -88,21 +94,28 @@ def attend(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, indices_ptr, counts_ptr,
     q_strides, k_strides, v_strides, o_strides,
     heads, group, q_len, kv_len, width, scale, tensors, layouts, scalars,
-    TILE: tl.constexpr, STAGES: tl.constexpr, LSE: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, LSE: tl.constexpr, BULK: tl.constexpr, SPECIAL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows, B * H). scale: softmax scale times log2(e). strides: (batch, head, token). lse: fp32 [B, H, q_len], natural log."""
-    row = tl.num_programs(0) - 1 - tl.program_id(0)  # heavy rows first
+    """Grid (rows * BLOCK_Q / ROWS, B * H). scale: softmax scale times log2(e). strides: (batch, head, token). lse: fp32 [B, H, q_len], natural log.
+
+    BULK: k_ptr and v_ptr are tensor descriptors of [1, 1, TILE, D or DV] tiles. SPECIAL: let Triton split the loop between warps.
+    """
+    PARTS: tl.constexpr = BLOCK_Q // ROWS
+    part = tl.num_programs(0) - 1 - tl.program_id(0)  # heavy rows first
+    row = part // PARTS
+    part_row = part * ROWS
     head_row = tl.program_id(1)
     b, h = head_row // heads, head_row % heads
-    bi, hi, hk = b.to(tl.int64), h.to(tl.int64), (h // group).to(tl.int64)
-    rows = row * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    bi, hi, hk = b.to(tl.int64), h.to(tl.int64), h // group
+    rows = part_row + tl.arange(0, ROWS)
     inside = rows < q_len
-    lane = tl.arange(0, BLOCK_Q)
-    first_row = (row * BLOCK_Q).to(tl.int64)
+    lane = tl.arange(0, ROWS)
+    first_row = part_row.to(tl.int64)
     q_tile = q_ptr + bi * q_strides[0] + hi * q_strides[1] + first_row * q_strides[2]
     q = _load_rows(q_tile + lane[:, None] * q_strides[2] + tl.arange(0, D)[None, :], inside, HEAD_DIM, D, True)
-    k_ptr += bi * k_strides[0] + hk * k_strides[1]
-    v_ptr += bi * v_strides[0] + hk * v_strides[1]
+    if not BULK:
+        k_ptr += bi * k_strides[0] + hk.to(tl.int64) * k_strides[1]
+        v_ptr += bi * v_strides[0] + hk.to(tl.int64) * v_strides[1]
 
     # Blocks [0, whole) are visible to every row, blocks [reach, ...) to none.
     reach, whole = kv_len, kv_len
@@ -112,7 +125,7 @@ def attend(
         whole = tl.minimum(kv_len, row * BLOCK_Q + 1 + before)
     reach = tl.cdiv(tl.maximum(reach, 0), BLOCK_K)
     whole = tl.maximum(whole, 0) // BLOCK_K
-    where = head_row.to(tl.int64) * tl.num_programs(0) + row
+    where = head_row.to(tl.int64) * (tl.num_programs(0) // PARTS) + row
     count = tl.load(counts_ptr + where)
     index_ptr = indices_ptr + where * width
     listed = count >= 0
@@ -128,24 +141,23 @@ def attend(
         easy = blocks * 0
     SPLIT: tl.constexpr = BLOCK_K // TILE
 
-    peak = tl.full([BLOCK_Q], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_Q], tl.float32)
-    acc = tl.zeros([BLOCK_Q, DV], tl.float32)
+    peak = tl.full([ROWS], FLOOR, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, DV], tl.float32)
     if not GENERAL:
         acc, peak, total = _sweep(
-            acc, peak, total, q, k_ptr, v_ptr, index_ptr, listed, 0, easy * SPLIT, rows, b, h, q_len, kv_len,
-            k_strides[2], v_strides[2], scale, tensors, layouts, scalars, False, TILE, STAGES,
+            acc, peak, total, q, k_ptr, v_ptr, index_ptr, listed, 0, easy * SPLIT, rows, b, h, hk, q_len, kv_len,
+            k_strides[2], v_strides[2], scale, tensors, layouts, scalars, False, TILE, STAGES, BULK, SPECIAL,
         )  # fmt: skip
     acc, peak, total = _sweep(
-        acc, peak, total, q, k_ptr, v_ptr, index_ptr, listed, easy * SPLIT, blocks * SPLIT, rows, b, h, q_len, kv_len,
-        k_strides[2], v_strides[2], scale, tensors, layouts, scalars, True, TILE, STAGES,
+        acc, peak, total, q, k_ptr, v_ptr, index_ptr, listed, easy * SPLIT, blocks * SPLIT, rows, b, h, hk, q_len, kv_len,
+        k_strides[2], v_strides[2], scale, tensors, layouts, scalars, True, TILE, STAGES, BULK, SPECIAL,
     )  # fmt: skip
 
-    lit = peak > scale * (0.5 * HIDDEN)
-    acc = acc * tl.where(lit, 1.0 / tl.where(lit, total, 1.0), 0.0)[:, None]
+    # total is 0 where nothing was visible, and NaN where the input was: that one must show.
+    acc = acc * tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]
     o_tile = o_ptr + bi * o_strides[0] + hi * o_strides[1] + first_row * o_strides[2]
     column = tl.arange(0, DV)[None, :]
     tl.store(o_tile + lane[:, None] * o_strides[2] + column, acc.to(o_ptr.dtype.element_ty), mask=inside[:, None] & (column < VALUE_DIM))
     if LSE:
-        lse = tl.where(lit, (peak + tl.log2(total)) * 0.6931471805599453, -float("inf"))
-        tl.store(lse_ptr + head_row.to(tl.int64) * q_len + rows, lse, mask=inside)
+        tl.store(lse_ptr + head_row.to(tl.int64) * q_len + rows, (peak + tl.log2(total)) * 0.6931471805599453, mask=inside)

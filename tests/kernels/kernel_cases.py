@@ -111,12 +111,23 @@ def attention_error(case: Case, target: Any, kernel: str, monkeypatch: Any) -> f
     lse = torch.full(q.shape[:3], float("nan"), device=q.device)
     out = target.attend(q, k, v, chosen.indices, chosen.counts, *extra, case.mask, scale, case.spec.text(), kernel, lse=lse)
     expected = reference.sparse_attention(q.double(), k.double(), v.double(), chosen, decode(case.mask), *extra, scale)
-    empty = expected.abs().sum(-1) == 0
-    assert (out[empty] == 0).all(), "rows without a visible key must be 0"
-    assert (lse[empty] == -torch.inf).all()
-    assert lse[~empty].isfinite().all()
     assert out.shape == expected.shape and out.dtype == q.dtype
-    return float((out.double() - expected).norm() / expected.norm().clamp(min=1e-30))
+    error = float((out.double() - expected).norm() / expected.norm().clamp(min=1e-30))
+    empty = expected.abs().sum(-1) == 0
+    said = f"{case}: relative error {error:.2e}; rows wrong: "
+    assert (out[empty] == 0).all(), said + places((out != 0).any(-1) & empty) + " (no visible key: must be 0)"
+    assert out.isfinite().all(), said + places(~out.isfinite().all(-1)) + " (not finite)"
+    assert (lse[empty] == -torch.inf).all(), said + places((lse != -torch.inf) & empty) + " (log-sum-exp without a visible key)"
+    assert lse[~empty].isfinite().all(), said + places(~lse.isfinite() & ~empty) + " (log-sum-exp)"
+    if error >= TOLERANCE[case.dtype]:
+        per_row = (out.double() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
+        print(said + places(per_row > 4 * TOLERANCE[case.dtype]))
+    return error
+
+
+def places(wrong: torch.Tensor) -> str:
+    """Where a [B, H, rows] mask is set, for a message."""
+    return f"{int(wrong.sum())} of {wrong.numel()}, first (batch, head, row) {wrong.nonzero()[:6].tolist()}"
 
 
 def selection_gap(case: Case, target: Any) -> tuple[float, bool]:
