@@ -33,9 +33,9 @@ class Case:
         return f"Case({', '.join(shown)})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Inputs:
-    """Arguments of one call. valid: bool [batch, length], positions whose output has a meaning; None is all."""
+    """Arguments of one call. valid: bool [batch, length], positions whose output has a meaning; None is all. Hashed by identity, so that runs can be cached."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]

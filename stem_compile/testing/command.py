@@ -18,9 +18,10 @@ from stem_compile.demo.target import load
 from stem_compile.testing import check_model
 from stem_compile.testing.inputs import NoInputs
 from stem_compile.testing.report import MARKS, Report
+from stem_compile.testing.subject import is_large
 
-LARGE, FEW = 20_000_000, 2
-"""Models with more parameters get this many examples a property by default: minutes on a CPU, not hours."""
+FEW = 2
+"""Examples of each property for large models: minutes on a CPU, not hours."""
 
 
 def model_of(target: str, device: str, dtype: torch.dtype) -> tuple[torch.nn.Module, Any]:
@@ -71,14 +72,18 @@ def check(target: str, device: str, dtype: torch.dtype, text: Path | None, tell:
     """The report on ``target``. tell: progress. Raises Mendable for what the user can mend."""
     need("hypothesis")
     model, make_inputs = model_of(target, device, dtype)
-    if arguments.get("max_examples") is None and sum(p.numel() for p in model.parameters()) > LARGE:
+    if arguments.get("max_examples") is None and is_large(model):
         arguments["max_examples"] = FEW
     try:
         report = check_model(model, make_inputs, text=_tokens(text, target) if text else None, progress=tell, **arguments)
     except (NoInputs, ValueError) as error:
         raise Mendable(str(error)) from None
-    report.model = f"model_of({target!r}, {device!r}, {dtype})[0]"
-    report.imports = ["import torch", "from stem_compile.testing.command import model_of"]
+    report.imports = [
+        "import torch",
+        "from stem_compile.testing.command import model_of",
+        "",
+        f"model, make_inputs = model_of({target!r}, {device!r}, {dtype})",
+    ]
     return report
 
 

@@ -71,7 +71,7 @@ def _explained(subject: Subject, inputs: Inputs, compared: _Compared, found: num
     sites = [hit for hit in compared.run.found if isinstance(hit, AttentionSite)]
     lines = ["the compiled model is not equivalent", f"  output: {found.words}, worst at {named(found.where)}", *_first(subject, inputs, compared, sites)]
     options = ", ".join(f"{k}={v}" for k, v in subject.options.items())
-    return [*lines, f"  options: {options}", "  reproduce:", "", *("    " + line for line in written(subject, inputs, _fails(subject)).splitlines())]
+    return [*lines, f"  options: {options}", "  reproduce:", "", *(f"    {line}".rstrip() for line in written(subject, inputs, _fails(subject)).splitlines())]
 
 
 def _first(subject: Subject, inputs: Inputs, compared: _Compared, sites: list[AttentionSite]) -> list[str]:

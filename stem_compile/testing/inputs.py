@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from stem_compile.testing.case import Case, Inputs
 class Source:
     """make: Case -> Inputs. can: what cases may ask for ("batch", "length", "padding", "embeds", "positions", "cache").
 
-    longest: tokens the model has positions for. strategy: set when the user draws the inputs; then cases carry them in ``given``.
+    longest: tokens the model has positions for. frugal: draw one batch size where any would do, as each is a trace.
+    strategy: set when the user draws the inputs; then cases carry them in ``given``.
     """
 
     make: Callable[[Case], Inputs]
@@ -26,7 +27,7 @@ class Source:
     longest: int = 1 << 20
     strategy: Any = None
     words: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)
+    frugal: bool = False
 
 
 class NoInputs(TypeError):

@@ -13,8 +13,8 @@ from stem_compile.testing.violation import Inapplicable
 
 
 def dense(subject: Subject) -> Any:
-    """From one token to a few query blocks, ragged ends included."""
-    return st.integers(1, min(4 * subject.block + 3, subject.source.longest))
+    """From one token to a few query blocks, ragged ends included. One token is a trace of its own, left to shape-robustness for large models."""
+    return st.integers(2 if subject.large else 1, min(4 * subject.block + 3, subject.source.longest))
 
 
 def bounds(subject: Subject) -> tuple[int, int]:
@@ -29,7 +29,7 @@ def bounds(subject: Subject) -> tuple[int, int]:
         raise Inapplicable(f"blocks are left out from {leaves_out} tokens on, and the model has {longest} positions")
     low = max(leaves_out, _choosing(subject, forced) * subject.key_block)
     low = low if low <= longest else leaves_out
-    return low, min(low + 3 * subject.block, longest)
+    return low, min(low + (1 if subject.large else 3) * subject.block, longest)
 
 
 def _choosing(subject: Subject, forced: int) -> int:

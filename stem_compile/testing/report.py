@@ -119,7 +119,7 @@ class Report:
         for result in self.failures:
             assert result.failure is not None
             lines += ["", f"{result.name} does not hold ({result.title}):", f"  {result.failure.message}", f"  found at example {result.failure.needed}"]
-            lines += ["  reproduce the smallest one found:", "", *("    " + line for line in self.snippet(result).splitlines())]
+            lines += ["  reproduce the smallest one found:", "", *(f"    {line}".rstrip() for line in self.snippet(result).splitlines())]
         return lines
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from stem_compile.testing.traced import Traced, primary
 SMALL = {"budget": 0.5, "block_size": 64, "key_block_size": 32, "sink_blocks": 1, "local_blocks": 1, "min_length": 0, "inner": "eager"}
 """What a check sets where the user says nothing: blocks small enough that short, quick prompts are sparse."""
 
+LARGE = 20_000_000
+"""Models with more parameters get no sinks, so that fewer tokens leave blocks to choose from, and fewer examples: minutes on a CPU, not hours."""
+
 Force = Callable[[int, Observed], BlockSelection | None]
 """(number of the attention in this call, what was selected) -> what to compute instead."""
 
@@ -38,11 +42,16 @@ class Run:
     result: Any
 
 
-def options_of(options: Mapping[str, Any] | StemConfig | None) -> dict[str, Any]:
+def is_large(model: torch.nn.Module) -> bool:
+    """Whether the model has more than ``LARGE`` parameters."""
+    return sum(p.numel() for p in model.parameters()) > LARGE
+
+
+def options_of(options: Mapping[str, Any] | StemConfig | None, large: bool = False) -> dict[str, Any]:
     """The options a check runs with: the user's, and ``SMALL`` where they say nothing. Raises OptionError."""
     given = {f: getattr(options, f) for f in options.__dataclass_fields__} if isinstance(options, StemConfig) else dict(options or {})
     # Key blocks that suit the user's query blocks, not ours.
-    small = {k: v for k, v in SMALL.items() if not (k == "key_block_size" and "block_size" in given)}
+    small = {k: v for k, v in (SMALL | ({"sink_blocks": 0} if large else {})).items() if not (k == "key_block_size" and "block_size" in given)}
     merged = small | given
     StemConfig.from_options(merged)
     return merged
@@ -67,8 +76,9 @@ class Subject:
         bounds: Mapping[str, float] | None = None,
     ) -> None:
         self.model = model.eval()
-        self.source: Source = source_of(model, make_inputs)
-        self.options = options_of(options)
+        self.large = is_large(model)
+        self.source: Source = dataclasses.replace(source_of(model, make_inputs), frugal=self.large)
+        self.options = options_of(options, self.large)
         self.config = StemConfig.from_options(self.options)
         self.expected, self.text, self.bounds = expected, text, dict(bounds or {})
         self.device, self.dtype = place_of(model)
@@ -77,14 +87,15 @@ class Subject:
         self._compiled: dict[Any, Any] = {}
         self._ran: list[AttentionSite | Rejected] = []
         self.inputs = functools.lru_cache(maxsize=64)(self.source.make)
-        self.eager = functools.lru_cache(maxsize=8)(self._eager)
-        self.golden = functools.lru_cache(maxsize=8)(self._golden)
+        # Logits of a large model are hundreds of megabytes.
+        self.own = functools.lru_cache(maxsize=4 if self.large else 8)(self.run_eager)
+        self.golden_of = functools.lru_cache(maxsize=3 if self.large else 8)(self._golden_of)
         self._twin = functools.cache(lambda: golden_copy(self.model))
 
     @property
     def wide(self) -> bool:
         """Whether tracing is cheap enough to also try embeddings and explicit positions, each a graph of its own."""
-        return sum(p.numel() for p in self.model.parameters()) < 20_000_000
+        return not self.large
 
     @property
     def block(self) -> int:
@@ -96,11 +107,12 @@ class Subject:
         """Tokens a key block."""
         return self.config.key_block_size or self.config.block_size
 
-    def _eager(self, case: Case) -> torch.Tensor:
-        return self.run_eager(self.inputs(case))
+    def eager(self, case: Case) -> torch.Tensor:
+        """The model's own output, cached; so is ``own``'s."""
+        return self.own(self.inputs(case))
 
     def run_eager(self, given: Inputs) -> torch.Tensor:
-        """The model's own output."""
+        """The model's own output, computed anew."""
         with torch.no_grad():
             return primary(self.model(*given.args, **given.kwargs))
 
@@ -109,11 +121,11 @@ class Subject:
         assert self.text is not None
         return Inputs((), {"input_ids": self.text.to(self.device), "use_cache": False})
 
-    def _golden(self, case: Case) -> torch.Tensor:
+    def golden(self, case: Case) -> torch.Tensor:
+        """The model's own output in fp64, cached; so is ``golden_of``'s."""
         return self.golden_of(self.inputs(case))
 
-    def golden_of(self, given: Inputs) -> torch.Tensor:
-        """The model's own output in fp64."""
+    def _golden_of(self, given: Inputs) -> torch.Tensor:
         raised = given.tensors(lambda x: x.double() if x.is_floating_point() else x)
         with torch.no_grad(), Exact():
             return primary(self._twin()(*raised.args, **raised.kwargs))

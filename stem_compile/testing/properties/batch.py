@@ -29,7 +29,7 @@ def cases(subject: Subject) -> Any:
         raise Inapplicable("a drawn input has the batch size it has")
     if subject.expected == 0:
         raise Inapplicable("no attention is expected to be rewritten")
-    return drawn(subject.source, sparse(subject), batches=(2, 3), wide=False)
+    return drawn(subject.source, sparse(subject), batches=(2, 3), pad=not subject.large, wide=False)
 
 
 def check(subject: Subject, case: Case) -> Measure:

@@ -35,7 +35,7 @@ def check(subject: Subject, case: Case) -> Measure:
     refused = [hit for hit in run.found if isinstance(hit, Rejected) and hit.reason not in asked]
     expected = subject.expected
     if expected is None and not run.found:
-        raise Violation("no attention was found: the model has none in its compiled graphs, or it is spelled in a way that is not recognised")
+        raise Violation("no attention was found: the model has none in its compiled graphs, or its spelling is not recognised; expected=0 if that is meant")
     if (expected is None and refused) or (expected is not None and len(sites) != expected):
         wanted = "all" if expected is None else expected
         reasons = "".join(f"\n  {module_path(hit.node)}: {hit.words}" for hit in refused[:8])
