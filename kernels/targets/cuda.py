@@ -29,18 +29,13 @@ select = device_selection.select
 
 @dataclass(frozen=True)
 class Config:
-    """Launch configuration: keys a tile, pipeline stages, warps; portable template: queries a program (0: a whole block), TMA, warp roles.
-
-    persistent: as many programs as the device has multiprocessors, else one a row (Hopper template).
-    """
+    """Launch configuration: keys a tile, pipeline stages, warps; portable template: queries a program (0: a whole block), TMA."""
 
     tile: int
     stages: int
     warps: int
     rows: int = 0
     bulk: bool = False
-    special: bool = False
-    persistent: bool = True
 
 
 @functools.cache
@@ -63,12 +58,6 @@ def hopper_config(spec: KernelSpec) -> Config | None:
     free = SHARED_BYTES - 1024 - max(1 << 14, 64 * dv * 2) - spec.block_q * d * 2
     stages = min(4, free // (tile * (d + dv) * 2))
     return Config(tile, stages, 4) if stages >= 2 else None
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of ``device``."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def shared_bytes(spec: KernelSpec, config: Config) -> int:
@@ -117,7 +106,7 @@ def _launch_portable(
         try:
             module.attend[grid](
                 q, *keys, out, lse, indices, counts, *strides, *runtime, ROWS=rows, TILE=c.tile, STAGES=c.stages, LSE=lse is not None,
-                BULK=bulk, SPECIAL=bulk and c.special, num_warps=c.warps,
+                BULK=bulk, num_warps=c.warps,
             )  # fmt: skip
         except OutOfResources:
             if place + 1 == len(configs):
@@ -227,7 +216,8 @@ def attend(
         config = config or hopper_config(chosen)
         assert config is not None, f"no hopper configuration for {chosen}"
         descriptors = (_descriptor(q, 64), _descriptor(k, config.tile), _descriptor(v, config.tile))
-        module.attend[(min(items, processors(q.device)) if config.persistent else items,)](
+        # One program a row: a persistent grid measured slower (docs/performance.md).
+        module.attend[(items,)](
             *descriptors, out, lse, indices, counts, out.stride()[:3], items, rows, *runtime,
             TILE=config.tile, STAGES=config.stages, LSE=lse is not None, num_warps=config.warps,
         )  # fmt: skip

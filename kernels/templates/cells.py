@@ -43,7 +43,7 @@ def peak(
     q_ptr, k_ptr, visible_ptr, value_ptr, scores_ptr, q_strides, k_strides, visible_stride,
     heads, group, rows, first_row, columns, q_len, kv_len, scale, scalars,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, PADDED: tl.constexpr,
-    BULK: tl.constexpr, SPECIAL: tl.constexpr, BAND: tl.constexpr,
+    BULK: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     """Grid (row tiles * column tiles, B * H), tiles of ROWS x COLUMNS cells. scores: fp32 [B, H, rows, columns] from ``first_row`` on.
 
@@ -71,7 +71,7 @@ def peak(
     CHUNKS: tl.constexpr = (HEAD_DIM + STEP - 1) // STEP
     EVEN: tl.constexpr = HEAD_DIM % STEP == 0
     product = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for i in tl.range(0, STRIDE * CHUNKS, num_stages=STAGES, warp_specialize=SPECIAL):
+    for i in tl.range(0, STRIDE * CHUNKS, num_stages=STAGES):
         slot = i // CHUNKS
         chunk = (i - slot * CHUNKS) * STEP
         if BULK:

@@ -55,14 +55,14 @@ def _load_rows(pointers, present, WIDTH: tl.constexpr, PADDED: tl.constexpr, RAG
 def _sweep(
     acc, peak, total, q, k_ptr, v_ptr, index_ptr, listed, first, last, rows, b, h, hk, q_len, kv_len,
     stride_k, stride_v, scale, tensors, layouts, scalars,
-    MASKED: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, BULK: tl.constexpr, SPECIAL: tl.constexpr,
+    MASKED: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the tiles [first, last) of this row's list."""
     SPLIT: tl.constexpr = BLOCK_K // TILE
     column = tl.arange(0, TILE)
     k_offsets = column[:, None] * stride_k + tl.arange(0, D)[None, :]
     v_offsets = column[:, None] * stride_v + tl.arange(0, DV)[None, :]
-    for i in tl.range(first, last, num_stages=STAGES, warp_specialize=SPECIAL and not MASKED):
+    for i in tl.range(first, last, num_stages=STAGES):
         block = tl.load(index_ptr + i // SPLIT, mask=listed, other=0)
         start = tl.where(listed, block * BLOCK_K + (i - i // SPLIT * SPLIT) * TILE, i * TILE)
         present = start + column < kv_len
@@ -94,11 +94,11 @@ def attend(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, indices_ptr, counts_ptr,
     q_strides, k_strides, v_strides, o_strides,
     heads, group, q_len, kv_len, width, scale, tensors, layouts, scalars,
-    ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, LSE: tl.constexpr, BULK: tl.constexpr, SPECIAL: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, LSE: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows * BLOCK_Q / ROWS, B * H). scale: softmax scale times log2(e). strides: (batch, head, token). lse: fp32 [B, H, q_len], natural log.
 
-    BULK: k_ptr and v_ptr are tensor descriptors of [1, 1, TILE, D or DV] tiles. SPECIAL: let Triton split the loop between warps.
+    BULK: k_ptr and v_ptr are tensor descriptors of [1, 1, TILE, D or DV] tiles.
     """
     PARTS: tl.constexpr = BLOCK_Q // ROWS
     part = tl.num_programs(0) - 1 - tl.program_id(0)  # heavy rows first
@@ -147,11 +147,11 @@ def attend(
     if not GENERAL:
         acc, peak, total = _sweep(
             acc, peak, total, q, k_ptr, v_ptr, index_ptr, listed, 0, easy * SPLIT, rows, b, h, hk, q_len, kv_len,
-            k_strides[2], v_strides[2], scale, tensors, layouts, scalars, False, TILE, STAGES, BULK, SPECIAL,
+            k_strides[2], v_strides[2], scale, tensors, layouts, scalars, False, TILE, STAGES, BULK,
         )  # fmt: skip
     acc, peak, total = _sweep(
         acc, peak, total, q, k_ptr, v_ptr, index_ptr, listed, easy * SPLIT, blocks * SPLIT, rows, b, h, hk, q_len, kv_len,
-        k_strides[2], v_strides[2], scale, tensors, layouts, scalars, True, TILE, STAGES, BULK, SPECIAL,
+        k_strides[2], v_strides[2], scale, tensors, layouts, scalars, True, TILE, STAGES, BULK,
     )  # fmt: skip
 
     # total is 0 where nothing was visible, and NaN where the input was: that one must show.

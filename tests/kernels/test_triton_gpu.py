@@ -89,6 +89,19 @@ def test_selection(pooling: str, dtype: torch.dtype, mask: str) -> None:
         assert gap < (1e-3 if dtype == torch.float32 else 2e-2), case
 
 
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("lengths", [(8192, 8192), (2048, 6144)])
+def test_selection_of_whole_groups(pooling: str, dtype: torch.dtype, lengths: tuple[int, int]) -> None:
+    """Lengths that are multiples of the stride and no padding: tiles come by TMA where the device has it."""
+    target = launch.target("cuda")
+    for blocks, dims in (((128, 128), 128), ((128, 64), 64), ((64, 64), 96)):
+        case = Case(*lengths, 1, 4, 2, dims, dims, *blocks, dtype=dtype, mask=CAUSAL if lengths[0] == lengths[1] else SCALAR, pooling=pooling, device="cuda")
+        gap, counts = selection_gap(case, target)
+        assert counts, case
+        assert gap < 2e-2, case
+
+
 def test_beyond_two_to_the_31_elements(monkeypatch: Any) -> None:
     """Token strides of a fused projection: element offsets pass 2^31 within one head."""
     n, width = 140_000, 20_000
