@@ -1,0 +1,212 @@
+"""``check_model``: verdicts, reports as text, JSON and HTML, the command line and the pytest plugin."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from stem_compile.testing import Case, Report, Violation, check_case, check_model
+from stem_compile.testing.inputs import NoInputs
+from stem_compile.testing.plugin import options_from
+from tests.testing.faults import FAULTS
+from tests.testing.models import Plain, encoder, plain, transformer
+
+CHEAP = ["kernel-exactness", "coverage", "budget"]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def failing() -> Iterator[Report]:
+    """The report on a model whose kernel drops a block."""
+    fault = next(f for f in FAULTS if f.name == "the last selected block is dropped")
+    with fault.planted():
+        yield check_model(plain(), options={"budget": 0.4}, properties=CHEAP, max_examples=4)
+
+
+def test_a_transformer_passes() -> None:
+    report = check_model(transformer("llama"), properties=CHEAP, max_examples=2)
+    assert report.passed, report
+    assert report.verdict == "PASS: 3 properties hold over 6 examples."
+    assert [r.facts.get("rewritten") for r in report.results] == [None, 2.0, None]
+
+
+def test_a_plain_module_passes_and_progress_is_told() -> None:
+    told: list[tuple[str, int, int]] = []
+    report = check_model(plain(), properties=CHEAP, max_examples=2, progress=lambda *step: told.append(step))
+    assert report.passed, report
+    assert told == [(name, done, 2) for name in CHEAP for done in (1, 2)]
+
+
+def test_an_encoder_that_stays_dense_is_reported_or_expected() -> None:
+    silent = check_model(encoder(), properties=["dense-equivalence", "coverage"], max_examples=1)
+    assert [r.name for r in silent.failures] == ["coverage"]
+    assert "no attention was found" in str(silent)
+    stated = check_model(encoder(), properties=["dense-equivalence", "coverage", "batch-invariance"], max_examples=1, expected=0)
+    assert [r.verdict for r in stated.results] == ["pass", "pass", "not applicable"], stated
+
+
+def test_inputs_come_from_a_function_an_example_or_a_strategy() -> None:
+    example = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(0))
+    strategy = st.integers(700, 900).map(lambda n: (torch.arange(n)[None] % 50,))
+    for given in (lambda batch, length, seed: {"tokens": torch.arange(batch * length).view(batch, length) % 50}, example, strategy):
+        assert check_model(plain(), given, properties=["coverage"], max_examples=1).passed
+    with pytest.raises(NoInputs, match="make_inputs"):
+        check_model(torch.nn.Bilinear(4, 4, 4))
+
+
+def test_wrong_arguments_name_the_right_ones() -> None:
+    with pytest.raises(ValueError, match="unknown property 'budgets'; properties: dense-equivalence"):
+        check_model(plain(), properties=["budgets"])
+    with pytest.raises(ValueError, match="did you mean 'budget'"):
+        check_model(plain(), options={"budgt": 0.5})
+
+
+def test_the_same_seed_gives_the_same_examples(failing: Report) -> None:
+    fault = next(f for f in FAULTS if f.name == "the last selected block is dropped")
+    with fault.planted():
+        again = check_model(plain(), options={"budget": 0.4}, properties=["kernel-exactness"], max_examples=4)
+    assert failing.results[0].failure is not None
+    assert again.results[0].failure is not None
+    assert again.results[0].failure.case == failing.results[0].failure.case
+
+
+def test_a_failure_is_readable_and_its_snippet_fails_again(failing: Report) -> None:
+    with pytest.raises(Violation) as caught:
+        failing.raise_for_failures()
+    message = str(caught.value)
+    assert "kernel-exactness does not hold (equals dense attention under the selected blocks)" in message
+    assert "times the budget) at batch row 0, position" in message
+    assert "seed 0" in message
+    (result,) = failing.failures
+    snippet = failing.snippet(result)
+    assert "Case(length=" in snippet
+    assert snippet.splitlines()[-1] == ")"
+    with pytest.raises(Violation, match="not that of the selected blocks"):
+        exec(snippet, {"model": plain()})
+
+
+def test_a_case_holds_alone() -> None:
+    assert check_case(plain(), "dense-equivalence", Case(length=70, batch=2, seed=3)).worst < 1
+
+
+def test_a_report_is_json_and_html(failing: Report, tmp_path: Path) -> None:
+    for name in ("report.json", "report.html"):
+        failing.write(tmp_path / name)
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written["passed"] is False
+    assert [r["name"] for r in written["results"]] == CHEAP
+    assert written["results"][0]["failure"]["snippet"] == failing.snippet(failing.failures[0])
+    assert written["settings"]["seed"] == 0
+    page = (tmp_path / "report.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert page.count("<tr>") == 1 + len(CHEAP)
+    assert '<td class="fail">fail</td>' in page
+    assert "Case(length=" in page
+
+
+def test_bounds_make_fidelity_a_test() -> None:
+    text = torch.randint(0, 50, (1, 900), generator=torch.Generator().manual_seed(0))
+    bounded = check_model(_takes_ids(), lambda batch, length, seed: text, properties=["fidelity"], text=text, bounds={"top-1": 1.01})
+    assert not bounded.passed
+    assert "top-1 is" in str(bounded)
+
+
+def _takes_ids() -> torch.nn.Module:
+    class Named(Plain):
+        def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+            return super().forward(input_ids)
+
+    torch.manual_seed(0)
+    return Named().eval()
+
+
+# -- the command line ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("factory", "status"), [("models:plain", 0), ("factories:pair", 0), ("factories:with_example", 0), ("models:encoder", 3)])
+def test_the_exit_status_is_the_verdict(factory: str, status: int, tmp_path: Path) -> None:
+    typer = pytest.importorskip("typer.testing")
+    from stem_compile import commands
+
+    arguments = ["check", f"tests.testing.{factory}", "-p", "coverage", "--examples", "1", "--html", str(tmp_path / "report.html")]
+    done = typer.CliRunner().invoke(commands.app, arguments)
+    assert done.exit_code == status, done.output
+    assert ("PASS: 1 properties hold" if status == 0 else "FAIL: coverage") in done.stdout
+    assert (tmp_path / "report.html").exists()
+
+
+def test_json_is_all_that_is_printed() -> None:
+    typer = pytest.importorskip("typer.testing")
+    from stem_compile import commands
+
+    done = typer.CliRunner().invoke(commands.app, ["check", "tests.testing.models:plain", "-p", "coverage", "--examples", "1", "--json"])
+    assert json.loads(done.stdout)["passed"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["tests.testing.models:absent"], "no attribute 'absent'"),
+        (["tests.testing.factories:nothing"], "gave a int: it must give a torch.nn.Module"),
+        (["tests.testing.models:plain", "-p", "budgets"], "unknown property 'budgets'"),
+    ],
+)
+def test_mistakes_can_be_mended(arguments: list[str], said: str) -> None:
+    typer = pytest.importorskip("typer.testing")
+    from stem_compile import commands
+    from stem_compile.demo.packages import Mendable
+
+    done = typer.CliRunner().invoke(commands.app, ["check", *arguments])
+    assert isinstance(done.exception, Mendable)
+    assert said in str(done.exception)
+
+
+def test_a_model_that_fails_by_itself_checks_nothing() -> None:
+    typer = pytest.importorskip("typer.testing")
+    from stem_compile import commands
+
+    done = typer.CliRunner().invoke(commands.app, ["check", "tests.testing.factories:broken", "-p", "dense-equivalence", "--examples", "1"])
+    assert done.exit_code == 3
+    assert "NOTHING CHECKED" in done.stdout
+    assert "the model itself raises RuntimeError: broken by design" in " ".join(done.stdout.split())
+
+
+# -- the pytest plugin -----------------------------------------------------------------------------------------------------
+
+PLUGIN_TEST = """
+import pytest
+from tests.testing.models import encoder, plain
+
+@pytest.mark.stem(properties=["coverage"], max_examples=1, options={"sink_blocks": 0})
+def test_passes(stem_check):
+    report = stem_check(plain())
+    assert report.settings["options"]["budget"] == 0.4
+    assert report.settings["options"]["sink_blocks"] == 0
+    assert report.settings["seed"] == 7
+
+def test_fails(stem_check):
+    stem_check(encoder(), properties=["coverage"], max_examples=1)
+"""
+
+
+def test_the_plugin_gives_marks_options_and_a_fixture(tmp_path: Path) -> None:
+    (tmp_path / "test_user.py").write_text(PLUGIN_TEST)
+    command = [sys.executable, "-m", "pytest", "-q", "--strict-markers", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", str(tmp_path)]
+    typed = ["--stem-options", "budget=0.4,sink_blocks=1", "--stem-seed", "7"]
+    done = subprocess.run([*command, *typed], capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
+    assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
+    assert "FAIL: coverage." in done.stdout
+
+
+def test_options_of_pytests_command_line() -> None:
+    assert options_from("budget=0.25, pooling=max,") == {"budget": 0.25, "pooling": "max"}
+    for text, said in (("budgt=0.4", "did you mean 'budget'"), ("budget", "is not NAME=VALUE")):
+        with pytest.raises(pytest.UsageError, match=said):
+            options_from(text)
