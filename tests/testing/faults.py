@@ -32,14 +32,14 @@ def table(caught: Iterable[tuple[Fault, int]]) -> str:
             "# Planted faults",
             "",
             "Each is planted into the passes or the CPU target; the property named must fail on a tiny Llama within its default number of examples. Written by",
-            "`tests/testing/test_faults.py`, which fails when this table is out of date (`STEM_COMPILE_WRITE_DOCS=1` writes it anew).",
+            "`STEM_COMPILE_FULL=1 STEM_COMPILE_WRITE_DOCS=1 pytest tests/testing/test_faults.py`; with the first alone it fails when the table is old.",
             f"Examples are those of seed 0 under {versions()}.",
             "",
             "| fault | caught by | at example |",
             "|---|---|---|",
             *rows,
             "",
-            f"{len(rows)} of {len(FAULTS)} are caught. What no property can catch is a selection that is consistent but poor: bounds on the fidelity report are for that.",
+            f"{len(rows)} of {len(FAULTS)} are caught. What no property can catch is a selection that is consistent but poor: that is for bounds on fidelity.",
             "",
         ]
     )
