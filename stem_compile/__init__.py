@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stem_compile import testing
     from stem_compile.config import StemConfig
-    from stem_compile.explain import explain
+    from stem_compile.explanation import explain
 
 __all__ = ["StemConfig", "explain", "testing"]
 
-_HOMES = {"StemConfig": "stem_compile.config", "explain": "stem_compile.explain"}
+_HOMES = {"StemConfig": "stem_compile.config", "explain": "stem_compile.explanation"}
 
 
 def __getattr__(name: str) -> Any:

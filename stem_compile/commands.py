@@ -106,7 +106,7 @@ def explain(
 
     from stem_compile.config import OptionError
     from stem_compile.demo.target import load
-    from stem_compile.explain import explain as explained
+    from stem_compile.explanation import explain as explained
 
     place, precision = _place(device, dtype)
     chosen = load(target, place, precision)

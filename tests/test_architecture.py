@@ -24,7 +24,7 @@ LAYERS = (
     ("kernels",),
     ("passes",),
     ("backend",),
-    ("explain",),
+    ("explanation",),
     ("testing", "properties", "demo", "commands"),
     ("cli",),
 )
@@ -119,3 +119,8 @@ def test_the_backend_is_found_without_an_import() -> None:
 
 def test_the_backend_needs_no_transformers() -> None:
     assert "transformers" not in _loaded("import torch; torch.compile(torch.nn.Linear(2, 2), backend='stem', options={'inner': 'eager'})(torch.ones(2))")
+
+
+def test_public_names_stay_callable_whatever_is_imported() -> None:
+    script = "import pkgutil, importlib, stem_compile\nimport stem_compile.explanation, stem_compile.config\nassert callable(stem_compile.explain)"
+    subprocess.run([sys.executable, "-c", script], check=True)
