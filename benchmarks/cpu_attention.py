@@ -1,0 +1,204 @@
+"""One attention on a CPU: this project, selection apart and included, against SDPA's dense causal attention; correctness gate first.
+
+    python benchmarks/cpu_attention.py                                     # 4K, 8K and 16K, fp32 and bf16, budget 0.25
+    python benchmarks/cpu_attention.py --lengths 16384 --budgets 0.125,1.0 --poolings max --json out/cpu.json
+
+Contenders take turns within a round, so what else runs on the machine meets them alike. Times are medians over the rounds in ms; the ratio
+is the median over the rounds, dense over ours with selection, and its spread from the 20th to the 80th percentile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+
+from stem_compile import selection
+from stem_compile.blocks import candidates, cdiv
+from stem_compile.kernels.targets import cpu
+from stem_compile.masks import decode
+from stem_compile.selection import BlockSelection, SelectionSpec
+
+MASK = "kv <= q"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FACTOR = 2.0
+"""Largest error against fp64 that passes, over SDPA's own under the same selection."""
+SAMPLES = 5
+"""Query row blocks the gate looks at."""
+
+
+def error(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chosen: BlockSelection, scale: float) -> tuple[float, float]:
+    """(ours, SDPA's) largest absolute error against fp64 on sampled query row blocks, the first and the last among them."""
+    batch, heads, length, _ = q.shape
+    dense = chosen.dense(candidates(decode(MASK), (batch, heads, length, k.shape[2]), [], [], chosen.block_q, chosen.block_k, "cpu"))
+    rows = dense.shape[2]
+    worst = [0.0, 0.0]
+    for row in sorted({i * (rows - 1) // (SAMPLES - 1) for i in range(SAMPLES)}):
+        tokens = slice(row * chosen.block_q, min((row + 1) * chosen.block_q, length))
+        seen = dense[:, :, row, None].repeat_interleave(chosen.block_k, -1)[..., : k.shape[2]]
+        seen = seen & (torch.arange(k.shape[2]) <= torch.arange(tokens.start, tokens.stop)[:, None])
+        golden, plain = (
+            F.scaled_dot_product_attention(*(x.to(t) for x in (q[:, :, tokens], k, v)), attn_mask=seen, scale=scale, enable_gqa=True)
+            for t in (torch.float64, q.dtype)
+        )
+        for i, x in enumerate((out[:, :, tokens], plain)):
+            worst[i] = max(worst[i], float((x.double() - golden).abs().max()))
+    return worst[0], worst[1]
+
+
+def peak_memory(run: Callable[[], Any]) -> float | None:
+    """MiB by which one call raises the process's peak; None where the system does not say."""
+    status = Path("/proc/self/status")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+
+    def read(name: str) -> int:
+        return int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith(name)))
+
+    before = read("VmRSS")
+    run()
+    return (read("VmHWM") - before) / 1024
+
+
+def measure(contenders: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of every call; the contenders take turns for about ``seconds``, at least 5 rounds."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    end = time.perf_counter() + seconds
+    while len(next(iter(times.values()))) < 5 or time.perf_counter() < end:
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            run()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def benchmark(length: int, dtype: torch.dtype, spec: SelectionSpec, options: argparse.Namespace) -> dict[str, Any]:
+    """One row of the table. Raises SystemExit when the result is wrong: nothing wrong is timed."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, length, options.dim, generator=generator).to(dtype) for h in (options.heads, options.key_heads, options.key_heads))
+    scale, text = options.dim**-0.5, spec.text()
+
+    def select() -> tuple[torch.Tensor, torch.Tensor]:
+        return cpu.select(q, k, v, [], [], MASK, scale, text, "")
+
+    def attend() -> torch.Tensor:
+        return cpu.attend(q, k, v, indices, counts, [], [], MASK, scale, text, "")
+
+    def dense() -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=options.heads != options.key_heads)
+
+    indices, counts = select()
+    chosen = BlockSelection(indices, counts, spec.block_q, spec.block_k, cdiv(length, spec.block_k))
+    found = candidates(decode(MASK), (1, options.heads, length, length), [], [], spec.block_q, spec.block_k, "cpu")
+    chosen.check(found)
+    ours, theirs = error(attend(), q, k, v, chosen, scale)
+    if not ours <= FACTOR * theirs + torch.finfo(dtype).eps:
+        raise SystemExit(f"wrong at {length} {dtype}: error {ours:.2e}, SDPA's {theirs:.2e}")
+    memory = {"dense_mib": peak_memory(dense), "ours_mib": peak_memory(lambda: (select(), attend()))}
+    times = measure({"dense": dense, "select": select, "attend": attend}, options.seconds)
+    ratios = sorted(d / (s + a) for d, s, a in zip(*times.values()))
+    return {
+        "length": length, "dtype": str(dtype).removeprefix("torch."), "budget": spec.budget, "pooling": spec.pooling, "density": chosen.density(found),
+        "kernel": cpu.kernel_name(q, k, v, MASK, text), "error": ours, "sdpa_error": theirs, "rounds": len(ratios),
+        **{f"{name}_ms": statistics.median(x) for name, x in times.items()},
+        "ratio": statistics.median(ratios), "low": ratios[len(ratios) // 5], "high": ratios[len(ratios) * 4 // 5], **memory,
+    }  # fmt: skip
+
+
+def table(results: list[dict[str, Any]]) -> Table:
+    """The results as a rich table."""
+    made = Table(title=f"causal attention, {torch.get_num_threads()} threads, {processor()}")
+    for name in (
+        "length",
+        "dtype",
+        "budget",
+        "pooling",
+        "density",
+        "dense ms",
+        "select ms",
+        "attend ms",
+        "ours ms",
+        "speed-up",
+        "spread",
+        "peak MiB, dense",
+        "ours",
+    ):
+        made.add_column(name, justify="right")
+    for r in results:
+        ours = r["select_ms"] + r["attend_ms"]
+        memory = ["-" if r[x] is None else f"{r[x]:.0f}" for x in ("dense_mib", "ours_mib")]
+        made.add_row(
+            f"{r['length']:,}", r["dtype"], str(r["budget"]), r["pooling"], f"{r['density']:.3f}", f"{r['dense_ms']:.0f}", f"{r['select_ms']:.1f}",
+            f"{r['attend_ms']:.0f}", f"{ours:.0f}", f"{r['ratio']:.2f}x", f"{r['low']:.2f} to {r['high']:.2f}", *memory,
+        )  # fmt: skip
+    return made
+
+
+def processor() -> str:
+    """The processor's name and what PyTorch uses of it."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Argument type: values separated by commas."""
+    return lambda text: [kind(x) for x in text.split(",")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=numbers(int), default=[4096, 8192, 16384])
+    parser.add_argument("--dtypes", type=numbers(str), default=["fp32", "bf16"], help=", ".join(DTYPES))
+    parser.add_argument(
+        "--budgets", type=numbers(lambda x: None if x == "none" else float(x)), default=[0.25], help="shares, or none for the published schedule"
+    )
+    parser.add_argument("--poolings", type=numbers(str), default=["mean"], help="mean, max")
+    parser.add_argument("--blocks", type=numbers(int), default=[128, 128], help="query block, key block")
+    parser.add_argument("--heads", type=int, default=9)
+    parser.add_argument("--key-heads", type=int, default=3)
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=20.0, help="time for each row of the table")
+    parser.add_argument("--json", type=Path, help="also write the results there")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    results = []
+    cases = list(itertools.product(options.lengths, options.dtypes, options.budgets, options.poolings))
+    with console.status("") as status:
+        for length, dtype, budget, pooling in cases:
+            status.update(f"{length} {dtype} budget {budget} {pooling} ({len(results) + 1} of {len(cases)})")
+            spec = SelectionSpec(budget=budget, pooling=pooling, block_q=options.blocks[0], block_k=options.blocks[1])
+            assert selection.parse(spec.text()) == spec
+            results.append(benchmark(length, DTYPES[dtype], spec, options))
+    console.print(table(results))
+    if len(results) > 1:
+        console.print(f"geometric mean {math.prod(r['ratio'] for r in results) ** (1 / len(results)):.2f}x")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(
+            json.dumps(
+                {"processor": processor(), "torch": torch.__version__, "cores": os.cpu_count(), "threads": options.threads, "results": results}, indent=1
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()
