@@ -91,14 +91,19 @@ def attend(p: Problem, run: Run) -> None:
     """Write the run's rows of ``p.out``."""
     tokens = slice(run.rows.start * p.block_q, min(run.rows.stop * p.block_q, p.q.shape[2]))
     heads = slice(run.heads.start, run.heads.stop)
-    rows = len(run.rows)
-    # [rows, heads, tokens, width]: heads beside tokens, so that calls on shared keys see one tall query.
-    q = dense(p.q[run.batch, heads, tokens].unflatten(1, (rows, -1)).transpose(0, 1), p.keys.dtype, p.keys.shape[-1])
+
+    def rows_of(x: torch.Tensor) -> torch.Tensor:
+        # [rows, heads, tokens, ...]: heads beside tokens, so that calls on shared keys see one tall query. Full rows are one.
+        rows = 1 if run.count is None else len(run.rows)
+        part: torch.Tensor = x[run.batch, heads, tokens]
+        return part.view(len(part), rows, -1, *part.shape[2:]).transpose(0, 1)
+
+    q = dense(rows_of(p.q), p.keys.dtype, p.keys.shape[-1])
     parts = list(_full(p, run, q) if run.count is None else _listed(p, run, q))
-    out, lse = _merge(parts) if parts else (q.new_zeros(()), q.new_full((), -torch.inf))
-    p.out[run.batch, heads, tokens].unflatten(1, (rows, -1)).transpose(0, 1).copy_(out[..., : p.out.shape[-1]] if parts else out)
+    out, lse = _merge(parts) if parts else (q.new_zeros(1), q.new_full((), -torch.inf))
+    rows_of(p.out).copy_(out[..., : p.out.shape[-1]])
     if p.lse is not None:
-        p.lse[run.batch, heads, tokens].unflatten(1, (rows, -1)).transpose(0, 1).copy_(lse)
+        rows_of(p.lse).copy_(lse)
 
 
 def _merge(parts: list[Part]) -> Part:
@@ -123,7 +128,17 @@ def _full(p: Problem, run: Run, q: torch.Tensor) -> Iterator[Part]:
     if start < middle:
         yield _shared(p, run, q, start, middle)
     if middle < end:
-        yield _shared(p, run, q, middle, end, diagonal=True)
+        yield _triangle(p, run, q, middle, end)
+
+
+def _triangle(p: Problem, run: Run, q: torch.Tensor, start: int, end: int) -> Part:
+    """Full rows against the keys [start, end) around their diagonal: without a bias where key ``start`` is the first query's own."""
+    tokens, first = q.shape[2], run.rows.start * p.block_q
+    # The call masks before it scales, which only a positive scale survives.
+    if p.scale <= 0 or p.offset is None or start != first + p.offset or end != start + tokens or _cut(p, run, start, end):
+        return _shared(p, run, q, start, end, diagonal=True)
+    keys, values = (x[run.batch, _key_head(p, run), None, None, start:end].expand(1, q.shape[1], -1, -1) for x in (p.keys, p.values))
+    return _flash(q, keys, values, 0.0, True, scale=p.scale)
 
 
 def _listed(p: Problem, run: Run, q: torch.Tensor) -> Iterator[Part]:
@@ -141,7 +156,8 @@ def _shared(p: Problem, run: Run, q: torch.Tensor, start: int, end: int, diagona
     """All rows and heads of the run against the same keys [start, end)."""
     keys, values = (x[run.batch, _key_head(p, run), None, None, start:end] for x in (p.keys, p.values))
     bias, blind = _diagonal(p, run.rows.start * p.block_q, q.shape[:3], start, end) if diagonal else (None, None)
-    if p.bias is not None and p.cut[run.batch][-(-end // p.block_k)] > p.cut[run.batch][start // p.block_k]:
+    if _cut(p, run, start, end):
+        assert p.bias is not None
         hidden = p.bias[run.batch, None, None, None, start:end]
         bias = hidden if bias is None else bias + hidden
         blind = blind_to(bias)
@@ -235,6 +251,11 @@ def _late(p: Problem, query: int, tokens: int, position: torch.Tensor) -> torch.
 def blind_to(bias: torch.Tensor) -> torch.Tensor:
     """Queries that a bias leaves no key."""
     return (bias == -torch.inf).all(-1)
+
+
+def _cut(p: Problem, run: Run, start: int, end: int) -> bool:
+    """Whether a key of the blocks of [start, end) is hidden."""
+    return p.bias is not None and p.cut[run.batch][-(-end // p.block_k)] > p.cut[run.batch][start // p.block_k]
 
 
 def _key_head(p: Problem, run: Run) -> int:

@@ -237,7 +237,7 @@ class Largest(TorchDispatchMode):
 def test_memory_grows_linearly(mask: str, pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Modes are thread-local: run the pieces here.
     monkeypatch.setattr(workers, "run", lambda work, pieces: [work(piece) for piece in pieces])
-    for module, name, small in ((pooling, "PIECE", 128), (gather, "GATHERED", 1), (cpu, "TALL", 1)):
+    for module, name, small in ((pooling, "PIECE", {"mean": 128, "max": 128}), (gather, "GATHERED", 1), (cpu, "TALL", 1)):
         monkeypatch.setattr(module, name, small)
     largest = []
     for length in (2048, 4096):
