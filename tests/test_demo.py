@@ -96,7 +96,8 @@ def test_run_sees_memory_that_is_gone_when_it_returns() -> None:
     if measured.peak_bytes is None:
         pytest.skip("this system has no high-water mark that can be reset")
     assert measured.output == size
-    assert size <= measured.peak_bytes < 1.5 * size
+    # The kernel counts resident pages in batches, a thread at a time.
+    assert size - (1 << 20) <= measured.peak_bytes < 1.5 * size
     modest = run("cpu", lambda: 0)
     assert modest.peak_bytes is not None
     assert modest.peak_bytes < size / 8
@@ -132,8 +133,8 @@ def test_contenders_are_the_rivals_the_schedule_and_every_budget() -> None:
         (None, {}),
         ("inductor", {}),
         ("stem", {"pooling": "max"}),
-        ("stem", {"pooling": "max", "budget": 0.5}),
-        ("stem", {"pooling": "max", "budget": 0.125}),
+        ("stem", {"key_block_size": 64, "stride": 8, "pooling": "max", "budget": 0.5}),
+        ("stem", {"key_block_size": 64, "stride": 8, "pooling": "max", "budget": 0.125}),
     ]
 
 
