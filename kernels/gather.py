@@ -99,25 +99,33 @@ def attend(p: Problem, run: Run) -> None:
         return part.view(len(part), rows, -1, *part.shape[2:]).transpose(0, 1)
 
     q = dense(rows_of(p.q), p.keys.dtype, p.keys.shape[-1])
-    parts = list(_full(p, run, q) if run.count is None else _listed(p, run, q))
-    out, lse = _merge(parts) if parts else (q.new_zeros(1), q.new_full((), -torch.inf))
-    rows_of(p.out).copy_(out[..., : p.out.shape[-1]])
-    if p.lse is not None:
-        rows_of(p.lse).copy_(lse)
+    out, lse = rows_of(p.out), None if p.lse is None else rows_of(p.lse)
+    done: Part | None = None
+    for part in _full(p, run, q) if run.count is None else _shared_lists(p, run, q):
+        done = part if done is None else (_mix(done, part), torch.logaddexp(done[1], part[1]))
+    if run.count is None or run.prefix + run.window == run.count:
+        _write(out, lse, done)
+        return
+    for some, part in _gathered(p, run, q):
+        _write(out[some], None if lse is None else lse[some], part, None if done is None else (done[0][some], done[1][some]))
 
 
-def _merge(parts: list[Part]) -> Part:
-    """Attention over the union of the parts' keys; 0 where none has a visible one."""
-    if len(parts) == 1:
-        return parts[0]
-    every = torch.stack([lse for _, lse in parts])
-    lse = torch.logsumexp(every, 0)
-    # Where all are -inf the difference is NaN; such outputs are 0 already.
-    weights = every.sub_(lse).exp_().nan_to_num_(0.0).unsqueeze(-1)
-    total = parts[0][0].to(lse.dtype).mul_(weights[0])
-    for weight, (out, _) in zip(weights[1:], parts[1:]):
-        total.addcmul_(weight, out)
-    return total, lse
+def _mix(a: Part, b: Part, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Attention over the union of two parts' keys; 0 where neither has a visible one."""
+    # Neither: the difference is NaN, and both outputs are 0.
+    weight = torch.sigmoid(b[1] - a[1]).nan_to_num_(0.0).unsqueeze(-1)
+    return torch.lerp(a[0].to(weight.dtype), b[0].to(weight.dtype), weight, out=out)
+
+
+def _write(out: torch.Tensor, lse: torch.Tensor | None, a: Part | None, b: Part | None = None) -> None:
+    if a is None:
+        out.zero_()
+    elif b is not None and out.dtype == a[1].dtype and out.shape == a[0].shape:
+        _mix(a, b, out)
+    else:
+        out.copy_((a[0] if b is None else _mix(a, b))[..., : out.shape[-1]])
+    if lse is not None:
+        lse.copy_(torch.full((), -torch.inf) if a is None else a[1] if b is None else torch.logaddexp(a[1], b[1]))
 
 
 def _full(p: Problem, run: Run, q: torch.Tensor) -> Iterator[Part]:
@@ -141,15 +149,13 @@ def _triangle(p: Problem, run: Run, q: torch.Tensor, start: int, end: int) -> Pa
     return _flash(q, keys, values, 0.0, True, scale=p.scale)
 
 
-def _listed(p: Problem, run: Run, q: torch.Tensor) -> Iterator[Part]:
-    assert run.count is not None
-    start = p.first[run.batch] * p.block_k
+def _shared_lists(p: Problem, run: Run, q: torch.Tensor) -> Iterator[Part]:
+    """What the lists hold that needs no gathering."""
     if run.prefix:
+        start = p.first[run.batch] * p.block_k
         yield _shared(p, run, q, start, start + run.prefix * p.block_k)
     if run.window:
         yield _window(p, run, q)
-    if run.prefix + run.window < run.count:
-        yield _gathered(p, run, q)
 
 
 def _shared(p: Problem, run: Run, q: torch.Tensor, start: int, end: int, diagonal: bool = False) -> Part:
@@ -177,8 +183,8 @@ def _window(p: Problem, run: Run, q: torch.Tensor) -> Part:
     return _part(p, q, (rows, 1, -1), keys, values, bias, blind)
 
 
-def _gathered(p: Problem, run: Run, q: torch.Tensor) -> Part:
-    """What the lists hold between prefix and window, copied together. Without a window this may reach over the diagonal."""
+def _gathered(p: Problem, run: Run, q: torch.Tensor) -> Iterator[tuple[slice, Part]]:
+    """What the lists hold between prefix and window, for some of the run's rows at a time. Without a window this may reach over the diagonal."""
     rows, group, height, width = q.shape
     assert run.count is not None
     listed = p.indices[run.batch, run.heads.start : run.heads.stop, run.rows.start : run.rows.stop, run.prefix : run.count - run.window].transpose(0, 1)
@@ -189,23 +195,14 @@ def _gathered(p: Problem, run: Run, q: torch.Tensor) -> Part:
         late = _late(p, run.rows.start * p.block_q, rows * height, (listed.unsqueeze(-1) * p.block_k + torch.arange(p.block_k)).view(rows, group, 1, -1))
         bias = late if bias is None else bias + late
     keys, values = (x[run.batch, _key_head(p, run)].view(-1, p.block_k * width) for x in (p.keys, p.values))
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     step = max(1, GATHERED // (2 * group * listed.shape[-1] * p.block_k * width * q.element_size()))
     for start in range(0, rows, step):
         some = slice(start, min(start + step, rows))
         index = listed[some].reshape(-1)
         shape = ((some.stop - some.start) * group, 1, -1, width)
         cut = None if bias is None else bias[some].flatten(0, 1)[:, None]
-        found = flash(
-            q[some].view(shape),
-            keys.index_select(0, index).view(shape),
-            values.index_select(0, index).view(shape),
-            p.scale,
-            cut,
-            cut if cut is None else blind_to(cut),
-        )
-        out[some], lse[some] = (x.view(t[some].shape) for x, t in zip(found, (out, lse)))
-    return out, lse
+        blind = None if cut is None else blind_to(cut)
+        yield some, _part(p, q[some], shape[:3], keys.index_select(0, index).view(shape), values.index_select(0, index).view(shape), cut, blind)
 
 
 def _part(
