@@ -81,8 +81,8 @@ def loads(mask: Mask) -> dict[int, int]:
 
 def is_general(mask: Mask) -> bool:
     """Whether a block below the causal line may hide scores, so that the predicate is evaluated in every block."""
-    _, keys, others = split(mask)
-    return bool(keys or others)
+    parts = split(mask)
+    return bool(parts.bands or parts.keys or parts.others)
 
 
 def _load_functions(mask: Mask, module: str, decorator: str) -> str:
@@ -110,7 +110,7 @@ def _visible(mask: Mask, module: str, decorator: str) -> str:
 
 
 def _offset(mask: Mask, module: str, decorator: str) -> str:
-    causal, _, _ = split(mask)
+    causal = split(mask).causal
     value = "0" if causal is None else triton_expression(sympy.sympify(causal.offset), _names(mask), module)
     return f"{decorator}\ndef offset(q_len, kv_len, scalars):\n    return {value}\n"
 
@@ -129,7 +129,7 @@ def constants(spec: KernelSpec) -> dict[str, object]:
         "VALUE_DIM": spec.value_dim,
         "BLOCK_Q": spec.block_q,
         "BLOCK_K": spec.block_k,
-        "CAUSAL": split(mask)[0] is not None,
+        "CAUSAL": split(mask).causal is not None,
         "GENERAL": is_general(mask),
         # float32 products in three tf32 passes: exact to about 1e-6, on tensor cores.
         "PRECISION": "tf32x3" if spec.dtype == "fp32" else "tf32",

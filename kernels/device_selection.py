@@ -32,8 +32,8 @@ def _module(template: str, dtype: str, head_dim: int, value_dim: int, mask: str,
 @functools.lru_cache(maxsize=1024)
 def _terms(mask: str) -> tuple[bool, bool]:
     """(some keys are hidden from every query, some term is neither causal nor about keys alone)."""
-    _, keys, others = split(decode(mask))
-    return bool(keys), bool(others)
+    parts = split(decode(mask))
+    return bool(parts.keys), bool(parts.bands or parts.others)
 
 
 def select(

@@ -47,10 +47,10 @@ def insert_selection(graph: fx.Graph, sites: list[AttentionSite], config: StemCo
         site.q, site.k, site.v = (replaced.get(n, n) for n in (site.q, site.k, site.v))
         mask = (site.tensors, site.scalars, masks.encode(site.mask))
         with graph.inserting_before(site.node):
-            scores = call(graph, ops.OAM_SCORES, (site.q, site.k, site.v, *mask, site.scale, spec), site.node)
-            selected = call(graph, ops.TPD_SELECT, (scores, *mask, spec), site.node)
+            scores = call(graph, ops.OAM_SCORES, (site.q, site.k, site.v, *mask, site.scale, spec, site.score.text), site.node)
+            selected = call(graph, ops.TPD_SELECT, (scores, site.q, site.k, *mask, spec), site.node)
             parts = [call(graph, operator.getitem, (selected, i), site.node) for i in range(2)]
-            arguments = (site.q, site.k, site.v, *parts, *mask, site.scale, spec, ops.REFERENCE)
+            arguments = (site.q, site.k, site.v, *parts, *mask, site.scale, spec, ops.REFERENCE, site.score.text)
             attention = call(graph, ops.SPARSE_ATTENTION, arguments, site.node)
         site.node.replace_all_uses_with(attention)
         relax_views(attention)

@@ -42,7 +42,7 @@ def after_lower(graph: fx.Graph, sites: list[AttentionSite]) -> None:
     for site in sites:
         listed = site.node.args[3]
         selected = listed.args[0] if isinstance(listed, fx.Node) else None
-        _require(bool(site.kernel) and site.node.args[-1] == site.kernel, f"{site.node.name} has no kernel")
+        _require(bool(site.kernel) and site.node.args[-2] == site.kernel, f"{site.node.name} has no kernel")
         _require(isinstance(selected, fx.Node) and selected.target is ops.SELECT, f"{site.node.name} has no fused selection")
 
 

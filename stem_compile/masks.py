@@ -42,6 +42,11 @@ class Mask:
         """The mask as a model author would say it."""
         raise NotImplementedError(type(self).__name__)
 
+    @property
+    def lowest(self) -> Any:
+        """Sympy expression, nondecreasing in ``Q``, below which query Q sees no key; None where the mask has no such edge."""
+        return None
+
     def __and__(self, other: Mask) -> Mask:
         return _combine(And, self, other)
 
@@ -135,6 +140,70 @@ class Padding(Mask):
 
 
 @dataclass(frozen=True)
+class Window(Mask):
+    """``kv >= q + offset``: the far edge of a sliding window. ``offset`` as in ``Causal``, usually negative."""
+
+    offset: Any = 0
+
+    @property
+    def predicate(self) -> Any:
+        return sympy.Ge(KV, Q + self.offset)
+
+    @property
+    def lowest(self) -> Any:
+        return Q + self.offset
+
+    @property
+    def words(self) -> str:
+        return f"window from {self.offset:+}" if isinstance(self.offset, int) else f"window from {self.offset}"
+
+
+@dataclass(frozen=True)
+class Chunks(Mask):
+    """Query and key lie in one chunk of ``size`` positions. q_shift, kv_shift: position of query 0 and key 0 (may depend on the batch row)."""
+
+    size: int
+    q_shift: Any = 0
+    kv_shift: Any = 0
+
+    @property
+    def predicate(self) -> Any:
+        return sympy.Eq(symbolic.FloorDiv(Q + self.q_shift, self.size), symbolic.FloorDiv(KV + self.kv_shift, self.size), evaluate=False)
+
+    @property
+    def lowest(self) -> Any:
+        return symbolic.FloorDiv(Q + self.q_shift, self.size) * self.size - self.kv_shift
+
+    @property
+    def words(self) -> str:
+        return f"chunks of {self.size}"
+
+
+@dataclass(frozen=True)
+class Documents(Mask):
+    """Query and key carry the same id: mask tensor number ``index`` [B or 1, N], read at (b, q + q_shift) and (b, kv + kv_shift)."""
+
+    expr: Any
+    words: ClassVar[str] = "documents"
+
+    @property
+    def predicate(self) -> Any:
+        return self.expr
+
+
+@dataclass(frozen=True)
+class Given(Mask):
+    """A mask that was not understood, kept as a tensor: mask tensor of the site, broadcastable to (batch, heads, q_len, kv_len)."""
+
+    expr: Any
+    words: ClassVar[str] = "given as a tensor"
+
+    @property
+    def predicate(self) -> Any:
+        return self.expr
+
+
+@dataclass(frozen=True)
 class Predicate(Mask):
     """A predicate that is understood but has no name of its own."""
 
@@ -160,8 +229,21 @@ class And(Mask):
         return sympy.And(*(t.predicate for t in self.terms))
 
     @property
+    def lowest(self) -> Any:
+        edges = [t.lowest for t in self.terms if t.lowest is not None]
+        return sympy.Max(*edges) if len(edges) > 1 else edges[0] if edges else None
+
+    @property
     def words(self) -> str:
-        return " & ".join(f"({t.words})" if isinstance(t, Or) else t.words for t in self.terms)
+        causal = next((t for t in self.terms if isinstance(t, Causal)), None)
+        parts = []
+        for term in self.terms:
+            if isinstance(term, Window) and causal is not None:
+                # kv <= q + causal.offset and kv >= q + window.offset
+                parts.append(f"sliding window of {sympy.expand(causal.offset - term.offset + 1)}")
+            else:
+                parts.append(f"({term.words})" if isinstance(term, Or) else term.words)
+        return " & ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -229,19 +311,52 @@ def _ordered(args: Any) -> list[Any]:
     return sorted(args, key=lambda a: (bool(a.atoms(sympy.Function)), not a.has(KV), sympy.default_sort_key(a)))
 
 
-def _causal(expr: Any) -> Mask | None:
+def _edge(expr: Any) -> tuple[int, Any] | None:
+    """(sign, offset) of ``sign * (q + offset - kv) >= 0``; None for anything else. The offset is one for all positions: lengths, scalars, ``T0()``."""
     if not isinstance(expr, sympy.Le | sympy.Lt | sympy.Ge | sympy.Gt):
         return None
-    small, large = (expr.lts, expr.gts)
-    # factor * kv <= factor * q + offset, offset the same for every position
-    slack = sympy.expand(large - small) - (1 if isinstance(expr, sympy.Lt | sympy.Gt) else 0)
+    slack = sympy.expand(expr.gts - expr.lts) - (1 if isinstance(expr, sympy.Lt | sympy.Gt) else 0)
     factor = slack.coeff(Q)
-    if not factor.is_Integer or factor < 1 or slack.coeff(KV) != -factor:
+    if not factor.is_Integer or factor == 0 or slack.coeff(KV) != -factor:
         return None
-    offset = symbolic.FloorDiv(sympy.expand(slack - factor * Q + factor * KV), factor)
-    if expr.has(KV) and expr.has(Q) and not offset.has(Q, KV, B, H) and not offset.atoms(sympy.Function):
-        return Causal(int(offset) if offset.is_Integer else offset)
+    rest = sympy.expand(slack - factor * Q + factor * KV)
+    offset = symbolic.FloorDiv(rest, factor) if factor > 0 else -symbolic.FloorDiv(rest, -factor)
+    if offset.has(Q, KV, B, H) or any(symbolic.load_index(f) is None or f.args for f in offset.atoms(sympy.core.function.AppliedUndef)):
+        return None
+    return (1 if factor > 0 else -1), (int(offset) if offset.is_Integer else offset)
+
+
+def _causal(expr: Any) -> Mask | None:
+    edge = _edge(expr)
+    return Causal(edge[1]) if edge and edge[0] > 0 else None
+
+
+def _window(expr: Any) -> Mask | None:
+    edge = _edge(expr)
+    return Window(edge[1]) if edge and edge[0] < 0 else None
+
+
+def _chunks(expr: Any) -> Mask | None:
+    sides = expr.args if isinstance(expr, sympy.Eq) else ()
+    if len(sides) != 2 or not all(isinstance(s, symbolic.FloorDiv) for s in sides) or sides[0].args[1] != sides[1].args[1]:
+        return None
+    row, key = sides if sides[0].has(Q) else sides[::-1]
+    size, shifts = row.args[1], (sympy.expand(row.args[0] - Q), sympy.expand(key.args[0] - KV))
+    if not size.is_Integer or any(s.has(Q, KV, H) for s in shifts):
+        return None
+    return Chunks(int(size), *(int(s) if s.is_Integer else s for s in shifts))
+
+
+def _documents(expr: Any) -> Mask | None:
+    sides = expr.args if isinstance(expr, sympy.Eq) else ()
+    if len(sides) == 2 and all(symbolic.load_index(s) is not None for s in sides) and {s.has(Q) for s in sides} == {s.has(KV) for s in sides} == {True, False}:
+        return Documents(expr)
     return None
+
+
+def _given(expr: Any) -> Mask | None:
+    load = expr.lhs if isinstance(expr, sympy.Ne) and expr.rhs == 0 else None
+    return Given(expr) if load is not None and symbolic.load_index(load) is not None and {Q, KV} <= load.free_symbols else None
 
 
 def _padding(expr: Any) -> Mask | None:
@@ -251,7 +366,7 @@ def _padding(expr: Any) -> Mask | None:
     return Padding(index, batched=expr.lhs.args[0] == B)
 
 
-_RECOGNISERS = (_causal, _padding)
+_RECOGNISERS = (_causal, _window, _chunks, _documents, _padding, _given)
 
 
 def encode(mask: Mask) -> str:
@@ -262,10 +377,7 @@ def encode(mask: Mask) -> str:
 @functools.lru_cache(maxsize=1024)
 def decode(text: str) -> Mask:
     """Mask of the text that ``encode`` wrote. Raises ValueError for anything else."""
-    names: dict[str, Any] = {str(s): s for s in (B, H, Q, KV, Q_LEN, KV_LEN)} | {"FloorDiv": symbolic.FloorDiv}
-    for i in range(8):
-        names |= {f"T{i}": symbolic.tensor(i), f"S{i}": symbolic.scalar(i)}
     try:
-        return predicate(sympy.sympify(text, locals=names))
+        return predicate(symbolic.parse(text))
     except (sympy.SympifyError, SyntaxError, TypeError, AttributeError) as error:
         raise ValueError(f"not an encoded mask: {text!r}") from error

@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from stem_compile.masks import Full, Mask
+from stem_compile.scores import Score
 
 
 class Reason(enum.Enum):
@@ -92,6 +93,7 @@ class AttentionSite:
     is_causal: bool = False
     tensors: list[fx.Node] = field(default_factory=list)
     scalars: list[Any] = field(default_factory=list)
+    score: Score = field(default_factory=Score)
     kernel: str = ""
     index: int = 0
 

@@ -127,9 +127,9 @@ def _spec(template: str, dtype: str, head_dim: int, value_dim: int, mask: str, s
     return KernelSpec(template, dtype, int(head_dim), int(value_dim), chosen.block_q, chosen.block_k, mask)
 
 
-def kernel_name(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: str, spec: str) -> str:
+def kernel_name(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: str, spec: str, score: str = "") -> str:
     """Name of the attention kernel for (fake) tensors: Hopper's where the device and the shape allow, else the portable one."""
-    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype or score:
         return ops.REFERENCE
     hopper = _attention_spec("hopper", q, v, mask, spec)
     if _capability(q.device)[0] == 9 and hopper_config(hopper) is not None:
@@ -193,7 +193,7 @@ def _descriptor(x: torch.Tensor, rows: int) -> Any:
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, counts: torch.Tensor,
     tensors: Sequence[torch.Tensor], scalars: Sequence[int], mask: str, scale: float, spec: str, kernel: str,
-    lse: torch.Tensor | None = None, config: Config | None = None,
+    lse: torch.Tensor | None = None, config: Config | None = None, score: str = "",
 ) -> torch.Tensor:  # fmt: skip
     """stem::sparse_attention. lse: fp32 [B, H, q_len] to fill, contiguous. config: overrides the measured choice."""
     out = ops.attention_output(q, v)
