@@ -85,8 +85,10 @@ def boolean(expr: Any) -> Any:
     """Truth value of an expression: a condition stays, a number is compared with zero."""
     if expr in (sympy.true, sympy.false) or getattr(expr, "is_Relational", False) or isinstance(expr, sympy.logic.boolalg.Boolean):
         return expr
-    if isinstance(expr, Where) and expr.args[1:] == (1, 0):
-        return expr.args[0]
+    if isinstance(expr, Where) and all(branch.is_number for branch in expr.args[1:]):
+        # A condition turned into numbers: the condition again, its opposite, or nothing at all.
+        condition, yes, no = expr.args[0], expr.args[1] != 0, expr.args[2] != 0
+        return sympy.true if yes and no else condition if yes else sympy.Not(condition) if no else sympy.false
     return sympy.Ne(expr, 0)
 
 

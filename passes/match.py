@@ -15,10 +15,10 @@ from types import ModuleType
 import torch
 from torch import fx
 
+from stem_compile.kernels import launch
 from stem_compile.passes.trace_back import peel, unrepeated
 from stem_compile.sites import AttentionSite, Reason, Rejected, View, value
 
-HEAD_DIMS = range(16, 257)
 DECODE_QUERIES = 16
 """Fewer query rows than this behind a prefix are decoding, where selection has nothing to save."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -58,14 +58,15 @@ def _checked(hit: AttentionSite | Rejected) -> AttentionSite | Rejected:
     q, k, v = tensors
     if not (q.dtype == k.dtype == v.dtype and q.dtype in DTYPES):
         return Rejected(hit.node, Reason.DTYPE, ", ".join(str(t.dtype).removeprefix("torch.") for t in tensors))
-    if int(q.shape[-1]) not in HEAD_DIMS or int(v.shape[-1]) not in HEAD_DIMS:
-        return Rejected(hit.node, Reason.HEAD_DIM, f"{q.shape[-1]} and {v.shape[-1]}")
+    # int() of a symbolic size specialises it: nobody serves one model with several head counts or head dims.
+    allowed = launch.head_dims(q.device.type)
+    if int(q.shape[-1]) not in allowed or int(v.shape[-1]) not in allowed:
+        return Rejected(hit.node, Reason.HEAD_DIM, f"{q.shape[-1]} and {v.shape[-1]}, {q.device.type} takes {allowed.start} to {allowed.stop - 1}")
     repeated = hit.k, hit.v
     hit.k, hit.v = (_unrepeated(x, hit.node) for x in (hit.k, hit.v))
     if value(hit.k).shape[1] != value(hit.v).shape[1]:
         hit.k, hit.v = repeated
     q, k, v = value(hit.q), value(hit.k), value(hit.v)
-    # int() of a symbolic size specialises it: nobody serves one model with several head counts or head dims.
     if int(q.shape[1]) % int(k.shape[1]):
         return Rejected(hit.node, Reason.SHAPE, f"{q.shape[1]} query heads over {k.shape[1]} key heads")
     # Comparing symbolic sizes installs guards: a cache's keys and values have lengths that Dynamo does not know to be equal.

@@ -52,7 +52,7 @@ all: input dim=None keepdim=False | any: input dim=None keepdim=False | sum: inp
 tanh: input | exp: input | log: input | sqrt: input | rsqrt: input | flip: input *dims | select: input dim index | narrow: input dim start length
 max: input dim=None keepdim=False | amax: input dim=None keepdim=False | nan_to_num: input nan=None posinf=None neginf=None | bfloat16: input
 matmul: input other | bmm: input other | baddbmm: input batch1 batch2 beta=1 alpha=1 | einsum: equation *operands
-softmax: input dim=None dtype=None | dropout: input p=0.5 training=True | view_as: input other | reshape_as: input other
+softmax: input dim=None dtype=None | dropout: input p=0.5 training=True inplace=False | view_as: input other | reshape_as: input other
 sdpa: query key value attn_mask=None dropout_p=0.0 is_causal=False scale=None enable_gqa=False
 """
 

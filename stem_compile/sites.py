@@ -26,7 +26,7 @@ class Reason(enum.Enum):
     SCORE_BIAS = "the mask carries scores"
     SHAPE = "shapes are not those of one attention"
     DTYPE = "dtype is not fp16, bf16 or fp32"
-    HEAD_DIM = "head dim is outside 16 to 256"
+    HEAD_DIM = "no kernel for this head dim"
     DEVICE = "no kernels for this device"
     DENSE_LAYER = "dense_layers keeps it dense"
     FUEL = "fuel is used up"
@@ -50,7 +50,7 @@ _REMEDIES = {
     Reason.SCORE_BIAS: "use a Boolean mask",
     Reason.SHAPE: "pass q, k, v as [batch, heads, length, head dim] with equal batch and a whole number of query heads a key head",
     Reason.DTYPE: "cast the model to fp16, bf16 or fp32",
-    Reason.HEAD_DIM: "use head dims from 16 to 256",
+    Reason.HEAD_DIM: "nothing to do short of another model: head dims up to 256 have kernels everywhere",
     Reason.DEVICE: "move the model to a CPU or a CUDA device",
     Reason.DENSE_LAYER: "take it out of dense_layers",
     Reason.FUEL: "raise fuel",

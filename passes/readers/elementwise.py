@@ -19,9 +19,10 @@ def _compare(name: str) -> Reader:
 
     def compare(a: Any, b: Any) -> Any:
         a, b = number(a), number(b)
-        if name in ("eq", "ne") and isinstance(a, Where) and a.args[1:] == (1, 0) and b in (0, 1):
-            # A condition counted as a number and compared with one: the condition, or its opposite.
-            return a.args[0] if (name == "eq") == (b == 1) else sympy.Not(a.args[0])
+        if isinstance(a, Where) and b.is_number and all(x.is_number for x in a.args[1:]):
+            # A condition turned into numbers and compared with one: the condition again, or its opposite.
+            condition, yes, no = a.args
+            return sympy.Or(sympy.And(condition, relation(yes, b)), sympy.And(sympy.Not(condition), relation(no, b)))
         return relation(a, b)
 
     return lambda i, op, known: i.map(compare, op["input"], op["other"])
@@ -110,14 +111,9 @@ def _function(function: Callable[[Any], Any]) -> Reader:
 
 
 def _pow(i: Interpreter, op: Op, known: torch.Tensor) -> SymTensor:
-    def power(a: Any, b: Any) -> Any:
-        if not (number(a).is_number or number(b).is_number):
-            raise Unreadable("a power of two unknowns")
-        return number(a) ** number(b)
-
-    if i.tensor(op["exponent"]).kind != "int" and not isinstance(op["exponent"], float):
+    if not isinstance(value(op["exponent"]), int | float):
         raise Unreadable("a power with a tensor exponent")
-    return i.map(power, op["input"], op["exponent"])
+    return i.map(lambda a, b: number(a) ** number(b), op["input"], op["exponent"])
 
 
 def _same(i: Interpreter, op: Op, known: torch.Tensor) -> SymTensor:
