@@ -3,10 +3,10 @@
     python -m benchmarks.zoo --json out/zoo.json --markdown docs/zoo.md
     python -m benchmarks.zoo --only llama,gemma2 --implementation eager
 
-Every model runs on a left-padded batch, eager in fp32 and fp64 and compiled. What is recorded: the attentions found, rewritten and rejected, their masks in
-words, graphs, tensors of N x N left above rewritten attentions, and the error against fp64 next to eager's own. Attention written out by hand is counted
-independently (``zoo_graphs``), so that what recognition misses shows. A type that crashes or hangs loses its own result only, and a second run goes on where the
-first one stopped.
+Every model runs on a left-padded batch, eager in fp32 and fp64 and compiled. What is recorded: the attentions found, rewritten and rejected, their
+masks in words, graphs, tensors of N x N left above rewritten attentions, and the error against fp64 next to eager's own. Attention written out by hand
+is counted independently (``zoo_graphs``), so that what recognition misses shows. A type that crashes or hangs loses its own result only, and a second
+run goes on where the first one stopped.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def measure(model_type: str, implementation: str) -> dict[str, Any]:
         try:
             model = zoo_models.build(model_type, implementation)
         except Exception as error:
-            return failed("build", error)
+            return failed("build", error) | ({"error": why} if (why := zoo_models.UNBUILT.get(model_type)) else {})
         record["weights"] = sum(p.numel() for p in model.parameters())
         lap("build")
         given = zoo_models.inputs(model)

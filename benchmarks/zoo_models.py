@@ -43,7 +43,7 @@ SIZES: list[tuple[int, str]] = [
     (8, "mamba_n_heads mamba_num_heads num_blocks"),
     (KEY_HEADS, """linear_num_key_heads num_experts_per_tok num_experts_per_token moe_topk moe_k moe_top_k top_k_experts num_experts_per_topk n_group
         num_expert_group o_groups mamba_n_groups n_groups mamba_ngroups index_topk_blocks"""),
-    (1, """topk_group num_shared_experts n_shared_experts moe_num_shared_experts first_k_dense_replace num_dense_layers topk_method_groups num_nextn_predict_layers
+    (1, """topk_group num_shared_experts n_shared_experts moe_num_shared_experts first_k_dense_replace num_dense_layers num_nextn_predict_layers
         intermediate_multiple_size"""),
     (WINDOW, """sliding_window sliding_window_size attention_chunk_size attention_window_size window_size local_attention local_attention_window_len index_topk
         keep_window_size chunk_size mamba_chunk_size block_size"""),
@@ -53,12 +53,63 @@ SIZES: list[tuple[int, str]] = [
         encoder_hash_byte_group_vocab ngram_vocab_size_base"""),
 ]  # fmt: skip
 RULES = {name: size for size, names in SIZES for name in names.split()}
-MULTI_HEADS = "num_key_value_heads swa_num_key_value_heads num_global_key_value_heads kv_n_heads num_kv_heads num_query_groups".split()
-LAYER_COUNTS = "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers encoder_layers num_encoder_layers".split()
-KEPT = ("id2label", "label2id", "rope_parameters", "eos_token_id", "bos_token_id", "pad_token_id")
+MULTI_HEADS = ["num_key_value_heads", "swa_num_key_value_heads", "num_global_key_value_heads", "kv_n_heads", "num_kv_heads", "num_query_groups"]
+LAYER_COUNTS = ["num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers", "encoder_layers", "num_encoder_layers"]
 
-OVERRIDES: dict[str, dict[str, Any]] = {}
+NEEDED = {
+    "head_dim": HEAD_DIM, "num_experts_per_tok": KEY_HEADS, "n_routed_experts": EXPERTS, "num_local_experts": EXPERTS, "num_key_value_heads": KEY_HEADS,
+    "n_shared_experts": 1,
+}  # fmt: skip
+"""Fields that some types leave None although they cannot do without."""
+INDICES = ("moe_layers", "full_attn_idxs", "cross_attention_layers", "hybrid_layer_ids")
+"""Lists of layer numbers, which the config computes anew."""
+
+_FULL, _SLIDING, _LINEAR = "full_attention", "sliding_attention", "linear_attention"
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_SHARED = {"num_hidden_layers": 4, "layer_types": [_SLIDING, _FULL] * 2, "num_kv_shared_layers": 2}
+_SWA = {"swa_num_attention_heads": HEADS, "swa_num_key_value_heads": HEADS, "swa_q_lora_rank": 32, "swa_kv_lora_rank": 32} | {
+    "swa_head_dim": 32, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16,
+}  # fmt: skip
+_ADAPTERS = (("vision", "in_dim"), ("vision", "out_dim"), ("audio", "input_size"), ("audio", "out_dim"))
+_INDEXER = {"indexer_n_heads": HEADS, "indexer_kv_heads": 1, "indexer_head_dim": 32, "indexer_budget": WINDOW, "indexer_compress_ratio": 4}
+_GEMMA3N = {**_SHARED, "intermediate_size": [WIDTH] * 4, "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0]}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "cohere_compass_text": {"layer_types": [_SLIDING, _FULL], "rope_parameters": {_SLIDING: _ROPE, _FULL: _ROPE}},
+    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0, "ffn_config.moe_top_k": 2},
+    "dots3_note": dict.fromkeys((f"{part}_config.adapter_{field}" for part, field in _ADAPTERS), WIDTH) | {f"text_config.{k}": v for k, v in _SWA.items()},
+    "dots3_note_text": _SWA,
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma3n_text": _GEMMA3N,
+    "gemma4": {"text_config.global_head_dim": 32},
+    "gemma4_text": {"global_head_dim": 32},
+    "gemma4_unified": {"text_config.global_head_dim": 32},
+    "gemma4_unified_text": {"global_head_dim": 32},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": [_LINEAR, _FULL]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", _FULL]},
+    "mamba2": {"num_heads": 8},
+    "musicgen": {"decoder.num_codebooks": 1},
+    "musicgen_melody": {"decoder.num_codebooks": 1},
+    "qwen4_exp": {f"text_config.{k}": v for k, v in _INDEXER.items()},
+    "qwen4_exp_text": _INDEXER,
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {"axial_pos_shape": (16, 64), "axial_pos_embds_dim": (32, 32)},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": [_LINEAR, "hybrid"] * 2, "attention_hidden_size": 128, "attention_head_dim": 32},
+    "zamba2": {"num_hidden_layers": 4, "layers_block_type": [_LINEAR, "hybrid"] * 2, "attention_hidden_size": 128, "attention_head_dim": 32},
+    "zaya": {"num_experts_per_tok": 1},
+}
 """Fields a type needs beside the rules; ``a.b`` is field b of the nested config a. Other fields keep their rule."""
+UNBUILT = {
+    "gemma3n": "its vision tower needs the timm package (gemma3n_text covers the language model)",
+    "gemma4_assistant": "drafts for another model and takes that model's keys and values",
+    "gemma4_unified_assistant": "drafts for another model and takes that model's keys and values",
+}
+"""Types that no recipe can build, and why."""
+PART = {"musicgen": "decoder", "musicgen_melody": "decoder"}
+"""Types whose causal language model takes one of the config's parts."""
 
 
 def types() -> list[str]:
@@ -76,7 +127,7 @@ def model_class(model_type: str) -> Any:
 
 
 def configs(model_type: str) -> Iterator[Any]:
-    """Shrunk configs of a type, the best first: with every kind of layer, with the first layers, with the rules for sizes alone."""
+    """Shrunk configs of a type, the best first: every kind of layer, the first layers, sizes alone. An exception in place of what is no valid config."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[model_type]
@@ -88,11 +139,10 @@ def configs(model_type: str) -> Iterator[Any]:
             for name, v in own.items():
                 if "." in name:
                     nested.setdefault(name.split(".")[0], {})[name.split(".", 1)[1]] = v
-            yield shrunk(kind, layers, flat, nested)
+            config = shrunk(kind, layers, flat, nested)
+            yield getattr(config, PART[model_type]) if model_type in PART else config
         except Exception as error:
-            last = error
-    if "last" in locals():
-        raise last
+            yield error
 
 
 def shrunk(kind: type, layers: str, own: dict[str, Any], nested: dict[str, dict[str, Any]]) -> Any:
@@ -110,7 +160,7 @@ def shrunk(kind: type, layers: str, own: dict[str, Any], nested: dict[str, dict[
         if name.startswith("_") or name in ("id2label", "label2id", "rope_parameters", "transformers_version", "dtype"):
             continue
         if isinstance(v, PretrainedConfig):
-            values[name] = shrunk(type(v), layers, {}, nested.get(name, {}) and {}) if name not in nested else shrunk(type(v), layers, nested[name], {})
+            values[name] = shrunk(type(v), layers, nested.get(name, {}), {})
         elif name == "is_decoder":
             values[name] = True
         elif name in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -118,6 +168,8 @@ def shrunk(kind: type, layers: str, own: dict[str, Any], nested: dict[str, dict[
         elif name.endswith(("_token_id", "_token_index")) and isinstance(v, int):
             values[name] = special
             special += 1
+        elif v is None and name in NEEDED:
+            values[name] = NEEDED[name]
         elif isinstance(v, bool) or not isinstance(v, int) or v == 0:
             continue
         elif name in RULES:
@@ -135,7 +187,7 @@ def _layers(fields: dict[str, Any], how: str) -> dict[str, Any]:
     if not counts:
         return {}
     total = fields[counts[0]]
-    lists = {n: list(v) for n, v in fields.items() if isinstance(v, list | tuple) and len(v) == total > 3 and not n.startswith("_")}
+    lists = {n: list(v) for n, v in fields.items() if isinstance(v, list | tuple) and len(v) == total > 2 and n not in INDICES}
     chosen: set[int] = set()
     for values in lists.values():
         seen: list[Any] = []
@@ -153,14 +205,12 @@ def _layers(fields: dict[str, Any], how: str) -> dict[str, Any]:
     if how == "count":
         return dict.fromkeys(cut, LAYERS)
     for name, values in lists.items():
-        cut[name] = [_narrow(name, values[i], kept.index(i)) for i in kept]
+        cut[name] = [_narrow(name, values[i]) for i in kept]
     return cut
 
 
-def _narrow(name: str, v: Any, place: int) -> Any:
-    """An entry of a per-layer list, with its size under the rules; lists of layer numbers count the layers kept."""
-    if name in ("moe_layers", "full_attn_idxs"):
-        return place
+def _narrow(name: str, v: Any) -> Any:
+    """An entry of a per-layer list, with its size under the rules."""
     if "head" in name and isinstance(v, int):
         return HEADS
     return RULES.get(name, v) if isinstance(v, int) and not isinstance(v, bool) else v
@@ -170,17 +220,20 @@ def build(model_type: str, implementation: str) -> Any:
     """Model in eval mode and fp32, the same weights every time. Raises what the last recipe raised."""
     from transformers import AutoModelForCausalLM
 
+    made = model_class(model_type)._from_config if model_type in PART else AutoModelForCausalLM.from_config
     failure: Exception | None = None
     for config in configs(model_type):
         try:
+            if isinstance(config, Exception):
+                raise config
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 with torch.device("meta"):
-                    size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config, dtype=torch.float32).parameters())
+                    size = sum(p.numel() for p in made(config, dtype=torch.float32).parameters())
                 if size > MOST_WEIGHTS:
                     raise MemoryError(f"{size / 1e6:.0f}M weights after shrinking")
                 torch.manual_seed(0)
-                model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=torch.float32).eval()
+                model = made(config, attn_implementation=implementation, dtype=torch.float32).eval()
                 plain = copy.deepcopy(model.state_dict())
                 stir(model)
                 with torch.no_grad():
