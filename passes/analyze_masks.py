@@ -29,7 +29,7 @@ def analyze_masks(found: list[AttentionSite | Rejected], config: StemConfig | No
 
 
 def _analyzed(site: AttentionSite, readers: tuple[Interpreter, Interpreter], any_order: bool) -> AttentionSite | Rejected:
-    if site.mask_node is None and site.logits is None:
+    if site.mask_node is None and site.logits is None and site.mods is None:
         site.mask = Causal(0) if site.is_causal else masks.Full()
     elif site.is_causal:
         return Rejected(site.node, Reason.MASK, "is_causal and a mask together")
@@ -69,7 +69,13 @@ def _read(site: AttentionSite, interpreter: Interpreter) -> None:
     q, k = value(site.q), value(site.k)
     heads, q_len, kv_len = q.shape[1], q.shape[2], k.shape[2]
     interpreter.focus({}, {H: heads, Q: q_len, KV: kv_len, B: q.shape[0]})
-    if site.logits is None:
+    if site.mods is not None:
+        mods = site.mods
+        seen = sympy.true if mods.mask is None else boolean(interpreter.call(mods.mask, [B, H, Q, KV], mods.mask_buffers))
+        modified = SCORE if mods.score is None else number(interpreter.call(mods.score, [SCORE, B, H, Q, KV], mods.score_buffers))
+        predicate, scale, score = split_logits(sympy.sympify(modified).subs(SCORE, SCORE * sympy.Rational(site.scale)))
+        predicate = sympy.And(seen, predicate)
+    elif site.logits is None:
         assert site.mask_node is not None
         tensor = interpreter.tensor(site.mask_node)
         expr = _at(tensor, (B, H, Q, KV))

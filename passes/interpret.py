@@ -209,6 +209,18 @@ class Interpreter:
             self._derived[node] = self._derived[node] or any(self.derived(n) for n in node.all_input_nodes)
         return self._derived[node]
 
+    def call(self, module: fx.GraphModule, arguments: list[Any], buffers: tuple[fx.Node, ...]) -> Any:
+        """Value of a function of 0-d tensors, given as a graph: ``arguments`` are expressions, ``buffers`` tensors of this graph."""
+        kinds = [SymTensor((), functools.partial(lambda e, _: e, e), "int" if e.is_integer else "float") for e in arguments]
+        placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+        given = dict(zip(placeholders, [*kinds, *(self.tensor(b) for b in buffers)], strict=True))
+        inner = Interpreter((), given, self.extents)
+        result = next(n for n in module.graph.nodes if n.op == "output").args[0]
+        expr = inner.tensor(result[0] if isinstance(result, tuple | list) else result).at(())
+        if inner.leaves:
+            raise Unreadable(f"{inner.leaves[0].name} inside {module.__class__.__name__}")
+        return expr
+
     def map(self, function: Callable[..., Any], *nodes: Any) -> SymTensor:
         """Broadcast ``function`` over tensors."""
         parts = [self.tensor(n) for n in nodes]

@@ -53,6 +53,7 @@ tanh: input | exp: input | log: input | sqrt: input | rsqrt: input | flip: input
 max: input dim=None keepdim=False | amax: input dim=None keepdim=False | nan_to_num: input nan=None posinf=None neginf=None | bfloat16: input
 matmul: input other | bmm: input other | baddbmm: input batch1 batch2 beta=1 alpha=1 | einsum: equation *operands
 softmax: input dim=None dtype=None | dropout: input p=0.5 training=True inplace=False | view_as: input other | reshape_as: input other
+flex_attention: query key value score_mod block_mask scale kernel_options=None score_mod_other_buffers=() mask_mod_other_buffers=()
 sdpa: query key value attn_mask=None dropout_p=0.0 is_causal=False scale=None enable_gqa=False
 """
 
@@ -99,6 +100,8 @@ def spelling(node: fx.Node) -> str | None:
         qualified = str(target._schema.name if isinstance(target, torch._ops.OpOverload) else target._qualified_op_name)
         name = qualified.removeprefix("aten::")
         return None if "::" in name else _ALIASES.get(name, name)
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return str(target.name())
     name = getattr(target, "__name__", "")
     homes = (operator, torch, F, torch.Tensor, torch.special, torch._C._nn)
     if not any(getattr(home, name, None) is target for home in homes):

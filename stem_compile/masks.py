@@ -354,7 +354,7 @@ def _window(expr: Any) -> Mask | None:
 
 
 def _chunks(expr: Any) -> Mask | None:
-    sides = expr.args if isinstance(expr, sympy.Eq) else ()
+    sides: tuple[Any, ...] = expr.args if isinstance(expr, sympy.Eq) else ()
     if len(sides) != 2 or not all(isinstance(s, symbolic.FloorDiv) for s in sides) or sides[0].args[1] != sides[1].args[1]:
         return None
     row, key = sides if sides[0].has(Q) else sides[::-1]
@@ -365,7 +365,7 @@ def _chunks(expr: Any) -> Mask | None:
 
 
 def _documents(expr: Any) -> Mask | None:
-    sides = expr.args if isinstance(expr, sympy.Eq) else ()
+    sides: tuple[Any, ...] = expr.args if isinstance(expr, sympy.Eq) else ()
     if len(sides) == 2 and all(symbolic.load_index(s) is not None for s in sides) and {s.has(Q) for s in sides} == {s.has(KV) for s in sides} == {True, False}:
         return Documents(expr)
     return None

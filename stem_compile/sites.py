@@ -102,13 +102,24 @@ class Rejected:
         return f"{self.reason.value}{detail}: {self.reason.remedy}"
 
 
+@dataclass(frozen=True)
+class Mods:
+    """``score_mod`` and ``mask_mod`` of a flex_attention: graphs of (score,) b, h, q, kv and the buffers given; None where there is none."""
+
+    score: fx.GraphModule | None
+    score_buffers: tuple[fx.Node, ...]
+    mask: fx.GraphModule | None
+    mask_buffers: tuple[fx.Node, ...]
+
+
 @dataclass
 class AttentionSite:
     """One attention in a graph: softmax(scale q k^T under mask) v.
 
     node: the node whose value it is. q: [B, H, q_len, d], k: [B, Hk, kv_len, d], v: [B, Hk, kv_len, dv] with native key heads.
     mask_node: the mask tensor of the graph, None without one. logits, product: input of the softmax and the raw q.k that it comes from, where the
-    attention is written out. result: steps that give ``node``'s layout from [B, H, q_len, dv]. mask: what it means; None until analyze_masks.
+    attention is written out; mods: flex_attention's functions. result: steps that give ``node``'s layout from [B, H, q_len, dv].
+    mask: what it means; None until analyze_masks.
     score: what happens to scaled products. tensors, scalars: graph values of T0.. and S0.. scale: float factor of q.k.
     kernel: set by lower. index: position among the graph's attentions.
     """
@@ -121,6 +132,7 @@ class AttentionSite:
     mask_node: fx.Node | None = None
     logits: fx.Node | None = None
     product: fx.Node | None = None
+    mods: Mods | None = None
     result: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     mask: Mask | None = None
     is_causal: bool = False
