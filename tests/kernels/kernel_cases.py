@@ -21,10 +21,11 @@ PADDED = "(kv <= q + S0) & Ne(T0(b, kv), 0)"
 WINDOW = "(kv <= q) & (kv > q - 90)"
 DOCUMENT = "(kv <= q) & Eq(T0(b, q), T0(b, kv))"
 CHUNKED = "(kv <= q) & Eq(FloorDiv(q, 100), FloorDiv(kv, 100))"
+LEFT_CHUNKED = "(kv <= q) & Eq(FloorDiv(q - T0(b), 64), FloorDiv(kv - T0(b), 64))"
 SHIFTED = "kv <= q + T0()"
 PREFIX = "(kv <= q) | (kv < 50)"
 GIVEN = "(kv <= q) & Ne(T0(b, 0, q, kv), 0)"
-MASKS = (CAUSAL, LAST_ROWS, SCALAR, PADDED, WINDOW, DOCUMENT, CHUNKED, SHIFTED, PREFIX, GIVEN, "True")
+MASKS = (CAUSAL, LAST_ROWS, SCALAR, PADDED, WINDOW, DOCUMENT, CHUNKED, LEFT_CHUNKED, SHIFTED, PREFIX, GIVEN, "True")
 
 # "#" is the number of the first tensor that the mask leaves free.
 SOFTCAP = "5.0*tanh(0.2*s)"
@@ -104,6 +105,8 @@ class Case:
         if self.mask == DOCUMENT:
             ids = torch.randint(0, 2, (self.batch, max(self.q_len, self.kv_len)), generator=generator)
             tensors = [(ids * (torch.rand(ids.shape, generator=generator) < 0.02)).cumsum(-1).to(self.device)]
+        if self.mask == LEFT_CHUNKED:
+            tensors = [torch.randint(0, max(1, self.kv_len // 2), (self.batch,), generator=generator).to(self.device)]
         if self.mask == SHIFTED:
             tensors = [torch.tensor(self.kv_len - self.q_len, device=self.device)]
         if self.mask == GIVEN:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import subprocess
 import sys
@@ -17,8 +18,8 @@ from tests.kernels.kernel_cases import MASKS, Case
 pytest.importorskip("triton")
 from stem_compile import policies, symbolic
 from stem_compile.kernels import cache, codegen
+from stem_compile.kernels.arguments import arguments
 from stem_compile.kernels.spec import KernelSpec, template_of
-from stem_compile.kernels.targets import cuda
 from stem_compile.masks import decode, encode
 from stem_compile.selection import SelectionSpec
 from stem_compile.symbolic import BLOCKS, ROW
@@ -64,7 +65,7 @@ def test_generated_mask_equals_its_definition(mask: str, q_len: int, extra: int,
     case = Case(q_len, q_len + extra, 2, mask=mask, pad=pad, seed=seed)
     data = case.inputs()
     meaning = decode(mask)
-    tensors, layouts, scalars = cuda.mask_arguments(data["tensors"], data["scalars"], mask)
+    tensors, layouts, scalars = arguments(data["tensors"], data["scalars"], mask)
     q, kv = torch.arange(case.q_len)[:, None], torch.arange(case.kv_len)[None, :]
     module = cache.load(KernelSpec("portable", mask=mask))
     expected = meaning.dense(case.shape, data["tensors"], data["scalars"]).expand(2, -1, -1, -1)
@@ -92,7 +93,8 @@ def test_generated_budget_equals_its_definition(spec: SelectionSpec) -> None:
     for blocks in (1, 7, 55, 56, 159, 160, 1024, 8192):
         for row in {0, 1, blocks // 3, blocks // 2, blocks - 1}:
             value = symbolic.evaluate(policies.get(spec.policy).budget(spec), {ROW: row, BLOCKS: blocks})
-            assert eval(text, {"language": Language, "row": row, "blocks": blocks}) == value
+            helpers = {"language": Language, "floordiv": operator.floordiv}
+            assert eval(text, helpers | {"row": row, "blocks": blocks}) == value
 
 
 def test_unknown_functions_are_refused() -> None:
