@@ -70,7 +70,7 @@ def triton_expression(expr: Any, names: Mapping[Any, str], module: str = "tl") -
         return str(int(expr)) if int(expr) >= 0 else f"({int(expr)})"
     if (index := symbolic.load_index(expr)) is not None:
         return f"load{index}({', '.join([*(triton_expression(a, names, module) for a in expr.args), 'tensors', 'layouts'])})"
-    if expr.is_number and not _loads(expr):
+    if expr.is_number:
         return repr(float(expr)) if float(expr) >= 0 else f"({float(expr)!r})"
     # Sums and products in sympy's printing order, not its hash order: equal masks must give equal text.
     ordered = sorted(expr.args, key=sympy.default_sort_key) if isinstance(expr, sympy.And | sympy.Or | sympy.Min | sympy.Max) else expr.args
@@ -173,8 +173,14 @@ def _load_functions(ranks: Mapping[int, int], called: set[str], module: str) -> 
 
 
 def _visible(mask: Mask, module: str) -> str:
-    value = triton_expression(mask.predicate, _names(mask.predicate), module)
-    value = {"True": "(kv >= 0)", "False": "(kv < 0)"}.get(value, value)
+    if only_edges(mask):
+        # Two comparisons of 32-bit positions, where a chunk's own predicate divides twice.
+        value = "kv >= lowest(b, q, q_len, kv_len, tensors, layouts, scalars)"
+        if split(mask).causal is not None:
+            value = f"(kv <= q + offset(q_len, kv_len, tensors, layouts, scalars)) & ({value})"
+    else:
+        value = triton_expression(mask.predicate, _names(mask.predicate), module)
+        value = {"True": "(kv >= 0)", "False": "(kv < 0)"}.get(value, value)
     return f"def visible(b, h, q, kv, q_len, kv_len, tensors, layouts, scalars):\n    # {mask.words}\n    return {value}\n"
 
 
