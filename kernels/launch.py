@@ -2,6 +2,7 @@
 
 A target is a module ``kernels/targets/<device type>.py`` with
 
+``HEAD_DIMS``   range of the head dims it has kernels for
 ``kernel_name(q, k, v, mask, spec, score) -> str``   attention kernel for (fake) tensors; ``ops.REFERENCE`` when it has none for them
 ``select_name(q, k, v, mask, spec) -> str``   the same for the fused selection; it is asked for scores that block scores need not see
 ``select(q, k, v, tensors, scalars, mask, scale, spec, kernel) -> (indices, counts)``   shapes as ``ops.selection_shape``, int32
@@ -35,6 +36,12 @@ def target(device_type: str) -> ModuleType | None:
     # AMD GPUs call themselves cuda in torch, and take the portable template there.
     name = f"stem_compile.kernels.targets.{device_type}"
     return importlib.import_module(name) if importlib.util.find_spec(name) else None
+
+
+def head_dims(device_type: str) -> range:
+    """Head dims that a device takes; the reference takes all."""
+    found = target(device_type)
+    return range(1, 1025) if found is None else found.HEAD_DIMS
 
 
 def kernel_name(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: str, spec: str, score: str = "") -> str:

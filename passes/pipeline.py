@@ -42,7 +42,7 @@ def analyze(graph: fx.Graph, config: StemConfig) -> list[AttentionSite | Rejecte
     found = match(graph)
     if config.verify:
         verify.after_match(graph, before, found)
-    found = decide(analyze_masks(found), config)
+    found = decide(analyze_masks(found, config), config)
     if config.verify:
         verify.after_analyze(found)
     return found

@@ -315,7 +315,10 @@ def _edge(expr: Any) -> tuple[int, Any] | None:
     """(sign, offset) of ``sign * (q + offset - kv) >= 0``; None for anything else. The offset is one for all positions: lengths, scalars, ``T0()``."""
     if not isinstance(expr, sympy.Le | sympy.Lt | sympy.Ge | sympy.Gt):
         return None
-    slack = sympy.expand(expr.gts - expr.lts) - (1 if isinstance(expr, sympy.Lt | sympy.Gt) else 0)
+    slack = sympy.expand(expr.gts - expr.lts)
+    # Whole numbers: kv / 3 <= q / 3 is kv <= q, and a < b is a <= b - 1.
+    slack = sympy.expand(slack * sympy.ilcm(1, *(c.q for c in slack.as_coefficients_dict().values() if c.is_Rational)))
+    slack -= 1 if isinstance(expr, sympy.Lt | sympy.Gt) else 0
     factor = slack.coeff(Q)
     if not factor.is_Integer or factor == 0 or slack.coeff(KV) != -factor:
         return None

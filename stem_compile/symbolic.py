@@ -83,10 +83,14 @@ def load_index(expr: sympy.Basic) -> int | None:
     return int(name[1:]) if name[:1] == "T" and name[1:].isdigit() else None
 
 
+LOADS = 16
+"""Most tensors, and most scalars, of one attention."""
+
+
 @functools.cache
 def _names() -> dict[str, Any]:
     names: dict[str, Any] = {str(s): s for s in (B, H, Q, KV, Q_LEN, KV_LEN, SCORE)} | {"FloorDiv": FloorDiv, "Where": Where}
-    return names | {f"T{i}": tensor(i) for i in range(16)} | {f"S{i}": scalar(i) for i in range(16)}
+    return names | {f"T{i}": tensor(i) for i in range(LOADS)} | {f"S{i}": scalar(i) for i in range(LOADS)}
 
 
 def parse(text: str) -> Any:

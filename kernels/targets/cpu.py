@@ -18,6 +18,7 @@ from stem_compile.tpd import full_rows, row_limits
 
 Tensors = Sequence[torch.Tensor]
 
+HEAD_DIMS = range(1, 1025)
 TALL = 1536
 """Queries of a run, all heads together. PyTorch's flash attention takes its largest tile from 768 on."""
 NATIVE_BF16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()

@@ -21,6 +21,7 @@ from stem_compile.kernels.arguments import arguments
 from stem_compile.kernels.spec import DTYPES, KernelSpec, template_of
 from stem_compile.scores import decode as decode_score
 
+HEAD_DIMS = range(16, 257)
 LOG2E = 1.4426950408889634
 SHARED_BYTES = 227 * 1024
 """Shared memory a Hopper block may use."""
