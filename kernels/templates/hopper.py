@@ -246,10 +246,9 @@ def _consume(
             scores = _hide(scores, start, far, near, rows, b, h, q_len, kv_len, tensors, layouts, scalars, score_layout, TILE)
             higher = gl.maximum(peak, gl.max(scores, 1) * factor)
             fresh = gl.exp2(scores * factor - higher[:, None])
+            before, total = total, gl.sum(fresh, 1)
             if SINK:
-                total = total * gl.exp2(peak - higher) + gl.sum(fresh, 1)
-            else:
-                total = gl.sum(fresh, 1)
+                total += before * gl.exp2(peak - higher)
             peak = higher
             weights = gl.convert_layout(fresh.to(v_ring.dtype), gl.DotOperandLayout(0, out_layout, 2))
             for i in range(1, cut):

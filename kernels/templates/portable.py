@@ -135,9 +135,9 @@ def attend(
     heads, group, q_len, kv_len, width, scale, tensors, layouts, scalars,
     ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, LSE: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows * BLOCK_Q / ROWS, B * H). scale: softmax scale, times log2(e) unless MODIFIED. strides: (batch, head, token). lse: fp32 [B, H, q_len], natural log.
+    """Grid (rows * BLOCK_Q / ROWS, B * H). scale: softmax scale, times log2(e) unless MODIFIED. strides: (batch, head, token).
 
-    BULK: k_ptr and v_ptr are tensor descriptors of [1, 1, TILE, D or DV] tiles.
+    lse: fp32 [B, H, q_len], natural log. BULK: k_ptr and v_ptr are tensor descriptors of [1, 1, TILE, D or DV] tiles.
     """
     PARTS: tl.constexpr = BLOCK_Q // ROWS
     part = tl.num_programs(0) - 1 - tl.program_id(0)  # heavy rows first

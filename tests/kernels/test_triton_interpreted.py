@@ -53,7 +53,8 @@ def cases(draw: Any) -> Case:
         q_len=q_len, kv_len=q_len + extra, batch=draw(st.integers(1, 2)), heads=key_heads * draw(st.integers(1, 2)), key_heads=key_heads,
         head_dim=draw(st.sampled_from([16, 32, 40])), value_dim=draw(st.sampled_from([16, 24])),
         block_q=draw(st.sampled_from([16, 32])), block_k=draw(st.sampled_from([16, 32])), dtype=draw(st.sampled_from([torch.float32, torch.float16])),
-        mask=mask, kind=draw(st.sampled_from(SCORES)), pad=draw(st.sampled_from(["left", "right", "holes"])), layout=draw(st.sampled_from(["bhnd", "bnhd", "sliced"])),
+        mask=mask, kind=draw(st.sampled_from(SCORES)),
+        pad=draw(st.sampled_from(["left", "right", "holes"])), layout=draw(st.sampled_from(["bhnd", "bnhd", "sliced"])),
         budget=draw(st.sampled_from([0.2, 0.5, 1.0])), pooling=draw(st.sampled_from(["mean", "max"])),
         metric=draw(st.sampled_from(["paper", "released"])), stride=draw(st.sampled_from([8, 16])), seed=draw(st.integers(0, 99)),
     )  # fmt: skip
