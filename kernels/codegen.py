@@ -20,7 +20,7 @@ from sympy.logic.boolalg import BooleanFalse, BooleanTrue
 from stem_compile import policies, selection, symbolic
 from stem_compile.blocks import split
 from stem_compile.kernels.spec import KernelSpec
-from stem_compile.masks import Mask, Window, decode
+from stem_compile.masks import Chunks, Mask, Window, decode
 from stem_compile.scores import Score
 from stem_compile.scores import decode as decode_score
 from stem_compile.symbolic import BLOCKS, KV, KV_LEN, Q_LEN, REAL_FUNCTIONS, ROW, SCORE, B, FloorDiv, H, Q, Where
@@ -148,11 +148,10 @@ def only_edges(mask: Mask) -> bool:
     causal, bands, keys, others = split(mask)
     if not bands or keys or others:
         return False
-    for band in bands:
-        # The end of a chunk lies beyond the causal limit where both count the same positions.
-        if not isinstance(band, Window) and (causal is None or not sympy.expand(causal.offset + band.kv_shift - band.q_shift).is_nonpositive):
-            return False
-    return True
+    # The end of a chunk lies beyond the causal limit where both count the same positions.
+    chunks = [band for band in bands if isinstance(band, Chunks)]
+    within = causal is not None and all(sympy.expand(causal.offset + c.kv_shift - c.q_shift).is_nonpositive for c in chunks)
+    return all(isinstance(band, Window | Chunks) for band in bands) and (within or not chunks)
 
 
 def _load_functions(ranks: Mapping[int, int], called: set[str], module: str) -> list[str]:

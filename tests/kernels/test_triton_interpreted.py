@@ -18,6 +18,7 @@ from tests.kernels.kernel_cases import (
     CAUSAL,
     CHUNKED,
     DOCUMENT,
+    EDGED,
     GIVEN,
     LAST_ROWS,
     LEFT_CHUNKED,
@@ -45,7 +46,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs 
 
 @st.composite
 def cases(draw: Any) -> Case:
-    mask = draw(st.sampled_from(MASKS))
+    mask = draw(st.sampled_from([*MASKS, *EDGED]))
     q_len = draw(st.integers(1, 150))
     extra = 0 if mask in (CAUSAL, WINDOW, DOCUMENT, CHUNKED, LEFT_CHUNKED) else draw(st.integers(0, 100))
     key_heads = draw(st.integers(1, 2))
