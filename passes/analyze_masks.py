@@ -55,7 +55,7 @@ def orders_positions(mask: Mask) -> bool:
         return any(orders_positions(t) for t in mask.terms)
     if isinstance(mask, Or):
         return any(orders_positions(t) for t in mask.terms)
-    if isinstance(mask, Causal | Given):
+    if isinstance(mask, Causal | Given | masks.Positions):
         return True
     if isinstance(mask, masks.Predicate):
         # Runtime positions: an inequality between what is read at the query and what is read at the key.

@@ -26,7 +26,7 @@ from stem_compile.sites import value
 from stem_compile.symbolic import Where
 
 HIDDEN = -1.0e38
-"""What -inf is read as: a number that arithmetic survives."""
+"""What -inf is read as: a number that arithmetic survives. Floats are read as the fractions they are: -1e4 beside it must not be rounded away."""
 
 
 class Unreadable(Exception):
@@ -71,7 +71,7 @@ def as_expr(number: Any) -> Any:
         # Under dynamic=True Dynamo passes a module's float attributes as inputs; reading one guards on its value.
         number = float(number)
     if isinstance(number, float):
-        return sympy.Float(max(min(number, -HIDDEN), HIDDEN)) if number == number else _nan()
+        return sympy.Rational(max(min(number, -HIDDEN), HIDDEN)) if number == number else _nan()
     if isinstance(number, int):
         return sympy.Integer(number)
     raise Unreadable(f"scalar of type {type(number).__name__}")
@@ -85,11 +85,18 @@ def boolean(expr: Any) -> Any:
     """Truth value of an expression: a condition stays, a number is compared with zero."""
     if expr in (sympy.true, sympy.false) or getattr(expr, "is_Relational", False) or isinstance(expr, sympy.logic.boolalg.Boolean):
         return expr
-    if isinstance(expr, Where) and all(branch.is_number for branch in expr.args[1:]):
-        # A condition turned into numbers: the condition again, its opposite, or nothing at all.
-        condition, yes, no = expr.args[0], expr.args[1] != 0, expr.args[2] != 0
-        return sympy.true if yes and no else condition if yes else sympy.Not(condition) if no else sympy.false
-    return sympy.Ne(expr, 0)
+    return decided(lambda n: sympy.Ne(n, 0), expr)
+
+
+def decided(relation: Callable[[Any], Any], expr: Any) -> Any:
+    """``relation(expr)``; where the expression is a condition turned into one of two numbers, that condition again, or its opposite."""
+    choices = list(expr.atoms(Where))
+    if len(choices) == 1:
+        condition, yes, no = choices[0].args
+        ends = [expr.xreplace({choices[0]: branch}) for branch in (yes, no)]
+        if all(end.is_number for end in ends):
+            return sympy.Or(sympy.And(condition, relation(ends[0])), sympy.And(sympy.Not(condition), relation(ends[1])))
+    return relation(expr)
 
 
 def number(expr: Any) -> Any:

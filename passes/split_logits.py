@@ -13,7 +13,7 @@ import sympy
 
 from stem_compile import symbolic
 from stem_compile.scores import Score
-from stem_compile.symbolic import SCORE, Where
+from stem_compile.symbolic import KV, SCORE, Q, Where
 
 DEEP = -8000.0
 """A constant at or below it hides a key: models write -10000, the dtype's minimum or -inf."""
@@ -30,7 +30,7 @@ def split_logits(expr: Any) -> tuple[Any, float, Score]:
     expr = sympy.expand(expr) if not expr.atoms(sympy.tanh) else expr
     slope = sympy.diff(expr, SCORE).subs(SCORE, 0) if not expr.atoms(Where) else sympy.Integer(0)
     scale = float(slope) if slope.is_number and slope.is_real and slope > 0 else 1.0
-    return visible, scale, Score(_settled(expr.subs(SCORE, SCORE / sympy.Float(scale))))
+    return _in_floats(visible), scale, Score(_in_floats(_settled(expr.subs(SCORE, SCORE / sympy.Rational(scale)))))
 
 
 def hidden_conditions(expr: Any) -> tuple[Any, Any]:
@@ -52,6 +52,11 @@ def hidden_conditions(expr: Any) -> tuple[Any, Any]:
             break
         else:
             kept.update(choices)
+    for term in sympy.Add.make_args(sympy.expand(expr)):
+        # A bias that was not understood may hold the mask: its very negative entries hide.
+        factor, rest = term.as_coeff_Mul()
+        if factor > 0 and symbolic.load_index(rest) is not None and {Q, KV} <= rest.free_symbols:
+            visible = sympy.And(visible, sympy.Gt(rest, DEEP / factor))
     return visible, expr
 
 
@@ -72,7 +77,8 @@ def _highest(expr: Any) -> float:
         elif factor <= DEEP and _divides(rest):
             total += float(factor)
         elif abs(factor) >= LARGE:
-            return float("inf")
+            # Only a mask of zeros and ones has such a factor.
+            total += max(float(factor), 0.0) if symbolic.load_index(rest) is not None else float("inf")
     return total
 
 
@@ -100,6 +106,13 @@ def _without_floors(expr: Any) -> Any:
     """``max(x, very negative)`` is x: such clamps only keep sums of masks finite."""
     floors = {e: sympy.Max(*kept) for e in expr.atoms(sympy.Max) if len(kept := [a for a in e.args if not (a.is_number and a <= DEEP)]) < len(e.args) and kept}
     return expr.xreplace(floors) if floors else expr
+
+
+def _in_floats(expr: Any) -> Any:
+    """Fractions, and whole numbers that no integer type holds, as floats: what kernels compute with."""
+    numbers = {n: sympy.Float(n, 17) for n in expr.atoms(sympy.Rational) if not n.is_Integer or abs(n) >= 1 << 31}
+    powers = {e: e for e in expr.atoms(sympy.Pow)}
+    return expr.xreplace({n: f for n, f in numbers.items() if not any(n == p.exp for p in powers)})
 
 
 def _settled(expr: Any) -> Any:

@@ -52,6 +52,7 @@ def after_cleanup(graph: fx.Graph, sites: list[AttentionSite]) -> None:
     for site in sites:
         left = [] if keeps_tensor(site) else quadratic(graph, site)
         _require(not left, f"{site.node.name} still needs {[n.name for n in left]}")
+        _require(site.product not in graph.nodes or site.product is None, f"{site.node.name}: its scores are still computed")
 
 
 def keeps_tensor(site: AttentionSite) -> bool:
@@ -60,9 +61,9 @@ def keeps_tensor(site: AttentionSite) -> bool:
 
 
 def quadratic(graph: fx.Graph, site: AttentionSite) -> list[fx.Node]:
-    """Nodes above ``site`` whose last two dimensions are q_len x kv_len."""
+    """Nodes whose last two dimensions are q_len x kv_len among those that the site's mask and score are read from."""
     q_len, kv_len = value(site.q).shape[2], value(site.k).shape[2]
-    above, frontier = set(), [site.node]
+    above, frontier = set(site.tensors), list(site.tensors)
     while frontier:
         for node in frontier.pop().all_input_nodes:
             if node not in above:

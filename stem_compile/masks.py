@@ -127,14 +127,16 @@ class Causal(Mask):
 
 @dataclass(frozen=True)
 class Padding(Mask):
-    """Keys of one batch row are visible where mask tensor number ``index`` (bool or int, read at (b, kv)) is nonzero."""
+    """Keys of one batch row are visible where mask tensor number ``index`` (bool or int, read at (b, kv)) is nonzero; ``whole``: is at least 1."""
 
     index: int = 0
     batched: bool = True
+    whole: bool = False
 
     @property
     def predicate(self) -> Any:
-        return sympy.Ne(symbolic.tensor(self.index)(B if self.batched else sympy.Integer(0), KV), 0)
+        load = symbolic.tensor(self.index)(B if self.batched else sympy.Integer(0), KV)
+        return sympy.Ge(load, 1) if self.whole else sympy.Ne(load, 0)
 
     words: ClassVar[str] = "padding"
 
@@ -185,6 +187,18 @@ class Documents(Mask):
 
     expr: Any
     words: ClassVar[str] = "documents"
+
+    @property
+    def predicate(self) -> Any:
+        return self.expr
+
+
+@dataclass(frozen=True)
+class Positions(Mask):
+    """The key's position, read from a tensor at (b, kv), does not exceed the query's, read at (b, q)."""
+
+    expr: Any
+    words: ClassVar[str] = "causal by positions"
 
     @property
     def predicate(self) -> Any:
@@ -357,19 +371,28 @@ def _documents(expr: Any) -> Mask | None:
     return None
 
 
+def _positions(expr: Any) -> Mask | None:
+    if not isinstance(expr, sympy.Le | sympy.Lt | sympy.Ge | sympy.Gt):
+        return None
+    small, large = expr.lts, expr.gts
+    both = symbolic.load_index(small) is not None and symbolic.load_index(small) == symbolic.load_index(large)
+    return Positions(expr) if both and small.has(KV) and large.has(Q) and not small.has(Q) and not large.has(KV) else None
+
+
 def _given(expr: Any) -> Mask | None:
-    load = expr.lhs if isinstance(expr, sympy.Ne) and expr.rhs == 0 else None
+    load = expr.lhs if expr.is_Relational and expr.rhs.is_number else None
     return Given(expr) if load is not None and symbolic.load_index(load) is not None and {Q, KV} <= load.free_symbols else None
 
 
 def _padding(expr: Any) -> Mask | None:
-    index = symbolic.load_index(expr.lhs) if isinstance(expr, sympy.Ne) and expr.rhs == 0 else None
+    whole = isinstance(expr, sympy.Ge) and expr.rhs == 1
+    index = symbolic.load_index(expr.lhs) if whole or (isinstance(expr, sympy.Ne) and expr.rhs == 0) else None
     if index is None or expr.lhs.args not in ((B, KV), (sympy.Integer(0), KV)):
         return None
-    return Padding(index, batched=expr.lhs.args[0] == B)
+    return Padding(index, batched=expr.lhs.args[0] == B, whole=whole)
 
 
-_RECOGNISERS = (_causal, _window, _chunks, _documents, _padding, _given)
+_RECOGNISERS = (_causal, _window, _chunks, _documents, _positions, _padding, _given)
 
 
 def encode(mask: Mask) -> str:

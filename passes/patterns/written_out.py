@@ -51,15 +51,20 @@ def match(node: fx.Node) -> AttentionSite | Rejected | None:
 
 
 def _unshifted(logits: fx.Node) -> fx.Node:
-    """Logits without what a softmax does not see: casts and the subtraction of each row's maximum."""
+    """Logits without what a softmax does not see: casts, the subtraction of each row's maximum, heads merged into the batch."""
     while (op := normalize.read(logits)) is not None:
-        if (op.name in ("to", "type", "float", "contiguous", "type_as") and isinstance(op["input"], fx.Node)) or (
-            op.name == "sub" and _is_peak(op["other"], op["input"])
-        ):
-            logits = op["input"]
-        else:
+        cast = op.name in ("to", "type", "float", "contiguous", "type_as") and isinstance(op["input"], fx.Node)
+        shift = op.name == "sub" and _is_peak(op["other"], op["input"])
+        merge = op.name in _RESHAPING and value(logits).dim() == 3 and value(op["input"]).dim() == 4 and _keeps_scores(op["input"], logits)
+        if not (cast or shift or merge):
             break
+        logits = op["input"]
     return logits
+
+
+def _keeps_scores(before: fx.Node, after: fx.Node) -> bool:
+    """Whether a view leaves the last two dimensions, queries and keys, alone."""
+    return str(tuple(value(before).shape[-2:])) == str(tuple(value(after).shape[-2:]))
 
 
 def _is_peak(node: Any, of: Any) -> bool:
@@ -124,12 +129,23 @@ def _weighted(softmax: fx.Node) -> fx.Node | Rejected | None:
             if not _drops_last(op["index"], value(node), value(user)):
                 return None
         elif op.name in _RESHAPING:
-            if str(value(user).shape[-2:]) != str(value(node).shape[-2:]):
+            if not _keeps_scores(node, user):
                 return None
         elif op.name not in _PASSING:
-            leads = any(normalize.spelling(u) in PRODUCTS for u in user.users)
-            return Rejected(softmax, Reason.ESCAPES, f"{user.name} changes the weights after the softmax") if leads else None
+            return Rejected(softmax, Reason.ESCAPES, f"{user.name} changes the weights after the softmax") if _leads_on(user) else None
         node = user
+
+
+def _leads_on(node: fx.Node) -> bool:
+    """Whether a few steps further on a product follows."""
+    for _ in range(4):
+        users = list(node.users)
+        if any(normalize.spelling(u) in PRODUCTS for u in users):
+            return True
+        if len(users) != 1:
+            return False
+        node = users[0]
+    return False
 
 
 def _drops_last(index: Any, before: torch.Tensor, after: torch.Tensor) -> bool:
@@ -155,9 +171,19 @@ def _escapes(product: fx.Node, softmax: fx.Node) -> fx.Node | None:
                 frontier.append(user)
     for node in inside:
         for user in node.users:
-            if user not in inside and user is not softmax and (isinstance(value(user), torch.Tensor) or user.op == "output"):
+            outside = user not in inside and user is not softmax and (isinstance(value(user), torch.Tensor) or user.op == "output")
+            if outside and not _reads_shape(user, node):
                 return user
     return None
+
+
+_LIKE = ("expand_as", "view_as", "reshape_as", "type_as", "ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full")
+
+
+def _reads_shape(user: fx.Node, node: fx.Node) -> bool:
+    """Whether ``user`` takes only shape, dtype or device from ``node``."""
+    op = normalize.read(user)
+    return op is not None and op.name in _LIKE and ("other" not in op.args or op["input"] is not node)
 
 
 def _operands(product: fx.Node, heads: Any) -> tuple[View, View] | None:

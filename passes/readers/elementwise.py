@@ -7,8 +7,9 @@ from typing import Any
 
 import sympy
 import torch
+from torch import fx
 
-from stem_compile.passes.interpret import Interpreter, Reader, SymTensor, Unreadable, as_expr, boolean, number
+from stem_compile.passes.interpret import Interpreter, Reader, SymTensor, Unreadable, as_expr, boolean, decided, number
 from stem_compile.passes.normalize import Op
 from stem_compile.sites import value
 from stem_compile.symbolic import FloorDiv, Where
@@ -19,11 +20,7 @@ def _compare(name: str) -> Reader:
 
     def compare(a: Any, b: Any) -> Any:
         a, b = number(a), number(b)
-        if isinstance(a, Where) and b.is_number and all(x.is_number for x in a.args[1:]):
-            # A condition turned into numbers and compared with one: the condition again, or its opposite.
-            condition, yes, no = a.args
-            return sympy.Or(sympy.And(condition, relation(yes, b)), sympy.And(sympy.Not(condition), relation(no, b)))
-        return relation(a, b)
+        return decided(lambda n: relation(n, b), a) if b.is_number else relation(a, b)
 
     return lambda i, op, known: i.map(compare, op["input"], op["other"])
 
@@ -95,6 +92,12 @@ def _masked_fill(i: Interpreter, op: Op, known: torch.Tensor) -> SymTensor:
     return _where(i, Op("where", {"condition": op["mask"], "input": op["value"], "other": op["input"]}), known)
 
 
+def _greatest(i: Interpreter, op: Op, known: torch.Tensor) -> SymTensor:
+    if not isinstance(op["dim"], fx.Node) or not isinstance(value(op["dim"]), torch.Tensor):
+        raise Unreadable("a maximum over elements")
+    return i.map(lambda a, b: sympy.Max(number(a), number(b)), op["input"], op["dim"])
+
+
 def _clamp(i: Interpreter, op: Op, known: torch.Tensor) -> SymTensor:
     bounds = [(f, op[side]) for f, side in ((sympy.Max, "min"), (sympy.Min, "max")) if op[side] is not None]
 
@@ -138,7 +141,7 @@ READERS: dict[str, Reader] = {
     **{name: _compare(name) for name in ("le", "lt", "ge", "gt", "eq", "ne")},
     **{name: _logic(c) for name, c in (("and", sympy.And), ("or", sympy.Or), ("xor", sympy.Xor))},
     "add": _scaled(1), "sub": _scaled(-1), "mul": _mul, "not": _not, "truediv": _truediv, "floordiv": _whole(FloorDiv), "mod": _whole(sympy.Mod),
-    "minimum": _arithmetic(sympy.Min), "maximum": _arithmetic(sympy.Max), "clamp": _clamp, "where": _where, "masked_fill": _masked_fill,
+    "max": _greatest, "minimum": _arithmetic(sympy.Min), "maximum": _arithmetic(sympy.Max), "clamp": _clamp, "where": _where, "masked_fill": _masked_fill,
     "neg": _function(lambda a: -a), "abs": _function(sympy.Abs), "tanh": _function(sympy.tanh), "exp": _function(sympy.exp), "log": _function(sympy.log),
     "sqrt": _function(lambda a: a ** sympy.Rational(1, 2)), "rsqrt": _function(lambda a: a ** sympy.Rational(-1, 2)), "pow": _pow,
     **dict.fromkeys(("contiguous", "clone", "detach", "alias"), _same),
