@@ -72,7 +72,7 @@ def key_visible(mask: Mask, shape: Shape, tensors: Sequence[torch.Tensor], scala
         return None
     env = environment(shape, tensors, scalars)
     env |= {B: torch.arange(shape[0], device=device)[:, None], KV: torch.arange(shape[3], device=device)[None, :]}
-    return torch.as_tensor(symbolic.evaluate(sympy.And(*(t.predicate for t in keys)), env), device=device).expand(-1, shape[3])
+    return symbolic.as_tensor(symbolic.evaluate(sympy.And(*(t.predicate for t in keys)), env), device).expand(-1, shape[3])
 
 
 def first_visible(visible: torch.Tensor | None, kv_len: int, block_k: int, device: torch.device) -> torch.Tensor:
@@ -114,7 +114,15 @@ def candidates(
 
 
 def _possible(predicate: Any, shape: Shape, tensors: Sequence[torch.Tensor], scalars: Sequence[int], block_q: int, block_k: int, device: torch.device) -> Any:
-    """Bool tensor, broadcastable to the block pairs: whether ``predicate`` can be true anywhere in them."""
+    """Bool tensor, broadcastable to the block pairs: whether ``predicate`` can be true anywhere in them. Waits for no device."""
+    box = _box(shape, scalars, block_q, block_k, device)
+    widths = _widths(predicate, _box(shape, scalars, block_q, block_k, torch.device("cpu")))
+    box |= {symbolic.tensor(i): _extremes(t, widths.get(i, ())) for i, t in enumerate(tensors)}
+    return symbolic.as_tensor(symbolic.bounds(predicate, box)[1], device)
+
+
+def _box(shape: Shape, scalars: Sequence[int], block_q: int, block_k: int, device: torch.device) -> dict[Any, Any]:
+    """What the symbols of a predicate range over in each block pair."""
     q_len, kv_len = shape[2:]
     row, key = (torch.arange(cdiv(n, block), device=device) * block for n, block in ((q_len, block_q), (kv_len, block_k)))
     row, key = row.view(1, 1, -1, 1), key.view(1, 1, 1, -1)
@@ -122,13 +130,29 @@ def _possible(predicate: Any, shape: Shape, tensors: Sequence[torch.Tensor], sca
     batch, heads = (torch.arange(n, device=device) for n in shape[:2])
     box |= {B: (batch.view(-1, 1, 1, 1),) * 2, H: (heads.view(1, -1, 1, 1),) * 2}
     box |= {Q: (row, (row + block_q).clamp(max=q_len) - 1), KV: (key, (key + block_k).clamp(max=kv_len) - 1)}
-    box |= {symbolic.tensor(i): _extremes(t) for i, t in enumerate(tensors)}
-    possible = symbolic.bounds(predicate, box)[1]
-    return torch.as_tensor(possible, device=device)
+    return box
 
 
-def _extremes(values: torch.Tensor) -> Any:
-    """Load function over intervals: (least, greatest) value between each index's low and high."""
+def _widths(predicate: Any, box: dict[Any, Any]) -> dict[int, list[int | None]]:
+    """For each tensor and dimension that ``predicate`` reads, the most entries that a block pair reads there; None where that depends on tensors."""
+    found: dict[int, list[int | None]] = {}
+    for load in predicate.atoms(sympy.core.function.AppliedUndef):
+        most = []
+        for index in load.args:
+            # Summands without a position are one value for all positions of a block.
+            moving = sympy.Add(*(t for t in sympy.Add.make_args(sympy.expand(index)) if {Q, KV} & t.free_symbols))
+            low, high = symbolic.bounds(moving, box)
+            width = torch.as_tensor(high - low).max().item() + 1
+            most.append(int(width) if width < symbolic.INFINITE else None)
+        number = symbolic.load_index(load)
+        assert number is not None
+        before = found.get(number, most)
+        found[number] = [None if a is None or b is None else max(a, b) for a, b in zip(before, most)]
+    return found
+
+
+def _extremes(values: torch.Tensor, widths: Sequence[int | None]) -> Any:
+    """Load function over intervals: (least, greatest) value between each index's low and high, which are at most ``widths`` entries."""
     values = values.to(torch.uint8) if values.dtype == torch.bool else values
 
     def load(*index: tuple[Any, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,9 +160,9 @@ def _extremes(values: torch.Tensor) -> Any:
         where: list[torch.Tensor] = []
         for dim, (start, end) in enumerate(index):
             if start is end or values.shape[dim] == 1:
-                where.append(torch.as_tensor(start, device=values.device).clamp(0, values.shape[dim] - 1))
-            elif isinstance(start, torch.Tensor) and isinstance(end, torch.Tensor):
-                low, high = _pooled(low, dim, start, end, torch.amin), _pooled(high, dim, start, end, torch.amax)
+                where.append(symbolic.as_tensor(start, values.device).clamp(0, values.shape[dim] - 1))
+            elif isinstance(start, torch.Tensor) and isinstance(end, torch.Tensor) and (width := widths[dim]) is not None:
+                low, high = _pooled(low, dim, start, end, width, torch.amin), _pooled(high, dim, start, end, width, torch.amax)
                 where.append(torch.arange(start.numel(), device=values.device).view(start.shape))
             else:
                 low, high = low.amin(dim, keepdim=True), high.amax(dim, keepdim=True)
@@ -152,12 +176,11 @@ def _signed(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.int32) if x.dtype == torch.uint8 else x
 
 
-def _pooled(values: torch.Tensor, dim: int, start: torch.Tensor, end: torch.Tensor, pool: Any) -> torch.Tensor:
-    """Extreme of ``values`` along ``dim`` between each start and end (clamped into range): dim gets ``start.numel()`` entries."""
+def _pooled(values: torch.Tensor, dim: int, start: torch.Tensor, end: torch.Tensor, width: int, pool: Any) -> torch.Tensor:
+    """Extreme of ``values`` along ``dim`` between each start and end (at most ``width`` entries, clamped into range): dim gets ``start.numel()``."""
     size = values.shape[dim]
     low, high = start.flatten().clamp(0, size - 1), end.flatten().clamp(0, size - 1)
-    width = int((high - low).max()) + 1
-    index = torch.minimum(low[:, None] + torch.arange(width, device=values.device), high[:, None])
+    index = torch.minimum(low[:, None] + torch.arange(min(width, size), device=values.device), high[:, None])
     gathered = values.index_select(dim, index.flatten()).unflatten(dim, index.shape)
     result: torch.Tensor = pool(gathered, dim + 1)
     return result

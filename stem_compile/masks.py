@@ -97,7 +97,7 @@ def environment(shape: tuple[int, int, int, int], tensors: Sequence[torch.Tensor
 def _loader(values: torch.Tensor) -> Any:
     def load(*index: Any) -> torch.Tensor:
         # Broadcast dimensions are read at 0; out-of-range reads are another conjunct's business, so clamp like a masked load.
-        return values[tuple(torch.as_tensor(i, device=values.device).clamp(0, n - 1) for i, n in zip(index, values.shape, strict=True))]
+        return values[tuple(symbolic.as_tensor(i, values.device).clamp(0, n - 1) for i, n in zip(index, values.shape, strict=True))]
 
     return load
 

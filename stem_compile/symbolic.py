@@ -152,14 +152,19 @@ def evaluate(expr: Any, env: Mapping[Any, Any]) -> Any:
 def _where(condition: Any, a: Any, b: Any) -> Any:
     if not isinstance(condition, torch.Tensor):
         return a if condition else b
-    return torch.where(condition, torch.as_tensor(a, device=condition.device), torch.as_tensor(b, device=condition.device))
+    return torch.where(condition, as_tensor(a, condition.device), as_tensor(b, condition.device))
+
+
+def as_tensor(value: Any, device: torch.device) -> torch.Tensor:
+    """A tensor as it is, a number as one on ``device``: filled there, since a copy would wait for the device."""
+    return value if isinstance(value, torch.Tensor) else torch.full((), value, device=device)
 
 
 def _extreme(a: Any, b: Any, pick: Any, elementwise: Any) -> Any:
     if not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor):
         return pick(a, b)
     device = a.device if isinstance(a, torch.Tensor) else b.device
-    return elementwise(torch.as_tensor(a, device=device), torch.as_tensor(b, device=device))
+    return elementwise(as_tensor(a, device), as_tensor(b, device))
 
 
 def _minimum(a: Any, b: Any) -> Any:

@@ -53,7 +53,7 @@ def row_limits(visible: torch.Tensor, spec: SelectionSpec, reach: torch.Tensor |
     reach = visible if reach is None else reach
     total = reach.amax(-1, keepdim=True).clamp(min=cdiv(spec.prompt_length, spec.block_k))
     budget = symbolic.evaluate(policies.get(spec.policy).budget(spec), {ROW: (reach - 1).clamp(min=0), BLOCKS: total.clamp(min=1)})
-    return torch.minimum(torch.as_tensor(budget, device=visible.device).clamp(min=spec.sinks + spec.locals), visible)
+    return torch.minimum(symbolic.as_tensor(budget, visible.device).clamp(min=spec.sinks + spec.locals), visible)
 
 
 def full_rows(visible: torch.Tensor, limit: torch.Tensor, spec: SelectionSpec, reach: torch.Tensor | None = None) -> torch.Tensor:

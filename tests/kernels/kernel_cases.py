@@ -21,10 +21,17 @@ PADDED = "(kv <= q + S0) & Ne(T0(b, kv), 0)"
 WINDOW = "(kv <= q) & (kv > q - 90)"
 DOCUMENT = "(kv <= q) & Eq(T0(b, q), T0(b, kv))"
 CHUNKED = "(kv <= q) & Eq(FloorDiv(q, 100), FloorDiv(kv, 100))"
+LEFT_CHUNKED = "(kv <= q) & Eq(FloorDiv(q - T0(b), 64), FloorDiv(kv - T0(b), 64))"
 SHIFTED = "kv <= q + T0()"
 PREFIX = "(kv <= q) | (kv < 50)"
 GIVEN = "(kv <= q) & Ne(T0(b, 0, q, kv), 0)"
-MASKS = (CAUSAL, LAST_ROWS, SCALAR, PADDED, WINDOW, DOCUMENT, CHUNKED, SHIFTED, PREFIX, GIVEN, "True")
+MASKS = (CAUSAL, LAST_ROWS, SCALAR, PADDED, WINDOW, DOCUMENT, CHUNKED, LEFT_CHUNKED, SHIFTED, PREFIX, GIVEN, "True")
+EDGED = (
+    "(kv <= q) & (kv > q - 333)", "(kv <= q) & Eq(FloorDiv(q, 384), FloorDiv(kv, 384))", "(kv <= q + 70) & (kv > q - 70)", "kv > q - 200",
+    "(kv <= q + kv_len - q_len) & (kv > q + kv_len - q_len - 200)", "(kv <= q + S0) & (kv > q + S0 - 100) & Ne(T0(b, kv), 0)",
+    "(kv <= q + S0) & Eq(FloorDiv(q + S0, 150), FloorDiv(kv, 150)) & (kv > q + S0 - 120)", "Eq(FloorDiv(q, 200), FloorDiv(kv, 200))",
+)  # fmt: skip
+"""More masks with far edges: alone, together, with padding, without a causal term, under a prefix."""
 
 # "#" is the number of the first tensor that the mask leaves free.
 SOFTCAP = "5.0*tanh(0.2*s)"
@@ -95,7 +102,7 @@ class Case:
         k = self._tensor(generator, self.key_heads, self.kv_len, self.head_dim)
         v = self._tensor(generator, self.key_heads, self.kv_len, self.value_dim, 2.0)
         tensors: list[torch.Tensor] = []
-        if self.mask == PADDED:
+        if "Ne(T0(b, kv), 0)" in self.mask:
             position = torch.arange(self.kv_len)
             hidden = torch.randint(0, max(1, self.kv_len // 2), (self.batch, 1), generator=generator)
             seen = {"left": position >= hidden, "right": position < self.kv_len - hidden}
@@ -104,6 +111,8 @@ class Case:
         if self.mask == DOCUMENT:
             ids = torch.randint(0, 2, (self.batch, max(self.q_len, self.kv_len)), generator=generator)
             tensors = [(ids * (torch.rand(ids.shape, generator=generator) < 0.02)).cumsum(-1).to(self.device)]
+        if self.mask == LEFT_CHUNKED:
+            tensors = [torch.randint(0, max(1, self.kv_len // 2), (self.batch,), generator=generator).to(self.device)]
         if self.mask == SHIFTED:
             tensors = [torch.tensor(self.kv_len - self.q_len, device=self.device)]
         if self.mask == GIVEN:
