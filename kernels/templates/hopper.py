@@ -125,9 +125,9 @@ def _hide(scores, start, rows, b, h, q_len, kv_len, tensors, layouts, scalars, l
 def _advance(
     i, past, acc, peak, total, weights, q, k_ring, v_ring, k_ready, k_free, v_ready, v_free, index_ptr, listed, tiles, rows,
     b, h, q_len, kv_len, scale, tensors, layouts, scalars, score_layout: gl.constexpr, out_layout: gl.constexpr,
-    MASKED: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
+    cut, TILE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Scores of tile i and their softmax, while the product of tile i - 1 with its V runs."""
+    """Scores of tile i and their softmax, while the product of tile i - 1 with its V runs. The mask is evaluated on tiles before ``cut``."""
     stage, phase = (past + i) % STAGES, ((past + i) // STAGES) & 1
     done, done_phase = (past + i - 1) % STAGES, ((past + i - 1) // STAGES) & 1
     mbarrier.wait(k_ready.index(stage), phase)
@@ -138,7 +138,7 @@ def _advance(
     product = warpgroup_mma(weights, v_ring.index(done).reshape([TILE, DV]), acc, is_async=True)
     scores = warpgroup_mma_wait(1, [scores])
     mbarrier.arrive(k_free.index(stage), count=1)
-    if MASKED:
+    if i < cut:
         start = _tile_start(index_ptr, listed, tiles - 1 - i, TILE)
         scores = _hide(scores, start, rows, b, h, q_len, kv_len, tensors, layouts, scalars, score_layout, TILE)
     higher = gl.maximum(peak, gl.max(scores, 1) * scale)
@@ -187,17 +187,12 @@ def _consume(
             fresh = gl.exp2(scores * scale - peak[:, None])
             total = gl.sum(fresh, 1)
             weights = gl.convert_layout(fresh.to(v_ring.dtype), gl.DotOperandLayout(0, out_layout, 2))
-            for i in range(1, cut):
+            # One loop: where two follow each other the weights between them are unpacked and packed again in every tile.
+            for i in range(1, tiles):
                 acc, peak, total, weights = _advance(
                     i, past, acc, peak, total, weights, q, k_ring, v_ring, k_ready, k_free, v_ready, v_free, index_ptr, listed, tiles, rows,
-                    b, h, q_len, kv_len, scale, tensors, layouts, scalars, score_layout, out_layout, True, TILE, STAGES,
+                    b, h, q_len, kv_len, scale, tensors, layouts, scalars, score_layout, out_layout, cut, TILE, STAGES,
                 )  # fmt: skip
-            if not GENERAL:
-                for i in range(gl.maximum(cut, 1), tiles):
-                    acc, peak, total, weights = _advance(
-                        i, past, acc, peak, total, weights, q, k_ring, v_ring, k_ready, k_free, v_ready, v_free, index_ptr, listed, tiles, rows,
-                        b, h, q_len, kv_len, scale, tensors, layouts, scalars, score_layout, out_layout, False, TILE, STAGES,
-                    )  # fmt: skip
             mbarrier.arrive(q_free, count=1)
             past += tiles
             turn += 1
