@@ -102,6 +102,23 @@ def test_selection_of_whole_groups(pooling: str, dtype: torch.dtype, lengths: tu
         assert gap < 2e-2, case
 
 
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("lengths", [(5000, 5000), (4099, 6001), (1, 3000), (777, 4000)])
+@pytest.mark.parametrize("layout", ["bhnd", "bnhd", "sliced"])
+def test_max_pooling_of_ragged_lengths(dtype: torch.dtype, lengths: tuple[int, int], layout: str) -> None:
+    """Groups that the end cuts; as chunks of a longer prompt, where the last row of blocks is a list like others."""
+    target = launch.target("cuda")
+    for blocks, dims, stride in (((128, 128), 128, 16), ((64, 32), 96, 8)):
+        for prompt_length in (0, 20000):
+            case = Case(
+                *lengths, 1, 4, 2, dims, dims, *blocks, dtype=dtype, mask=LAST_ROWS, pooling="max", layout=layout, stride=stride,
+                prompt_length=prompt_length, budget=0.2, device="cuda",
+            )  # fmt: skip
+            gap, counts = selection_gap(case, target)
+            assert counts, case
+            assert gap < 2e-2, case
+
+
 def test_beyond_two_to_the_31_elements(monkeypatch: Any) -> None:
     """Token strides of a fused projection: element offsets pass 2^31 within one head."""
     n, width = 140_000, 20_000
