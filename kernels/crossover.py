@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -79,24 +80,30 @@ def _race(
     mask, scale = "kv <= q", head_dim**-0.5
     with torch.cuda.device(device):
         for length in sorted({n for n in LENGTHS if n >= least} or {least}):
-            # The longest dense score of all heads fits a few GB where a mask makes torch write it out.
-            if masked and heads * length**2 > 1 << 33:
+            if masked and heads * length**2 > 1 << 33:  # with a mask torch may write all scores out: many GB from here on
+                times[length] = (math.inf, 0.0)
                 break
             q, k, v = (torch.randn(1, h, length, d, device=device, dtype=dtype) for h, d in ((heads, head_dim), (key_heads, head_dim), (key_heads, value_dim)))
             seen = torch.ones(length, length, dtype=torch.bool, device=device).tril_()[None, None] if masked else None
 
             def dense(q: Any = q, k: Any = k, v: Any = v, seen: Any = seen) -> None:
-                F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=not masked, scale=scale, enable_gqa=heads != key_heads)
+                if masked:  # no kernel takes both a mask and fewer key heads; models repeat them
+                    k, v = (x.repeat_interleave(heads // key_heads, 1) for x in (k, v))
+                F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=not masked, scale=scale, enable_gqa=heads != key_heads and not masked)
 
             def selecting(q: Any = q, k: Any = k, v: Any = v) -> None:
                 kernel, chooser = target.kernel_name(q, k, v, mask, spec), target.select_name(q, k, v, mask, spec)
                 chosen = target.select(q, k, v, [], [], mask, scale, spec, chooser)
                 target.attend(q, k, v, *chosen, [], [], mask, scale, spec, kernel)
 
-            times[length] = _milliseconds(dense, selecting)
+            try:
+                times[length] = _milliseconds(dense, selecting)
+            except torch.OutOfMemoryError:  # of dense attention with its mask
+                times[length] = (math.inf, 0.0)
             # Far beyond the crossover nothing changes any more.
             if times[length][1] < 0.5 * times[length][0]:
                 break
+        torch.cuda.empty_cache()
     return times
 
 
