@@ -234,32 +234,46 @@ def million(options: argparse.Namespace) -> int:
 
 
 def plot(data: dict[str, Any], path: Path) -> None:
-    """Speed-up over the fastest dense SDPA against length, one line a contender."""
+    """Speed-up over the fastest dense SDPA and TFLOP/s: against length, or against budget where one length has several."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
-    for index, axis in enumerate((left, right)):
-        series: dict[str, list[tuple[int, float]]] = {}
+    lengths = {r["length"] for r in data["results"]}
+    by_budget = len(lengths) == 1
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
+    for index, axis in enumerate(axes):
+        series: dict[str, list[tuple[float, float]]] = {}
         for result in data["results"]:
             dense = data["dense_ms"].get(str(result["length"]))
             for e in result["entries"]:
-                if "tflops" not in e or dense is None:
+                if "tflops" not in e or dense is None or (by_budget and e["name"].startswith(("SDPA", "flash"))):
                     continue
-                suffix = "" if e["name"].startswith(("SDPA", "flash")) else f" ({result['pooling']}, {result['budget'] or 'schedule'})"
-                series.setdefault(e["name"] + suffix, []).append((result["length"], dense / e["ms"] if index == 0 else e["tflops"]))
+                what = f"{result['pooling']} pooling" + ("" if by_budget else f", {result['budget'] or 'published schedule'}")
+                what += "" if result["blocks"] == [128, 128] else f", blocks {result['blocks'][0]}x{result['blocks'][1]}"
+                name = e["name"] if e["name"].startswith(("SDPA", "flash")) else f"{e['name']} ({what})"
+                at = result["density"] if by_budget else result["length"]
+                series.setdefault(name, []).append((at, dense / e["ms"] if index == 0 else e["tflops"]))
         for name, points in series.items():
             axis.plot(*zip(*sorted(points)), marker="o", label=name)
         axis.set_xscale("log", base=2)
-        axis.set_xlabel("tokens")
+        if by_budget:
+            axis.set_xlabel(f"part of the causal block pairs computed, {lengths.pop() if index else next(iter(lengths)):,} tokens")
+            ticks = sorted({r["density"] for r in data["results"]})
+            axis.set_xticks(ticks, [f"{t:.0%}" if t > 0.1 else f"{t:.1%}" for t in ticks])
+            axis.minorticks_off()
+        else:
+            axis.set_xlabel("tokens")
+            axis.set_xticks(sorted(lengths), [f"{n // 1024}K" for n in sorted(lengths)])
         axis.set_ylabel(("speed-up over the fastest dense SDPA", "TFLOP/s")[index])
+        axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    left.legend(fontsize=7)
-    figure.suptitle(data["device"])
+    axes[0].legend(fontsize=7)
+    figure.suptitle(f"{data['device']}, torch {data['torch']}, triton {data['triton']}: one attention")
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def main() -> int:

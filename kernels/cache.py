@@ -1,15 +1,20 @@
-"""Generated modules on disk: equal specs give byte-equal files, tracebacks and debuggers find readable source."""
+"""Generated modules on disk: equal specs give byte-equal files, tracebacks and debuggers find readable source. Measured choices lie beside them."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
+import json
 import os
 import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import torch
 
 from stem_compile.kernels import codegen
 from stem_compile.kernels.spec import KernelSpec
@@ -22,15 +27,45 @@ def directory() -> Path:
 
 def write(source: str, stem: str) -> Path:
     """Store ``source`` under its content's hash. Atomic: a reader sees the whole file or none; racing writers write the same bytes."""
-    folder = directory()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{stem}_{hashlib.sha256(source.encode()).hexdigest()[:16]}.py"
+    path = directory() / f"{stem}_{_hash(source)}.py"
     if not path.exists():
-        handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
-        with os.fdopen(handle, "w") as file:
-            file.write(source)
-        os.replace(temporary, path)
+        _replace(path, source)
     return path
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    with os.fdopen(handle, "w") as file:
+        file.write(text)
+    os.replace(temporary, path)
+
+
+@functools.cache
+def machine(device: torch.device) -> str:
+    """What a measured choice depends on besides its own question: the device and who compiled for it."""
+    import triton
+
+    return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, triton {triton.__version__}"
+
+
+def recall(kind: str, key: str) -> Any:
+    """What ``store`` kept under ``key``; None where nothing is, or nothing readable."""
+    try:
+        found = json.loads((directory() / f"{kind}_{_hash(key)}.json").read_text())
+        return found["value"] if found["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def store(kind: str, key: str, value: Any) -> None:
+    """Keep ``value`` (JSON) for later processes; a folder that cannot be written costs them a measurement."""
+    with contextlib.suppress(OSError):
+        _replace(directory() / f"{kind}_{_hash(key)}.json", json.dumps({"key": key, "value": value}, indent=1))
 
 
 @functools.cache

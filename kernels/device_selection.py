@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+import sympy
 import torch
 
 from stem_compile import ops, selection
-from stem_compile.blocks import candidates, cdiv, first_visible, key_visible, split, unbanded
+from stem_compile.blocks import candidates, causal_offset, cdiv, first_visible, key_visible, split, unbanded
 from stem_compile.kernels import cache
 from stem_compile.kernels.arguments import arguments
 from stem_compile.kernels.spec import DTYPES, KernelSpec
@@ -71,7 +72,10 @@ def select(
         strides = possible.stride()
     terms = arguments(tensors, scalars, mask)
     module = functools.partial(_module, dtype=DTYPES[q.dtype], head_dim=head_dim, value_dim=v.shape[-1], mask=mask, spec=spec)
-    keys = _KeySide(k, v, visible, chosen, module("summaries")) if scored else None
+    # Where the forced blocks are not simply the last before the diagonal, or that is known on the device only, every score is written.
+    plain = not explicit and not _reads_offset(mask)
+    before = causal_offset(decode(mask), shape, (), scalars) if plain else None
+    keys = _KeySide(k, v, visible, before, plain, chosen, module("summaries")) if scored else None
     nb = 1 << (columns - 1).bit_length() if columns > 1 else 2
     bytes_a_row = batch * heads * (4 * columns + (2 * chosen.stride * head_dim if chosen.pooling == "mean" else 0))
     step = min(rows, max(1, SCORE_BYTES // bytes_a_row // CHUNK_UNIT) * CHUNK_UNIT) if scored else rows
@@ -84,6 +88,13 @@ def select(
             NB=nb, SCORED=scored, PADDED=padded, EXPLICIT=explicit, num_warps=max(1, min(16, nb // 1024)),
         )  # fmt: skip
     return indices, counts
+
+
+@functools.lru_cache(maxsize=1024)
+def _reads_offset(mask: str) -> bool:
+    """Whether the causal offset is a tensor's value."""
+    causal = split(decode(mask)).causal
+    return causal is not None and bool(sympy.sympify(causal.offset).atoms(sympy.core.function.AppliedUndef))
 
 
 def _limits(
@@ -101,11 +112,13 @@ def _limits(
 class _KeySide:
     """What one pass over K and V leaves for all row chunks: summaries, presence counts, value terms."""
 
-    def __init__(self, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None, chosen: SelectionSpec, module: ModuleType) -> None:
+    def __init__(
+        self, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None, before: int | None, plain: bool, chosen: SelectionSpec, module: Any
+    ) -> None:
         batch, key_heads, kv_len, head_dim = k.shape
         columns = cdiv(kv_len, chosen.block_k)
         stride = min(chosen.stride, chosen.block_q, chosen.block_k)
-        self.k, self.stride, self.kv_len = k, stride, kv_len
+        self.k, self.stride, self.kv_len, self.before, self.plain = k, stride, kv_len, before, plain
         self.mean = chosen.pooling == "mean"
         self.dtype = torch.float32 if k.dtype == torch.float32 else torch.float16
         self.visible = None if visible is None else visible.contiguous().view(torch.uint8)
@@ -136,25 +149,64 @@ class _KeySide:
                 sums, self.sums, self.held, self.value, scores, *sizes, ROWS=tile, COLUMNS=tile, STEP=inner, STAGES=3, num_warps=8,
             )  # fmt: skip
         else:
-            self._peaks(q, scores, sizes, chosen, module("cells"))
+            self._peaks(q, scores, sizes, chosen, module)
         return scores
 
-    def _peaks(self, q: torch.Tensor, scores: torch.Tensor, sizes: tuple[Any, ...], chosen: SelectionSpec, module: ModuleType) -> None:
+    def _peaks(self, q: torch.Tensor, scores: torch.Tensor, sizes: tuple[Any, ...], chosen: SelectionSpec, module: Any) -> None:
         """Scores by cells (max pooling)."""
         chunk, columns = scores.shape[2:]
         cells_q, cells_k = chosen.block_q // self.stride, chosen.block_k // self.stride
+        if self.plain and peaks_on_hopper(q, self.k, self.visible):
+            self._hopper_peaks(q, scores, sizes, chosen, module("peaks_hopper"))
+            return
         config = cell_config(q, self.k, self.visible, self.stride)
         sides = (q, self.k)
         if config["BULK"]:
             sides = (_groups(q, self.stride, config["ROWS"], config["STEP"]), _groups(self.k, self.stride, config["COLUMNS"], config["STEP"]))
-        module.peak[(cdiv(chunk * cells_q, config["ROWS"]) * cdiv(columns * cells_k, config["COLUMNS"]), scores.shape[0] * scores.shape[1])](
+        module("cells").peak[(cdiv(chunk * cells_q, config["ROWS"]) * cdiv(columns * cells_k, config["COLUMNS"]), scores.shape[0] * scores.shape[1])](
             *sides, self.visible, self.value, scores, q.stride()[:3], self.k.stride()[:3], self.visible_stride, *sizes,
             PADDED=self.visible is not None, **config,
         )  # fmt: skip
 
+    def _hopper_peaks(self, q: torch.Tensor, scores: torch.Tensor, sizes: tuple[Any, ...], chosen: SelectionSpec, module: ModuleType) -> None:
+        """The same on Hopper: persistent programs over the tiles that hold a score which is read."""
+        stride = self.stride
+        (batch, heads, chunk, columns), q_len, kv_len = scores.shape, q.shape[2], self.kv_len
+        start = sizes[3]
+        ragged = bool(q_len % chosen.block_q or kv_len % chosen.block_k)
+        config = RAGGED_PEAKS if ragged else PEAKS
+        height, width = 64 * config["CONSUMERS"], config["COLUMNS"]
+        row_tiles, column_tiles = cdiv(chunk * chosen.block_q // stride, height), cdiv(columns * chosen.block_k // stride, width)
+        tiles = row_tiles * column_tiles
+        if self.before is not None:
+            local = chosen.locals * chosen.block_k
+            seen = [min(start * chosen.block_q + (r + 1) * height * stride, q_len) + self.before - local for r in range(row_tiles)]
+            tiles = sum(min(cdiv(max(s, 0), width * stride), column_tiles) for s in seen)
+        items = tiles * batch * heads
+        if not items:
+            return
+        sides, last, tails = [], [], [1 << 30, 1 << 30]
+        for side, (x, tile) in enumerate(((q, 64), (self.k, width))):
+            described = _slots(x, stride, tile, config["STEP"]) if x.shape[2] >= stride else None
+            if x.shape[2] % stride:
+                # The groups of the last tile, copied, with zeros past the end.
+                tails[side] = x.shape[2] // (stride * tile) * tile
+                copy = torch.nn.functional.pad(x[:, :, tails[side] * stride :], (0, 0, 0, -x.shape[2] % stride))
+                last.append(_slots(copy, stride, tile, config["STEP"]))
+            sides.append(described or last[side])
+            last += [described] * (side + 1 - len(last))
+        module.peak[(min(items, _multiprocessors(q.device)),)](
+            *sides, *last, self.value, scores, items, tiles, row_tiles, column_tiles, *tails, *sizes, RAGGED=ragged, **config
+        )
+
 
 CELLS = {"ROWS": 128, "COLUMNS": 128, "STEP": 64, "STAGES": 4, "BAND": 16, "num_warps": 8}
 """Launch configuration of the cell scores where tiles come by TMA. Tiles of 128 x 256 are faster and were wrong under triton 3.6 (they spill)."""
+
+
+PEAKS = {"CONSUMERS": 3, "COLUMNS": 256, "STEP": 64, "STAGES": 3, "num_warps": 4}
+RAGGED_PEAKS = {"CONSUMERS": 2, "COLUMNS": 256, "STEP": 64, "STAGES": 4, "num_warps": 4}
+"""Launch configurations of the Hopper cell scores; where some block is cut short, counting a cell's pairs needs the registers of fewer consumers."""
 
 
 def cell_config(q: torch.Tensor, k: torch.Tensor, visible: torch.Tensor | None, stride: int) -> dict[str, Any]:
@@ -174,6 +226,40 @@ def _groups(x: torch.Tensor, stride: int, groups: int, columns: int) -> Any:
     batch, heads, length, width = x.shape
     b, h, n, _ = x.stride()
     return TensorDescriptor(x, [batch, heads, length // stride, stride, width], [b, h, n * stride, n, 1], [1, 1, groups, 1, columns])
+
+
+@functools.cache
+def _hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def peaks_on_hopper(q: torch.Tensor, k: torch.Tensor, visible: torch.Tensor | None) -> bool:
+    """Whether the Hopper template scores cells: 16-bit tensors that TMA can address, no key hidden by padding."""
+    if visible is not None or q.element_size() != 2 or q.shape[-1] % 8 or not _hopper(q.device):
+        return False
+    return all(x.data_ptr() % 16 == 0 and all(step % 8 == 0 and step > 0 for step in x.stride()[:3]) for x in (q, k))
+
+
+def _slots(x: torch.Tensor, stride: int, rows: int, columns: int) -> Any:
+    """Gluon descriptor of the whole groups of x [B, H, n, d] as [B, H, stride, n / stride, d]; a tile is one slot of ``rows`` groups."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    batch, heads, length, width = x.shape
+    b, h, n, _ = x.stride()
+    block = [1, 1, 1, rows, columns]
+    return TensorDescriptor(x, [batch, heads, stride, length // stride, width], [b, h, n, n * stride, 1], block, _slot_layout(rows, columns, x.dtype))
+
+
+@functools.lru_cache(maxsize=64)
+def _slot_layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout.get_default_for([1, 1, 1, rows, columns], gl.bfloat16 if dtype is torch.bfloat16 else gl.float16)
 
 
 def _released(peak: torch.Tensor) -> torch.Tensor:

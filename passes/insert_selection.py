@@ -10,6 +10,7 @@ from torch import fx
 
 from stem_compile import masks, ops
 from stem_compile.config import StemConfig
+from stem_compile.kernels import crossover
 from stem_compile.passes import normalize
 from stem_compile.sites import AttentionSite, Reason, Rejected, View, value
 
@@ -32,8 +33,16 @@ def _decided(site: AttentionSite, config: StemConfig) -> AttentionSite | Rejecte
     if config.keeps_dense(site.index):
         return Rejected(site.node, Reason.DENSE_LAYER, f"attention {site.index}")
     kv_len = value(site.k).shape[2]
-    if kv_len < config.shortest:
-        return Rejected(site.node, Reason.SHORT, f"{kv_len} keys, min_length {config.shortest}")
+    shortest = config.shortest
+    # Short whatever was measured; a symbolic length is compared once only, since each comparison installs a guard.
+    asked = config.min_length is not None or (isinstance(kv_len, int) and kv_len < shortest)
+    if not asked:
+        masked = site.mask_node is not None
+        shortest = crossover.shortest(value(site.q), value(site.k), value(site.v), config.selection.text(), masked, shortest)
+    if kv_len < shortest:
+        if shortest > config.shortest:
+            return Rejected(site.node, Reason.SLOWER, f"{kv_len} keys; selecting wins from {shortest}" if shortest < crossover.NEVER else f"{kv_len} keys")
+        return Rejected(site.node, Reason.SHORT, f"{kv_len} keys, min_length {shortest}")
     return site
 
 

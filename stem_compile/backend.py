@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 _listeners: list[Callable[[Rewrite], None]] = []
 
-BENIGN = (Reason.DENSE_LAYER, Reason.FUEL, Reason.SHORT, Reason.DECODE)
+BENIGN = (Reason.DENSE_LAYER, Reason.FUEL, Reason.SHORT, Reason.SLOWER, Reason.DECODE)
 """Rejections that ``fallback="error"`` lets pass: the user or the length asked for them."""
 
 

@@ -39,8 +39,8 @@ class StemConfig:
     sink_blocks, local_blocks: first and last blocks of a row that are always computed, in units of block_size. None: the published 4 and 4
     under the published schedule, 1 and 2 with ``budget=``, where fixed blocks would eat what is asked for.
     dense_layers: that many first attentions of the model stay dense, or the indices of those that do.
-    min_length: prompts with fewer keys stay dense; None lets the policy decide. prompt_length: tokens of the whole prompt when it is
-    prefilled in chunks, so that chunks select as one shot would; None is the length of each call.
+    min_length: prompts with fewer keys stay dense; None lets the policy decide and, on a GPU, a measurement (kernels/crossover.py).
+    prompt_length: tokens of the whole prompt when it is prefilled in chunks, so that chunks select as one shot would; None is each call's length.
     inner: the backend that gets the rewritten graph. mode: Inductor's mode ("reduce-overhead", "max-autotune", ...), since torch.compile
     takes either ``mode=`` or ``options=``. fallback: "dense" leaves an attention that cannot be rewritten as it is, "error" raises.
     fuel: rewrite only the first ``fuel`` attentions, to bisect a wrong answer; None is all. verify: check every pass's result (slow).

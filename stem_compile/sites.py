@@ -22,6 +22,7 @@ class Reason(enum.Enum):
     CROSS_ATTENTION = "cross attention"
     DECODE = "decode: few queries"
     SHORT = "prompt is shorter than min_length"
+    SLOWER = "dense attention is faster here"
     MASK = "mask is not understood"
     SCORE_BIAS = "the mask carries scores"
     SHAPE = "shapes are not those of one attention"
@@ -46,6 +47,7 @@ _REMEDIES = {
     Reason.CROSS_ATTENTION: "nothing to do: only self-attention is rewritten",
     Reason.DECODE: "nothing to do: only prefill is rewritten",
     Reason.SHORT: "lower min_length to rewrite short prompts too",
+    Reason.SLOWER: "set min_length to rewrite from that length on, whatever was measured",
     Reason.MASK: "build the mask in the graph from positions, or pass a padding mask of shape [batch, keys]",
     Reason.SCORE_BIAS: "use a Boolean mask",
     Reason.SHAPE: "pass q, k, v as [batch, heads, length, head dim] with equal batch and a whole number of query heads a key head",

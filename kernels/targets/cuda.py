@@ -94,9 +94,12 @@ def _launch_portable(
     module: Any, chosen: KernelSpec, config: Config | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
     lse: torch.Tensor | None, indices: torch.Tensor, counts: torch.Tensor, runtime: tuple[Any, ...],
 ) -> None:  # fmt: skip
-    """Launch with the best configuration that the device's shared memory holds; which one that is, is found once."""
+    """Launch with the best configuration that the device's shared memory holds; which one that is, is found once a machine."""
     configs = (config,) if config else portable_configs(chosen)
     found = (chosen, q.device, lse is not None)
+    key = f"{cache.machine(q.device)} {chosen} {lse is not None}" if q.is_cuda else ""
+    if not config and found not in _fitting and (known := cache.recall("fitting", key)) is not None:
+        _fitting[found] = int(known)
     start = 0 if config else _fitting.get(found, 0)
     strides = (q.stride()[:3], k.stride()[:3], v.stride()[:3], out.stride()[:3])
     for place in range(start, len(configs)):
@@ -114,8 +117,10 @@ def _launch_portable(
             if place + 1 == len(configs):
                 raise
             continue
-        if not config:
+        if not config and _fitting.get(found) != place:
             _fitting[found] = place
+            if q.is_cuda:
+                cache.store("fitting", key, place)
         return
 
 

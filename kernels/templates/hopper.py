@@ -167,9 +167,9 @@ def _modify(scores, start, scale, rows, b, h, q_len, kv_len, tensors, layouts, s
 def _advance(
     i, past, acc, peak, total, weights, q, k_ring, v_ring, k_ready, k_free, v_ready, v_free, index_ptr, listed, tiles, far, near, rows,
     b, h, q_len, kv_len, scale, tensors, layouts, scalars, score_layout: gl.constexpr, out_layout: gl.constexpr,
-    MASKED: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
+    cut, TILE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Scores of tile i and their softmax, while the product of tile i - 1 with its V runs."""
+    """Scores of tile i and their softmax, while the product of tile i - 1 with its V runs. The mask is evaluated on tiles before ``cut``."""
     stage, phase = (past + i) % STAGES, ((past + i) // STAGES) & 1
     done, done_phase = (past + i - 1) % STAGES, ((past + i - 1) // STAGES) & 1
     mbarrier.wait(k_ready.index(stage), phase)
@@ -184,7 +184,7 @@ def _advance(
         start = _tile_start(index_ptr, listed, tiles - 1 - i, TILE)
         scores = _modify(scores, start, scale, rows, b, h, q_len, kv_len, tensors, layouts, scalars, score_layout, TILE)
         scale = LOG2E
-    if MASKED:
+    if i < cut:
         start = _tile_start(index_ptr, listed, tiles - 1 - i, TILE)
         scores = _hide(scores, start, far, near, rows, b, h, q_len, kv_len, tensors, layouts, scalars, score_layout, TILE)
     higher = gl.maximum(peak, gl.max(scores, 1) * scale)
@@ -251,17 +251,12 @@ def _consume(
                 total += before * gl.exp2(peak - higher)
             peak = higher
             weights = gl.convert_layout(fresh.to(v_ring.dtype), gl.DotOperandLayout(0, out_layout, 2))
-            for i in range(1, cut):
+            # One loop: where two follow each other the weights between them are unpacked and packed again in every tile.
+            for i in range(1, tiles):
                 acc, peak, total, weights = _advance(
                     i, past, acc, peak, total, weights, q, k_ring, v_ring, k_ready, k_free, v_ready, v_free, index_ptr, listed, tiles, far, near, rows,
-                    b, h, q_len, kv_len, scale, tensors, layouts, scalars, score_layout, out_layout, True, TILE, STAGES,
+                    b, h, q_len, kv_len, scale, tensors, layouts, scalars, score_layout, out_layout, cut, TILE, STAGES,
                 )  # fmt: skip
-            if not GENERAL:
-                for i in range(gl.maximum(cut, 1), tiles):
-                    acc, peak, total, weights = _advance(
-                        i, past, acc, peak, total, weights, q, k_ring, v_ring, k_ready, k_free, v_ready, v_free, index_ptr, listed, tiles, far, near, rows,
-                        b, h, q_len, kv_len, scale, tensors, layouts, scalars, score_layout, out_layout, False, TILE, STAGES,
-                    )  # fmt: skip
             mbarrier.arrive(q_free, count=1)
             past += tiles
             turn += 1

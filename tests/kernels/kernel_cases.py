@@ -67,6 +67,7 @@ class Case:
     pooling: str = "mean"
     metric: str = "paper"
     stride: int = 16
+    prompt_length: int = 0
     seed: int = 0
     device: str = "cpu"
 
@@ -74,7 +75,7 @@ class Case:
     def spec(self) -> SelectionSpec:
         return SelectionSpec(
             budget=self.budget, pooling=self.pooling, metric=self.metric, stride=self.stride, block_q=self.block_q, block_k=self.block_k,
-            sink_blocks=1, local_blocks=1,
+            sink_blocks=1, local_blocks=1, prompt_length=self.prompt_length,
         )  # fmt: skip
 
     @property

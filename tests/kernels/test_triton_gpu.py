@@ -120,7 +120,7 @@ def test_same_inputs_same_bits(template: str) -> None:
 
 @pytest.mark.parametrize("pooling", ["mean", "max"])
 @pytest.mark.parametrize(
-    "dtype, mask",
+    ("dtype", "mask"),
     [(dtype, mask) for dtype in (*HALF, torch.float32) for mask in (CAUSAL, SCALAR, PADDED, "True", DOCUMENT)]
     + [(torch.bfloat16, mask) for mask in (WINDOW, CHUNKED, LEFT_CHUNKED, SHIFTED, PREFIX, GIVEN, *EDGED)],
 )
@@ -187,6 +187,23 @@ def test_selection_leaves_out_what_lies_beyond_the_far_edge(pooling: str, mask: 
     gap, counts = selection_gap(case, launch.target("cuda"))
     assert counts, case
     assert gap < 2e-2, case
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("lengths", [(5000, 5000), (4099, 6001), (1, 3000), (777, 4000)])
+@pytest.mark.parametrize("layout", ["bhnd", "bnhd", "sliced"])
+def test_max_pooling_of_ragged_lengths(dtype: torch.dtype, lengths: tuple[int, int], layout: str) -> None:
+    """Groups that the end cuts; as chunks of a longer prompt, where the last row of blocks is a list like others."""
+    target = launch.target("cuda")
+    for blocks, dims, stride in (((128, 128), 128, 16), ((64, 32), 96, 8)):
+        for prompt_length in (0, 20000):
+            case = Case(
+                *lengths, 1, 4, 2, dims, dims, *blocks, dtype=dtype, mask=LAST_ROWS, pooling="max", layout=layout, stride=stride,
+                prompt_length=prompt_length, budget=0.2, device="cuda",
+            )  # fmt: skip
+            gap, counts = selection_gap(case, target)
+            assert counts, case
+            assert gap < 2e-2, case
 
 
 def test_beyond_two_to_the_31_elements(monkeypatch: Any) -> None:
