@@ -135,16 +135,31 @@ def functional(node: Any) -> Op | None:
 
 
 def overwrites_privately(writer: fx.Node) -> bool:
-    """Whether what ``writer`` overwrites is fresh memory that only it reads: the result of an operation that makes no view."""
+    """Whether what ``writer`` overwrites is memory that only it reads: fresh from an operation, seen through views at most."""
     target = writer.args[0] if writer.args else None
-    if not isinstance(target, fx.Node) or set(target.users) != {writer}:
-        return False
-    return spelling(target) in FRESH or (mutates(target) and overwrites_privately(target))
+    return isinstance(target, fx.Node) and _readers(target) <= {writer} and _is_private(target)
 
 
+def _is_private(node: fx.Node) -> bool:
+    if spelling(node) in FRESH:
+        return True
+    if mutates(node):
+        return overwrites_privately(node)
+    source = node.args[0] if node.args else None
+    return spelling(node) in VIEWS and isinstance(source, fx.Node) and _readers(source) <= {node} and _is_private(source)
+
+
+def _readers(node: fx.Node) -> set[fx.Node]:
+    """Users that read the node's elements, not its shape alone."""
+    return {u for u in node.users if spelling(u) not in LIKE or ("_as" in str(spelling(u)) and u.args[0] is node)}
+
+
+LIKE = {"expand_as", "view_as", "reshape_as", "type_as", "ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full", "size", "numel"}
+"""Operations that take shape, dtype or device from a tensor; those of two tensors from the second."""
+VIEWS = {"view", "reshape", "unflatten", "flatten", "unsqueeze", "squeeze", "transpose", "permute"}
 FRESH = {
     "add", "sub", "mul", "truediv", "neg", "matmul", "bmm", "baddbmm", "einsum", "where", "masked_fill", "tanh", "softmax", "cat", "exp", "pow",
-    "ones", "zeros", "full", "new_ones", "new_zeros", "new_full", "clone",
+    "ones", "zeros", "full", "new_ones", "new_zeros", "new_full", "ones_like", "zeros_like", "full_like", "clone",
 }  # fmt: skip
 """Operations whose result shares memory with nothing."""
 

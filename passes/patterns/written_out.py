@@ -177,13 +177,10 @@ def _escapes(product: fx.Node, softmax: fx.Node) -> fx.Node | None:
     return None
 
 
-_LIKE = ("expand_as", "view_as", "reshape_as", "type_as", "ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full")
-
-
 def _reads_shape(user: fx.Node, node: fx.Node) -> bool:
     """Whether ``user`` takes only shape, dtype or device from ``node``."""
     op = normalize.read(user)
-    return op is not None and op.name in _LIKE and ("other" not in op.args or op["input"] is not node)
+    return op is not None and op.name in normalize.LIKE and ("other" not in op.args or op["input"] is not node)
 
 
 def _operands(product: fx.Node, heads: Any) -> tuple[View, View] | None:

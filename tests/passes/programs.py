@@ -48,6 +48,38 @@ PADDING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gather": lambda p: p[torch.arange(p.shape[0])[:, None, None, None], torch.arange(p.shape[1])[None, None, None, :]],
     "absent": lambda p: torch.ones((), dtype=torch.bool),
 }
+# What else a mask may say, of (rows, keys, padding): windows, chunks, documents, prefixes, sinks. True is visible.
+TERMS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "window": lambda q, k, p: k > q - 9,
+    "window by difference": lambda q, k, p: (q - k) < 9,
+    "window by triu": lambda q, k, p: torch.ones((q + k).shape[-2:], dtype=torch.bool).triu(-8),
+    "window by abs": lambda q, k, p: (q - k).abs() <= 8,
+    "chunks": lambda q, k, p: q // 16 == k // 16,
+    "chunks by floor": lambda q, k, p: torch.div(q, 16, rounding_mode="floor") == torch.floor_divide(k, 16),
+    "chunks from the padding": lambda q, k, p: (q + (~p).sum(-1)[:, None, None, None]) // 16 == (k + (~p).sum(-1)[:, None, None, None]) // 16,
+    "stripes": lambda q, k, p: (k % 4 != 3) | (k == q),
+    "prefix": lambda q, k, p: (k < 5) | (k <= q),
+    "sinks and a window": lambda q, k, p: (k < 2) | (k >= q - 7),
+    "documents": lambda q, k, p: _ids(p)[..., q.flatten(), None] == _ids(p)[..., None, k.flatten()],
+    "clamped": lambda q, k, p: torch.clamp(k, max=12) <= torch.maximum(q, torch.tensor(12)),
+    "xor": lambda q, k, p: (k > q) ^ True,
+    "selected": lambda q, k, p: torch.where(k < 6, q >= 0, k > q - 11),
+}
+
+
+def _ids(padding: torch.Tensor) -> torch.Tensor:
+    """Document ids [B, 1, M] that only the run knows."""
+    return (~padding).cumsum(-1)[:, None]
+
+
+# A Boolean mask as what is added to scores.
+FLOATS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "bool": lambda m: m,
+    "where": lambda m: torch.where(m, 0.0, torch.finfo(torch.float32).min),
+    "masked_fill": lambda m: torch.zeros(m.shape).masked_fill(~m, -torch.inf),
+    "multiplied": lambda m: (1.0 - m.to(torch.float32)) * torch.finfo(torch.float32).min,
+    "subtracted": lambda m: (m.float() - 1) * 1e9,
+}
 JOIN: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "&": lambda a, b: a & b,
     "logical_and": torch.logical_and,
@@ -65,6 +97,8 @@ class Program:
     causal: str = "le"
     padding: str = "none"
     join: str = "&"
+    terms: tuple[str, ...] = ()
+    floats: str = "bool"
     swapped: bool = False
     q_len: int = 20
     prefix: int = 0
@@ -74,7 +108,10 @@ class Program:
         """The Boolean mask as the model would build it."""
         rows, keys = GRIDS[self.grid](q_len, kv_len)
         parts = [CAUSAL[self.causal](rows, keys, kv_len - q_len), PADDING[self.padding](padding)]
-        return JOIN[self.join](*(reversed(parts) if self.swapped else parts))
+        mask = JOIN[self.join](*(reversed(parts) if self.swapped else parts))
+        for term in self.terms:
+            mask = mask & TERMS[term](rows, keys, padding)
+        return FLOATS[self.floats](mask)
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(padding, q.shape[2], k.shape[2]))
@@ -86,9 +123,12 @@ class Program:
         return q, k, v, torch.rand(self.batch, self.q_len + self.prefix, generator=generator) < 0.7
 
 
-def programs() -> st.SearchStrategy[Program]:
-    """Random spellings at random sizes."""
+def programs(wide: bool = False) -> st.SearchStrategy[Program]:
+    """Random spellings at random sizes. wide: more than causal and padding, and masks that are added."""
     choose: dict[str, Any] = {
         name: st.sampled_from(sorted(table)) for name, table in (("grid", GRIDS), ("causal", CAUSAL), ("padding", PADDING), ("join", JOIN))
     }
-    return st.builds(Program, **choose, swapped=st.booleans(), q_len=st.integers(17, 60), prefix=st.sampled_from((0, 0, 7, 33)), batch=st.integers(1, 3))
+    more = {"terms": st.lists(st.sampled_from(sorted(TERMS)), max_size=2).map(tuple), "floats": st.sampled_from(sorted(FLOATS))} if wide else {}
+    return st.builds(
+        Program, **choose, **more, swapped=st.booleans(), q_len=st.integers(17, 60), prefix=st.sampled_from((0, 0, 7, 33)), batch=st.integers(1, 3)
+    )
