@@ -69,7 +69,7 @@ def select(
         limits = _limits(possible, mask, shape, tensors, scalars, chosen).expand(batch, heads, rows)
         possible = possible.expand(batch, heads, rows, columns).view(torch.uint8)
         strides = possible.stride()
-    terms = arguments(tensors, scalars, mask)
+    terms = arguments(tensors, scalars, mask, device=q.device)
     module = functools.partial(_module, dtype=DTYPES[q.dtype], head_dim=head_dim, value_dim=v.shape[-1], mask=mask, spec=spec)
     keys = _KeySide(k, v, visible, chosen, module("summaries")) if scored else None
     nb = 1 << (columns - 1).bit_length() if columns > 1 else 2

@@ -167,4 +167,3 @@ def test_models_at_a_quarter_are_exact_under_their_selection(name: str, monkeypa
     assert out.isfinite().all()
     assert len(errors) == len(rewrite.sites) > 0
     assert max(errors) <= 4
-

@@ -120,7 +120,7 @@ def test_same_inputs_same_bits(template: str) -> None:
 
 @pytest.mark.parametrize("pooling", ["mean", "max"])
 @pytest.mark.parametrize(
-    "dtype, mask",
+    ("dtype", "mask"),
     [(dtype, mask) for dtype in (*HALF, torch.float32) for mask in (CAUSAL, SCALAR, PADDED, "True", DOCUMENT)]
     + [(torch.bfloat16, mask) for mask in (WINDOW, CHUNKED, LEFT_CHUNKED, SHIFTED, PREFIX, GIVEN, *EDGED)],
 )
