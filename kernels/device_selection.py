@@ -70,7 +70,7 @@ def select(
         limits = _limits(possible, mask, shape, tensors, scalars, chosen).expand(batch, heads, rows)
         possible = possible.expand(batch, heads, rows, columns).view(torch.uint8)
         strides = possible.stride()
-    terms = arguments(tensors, scalars, mask)
+    terms = arguments(tensors, scalars, mask, device=q.device)
     module = functools.partial(_module, dtype=DTYPES[q.dtype], head_dim=head_dim, value_dim=v.shape[-1], mask=mask, spec=spec)
     # Where the forced blocks are not simply the last before the diagonal, or that is known on the device only, every score is written.
     plain = not explicit and not _reads_offset(mask)

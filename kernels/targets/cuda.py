@@ -198,7 +198,7 @@ def attend(
     chosen = _attention_spec(template, q, v, mask, spec, score)
     module = cache.load(chosen)
     factor = scale if decode_score(score).modified else scale * LOG2E
-    runtime = (heads, heads // k.shape[1], q_len, k.shape[2], indices.shape[-1], factor, *arguments(tensors, scalars, mask, score))
+    runtime = (heads, heads // k.shape[1], q_len, k.shape[2], indices.shape[-1], factor, *arguments(tensors, scalars, mask, score, q.device))
     indices, counts = indices.contiguous(), counts.contiguous()
     rows = cdiv(q_len, chosen.block_q)
     items = rows * batch * heads
