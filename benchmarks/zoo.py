@@ -149,7 +149,7 @@ def _compiled(model: Any, given: dict[str, Any], record: dict[str, Any]) -> torc
         record["rejected"] += [{"reason": r.reason.name.lower(), "detail": r.detail, "name": module_path(r.node)} for r in rejected]
         record["masks"] += [s.words for s in sites]
         record["kept"] += sum(verify.keeps_tensor(s) for s in sites)
-        record["quadratic"] += sum(len(verify.quadratic(module.graph, s)) for s in sites if not verify.keeps_tensor(s))
+        record["quadratic"] += sum(_squares_above(s.tensors) for s in sites if not verify.keeps_tensor(s))
         record["square"] += sum(_is_square(node) for node in module.graph.nodes)
         alive = set(module.graph.nodes)
         told = {r.node for r in rejected}
@@ -160,6 +160,16 @@ def _compiled(model: Any, given: dict[str, Any], record: dict[str, Any]) -> torc
 
     torch._dynamo.reset()
     return zoo_models.logits(torch.compile(model, backend=stem), given)
+
+
+def _squares_above(tensors: list[torch.fx.Node]) -> int:
+    """Tensors of tokens x tokens that are computed to make what an attention reads beside q, k and v (whose own history may hold other layers' masks)."""
+    seen, frontier = set(tensors), list(tensors)
+    while frontier:
+        new = [n for n in frontier.pop().all_input_nodes if n not in seen]
+        seen.update(new)
+        frontier.extend(new)
+    return sum(_is_square(n) for n in seen)
 
 
 def _is_square(node: torch.fx.Node) -> bool:
