@@ -119,7 +119,7 @@ def markdown(records: list[Record]) -> str:
         "*Equal* means an error against fp64 of at most 4 times the error that the model's own eager fp32 run has there, plus 8 units in the last place.",
         "*Not seen* are softmaxes between two products that are neither rewritten nor rejected, counted without the backend's patterns; *N x N left* counts",
         "tensors of tokens x tokens above rewritten attentions whose mask was recovered, *kept* the attentions that read such a tensor because their mask or",
-        "their bias is data. Real models may have larger head dims than these (Gemma 4's full layers: 512), which the kernels refuse with a reason.",
+        "their bias is data. Real models may have larger head dims than these (Gemma 4's full layers: 512).",
         "",
         "## Totals",
         "",
