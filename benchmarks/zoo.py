@@ -73,7 +73,7 @@ def measure(model_type: str, implementation: str) -> dict[str, Any]:
         except Exception as error:
             return failed("run", error)
         lap("eager")
-        golden = _golden(model, given)
+        truth = golden(model, given)
         lap("fp64")
         try:
             ours = _compiled(model, given, record)
@@ -81,13 +81,28 @@ def measure(model_type: str, implementation: str) -> dict[str, Any]:
             return failed("capture", error) | {"plain": _plain(model, given)[0]}
         lap("stem")
         record["plain_graphs"] = 1 if record["graphs"] == 1 else _plain(model, given)[0]
-        compare(record, ours, eager, golden, given["attention_mask"].bool())
+        compare(record, ours, eager, truth, given["attention_mask"].bool())
         if record["verdict"] == "differs":
             # Whose doing? transformers itself may build another mask while it is traced.
             plain = _plain(model, given)[1]
-            record["plain_differs"] = plain is None or compare({}, plain, eager, golden, given["attention_mask"].bool())["verdict"] == "differs"
+            record["plain_differs"] = plain is None or compare({}, plain, eager, truth, given["attention_mask"].bool())["verdict"] == "differs"
+            if _leaks(model, given, eager):
+                # What a row that sees nothing gives is nobody's promise, and this model reads such rows: judge it where there are none.
+                record["leaks"] = True
+                full = given | {"attention_mask": torch.ones_like(given["attention_mask"])}
+                whole, exact, again = zoo_models.logits(model, full), golden(model, full), _compiled(model, full, {})
+                if compare({}, again, whole, exact, full["attention_mask"].bool())["verdict"] == "equal":
+                    record["verdict"] = "equal without padding"
         lap("compare")
     return record
+
+
+def _leaks(model: Any, given: dict[str, Any], eager: torch.Tensor) -> bool:
+    """Whether the model itself lets padded tokens change its logits at real positions."""
+    real = given["attention_mask"].bool()
+    other = torch.where(real, given["input_ids"], given["input_ids"].flip(1))
+    moved = (zoo_models.logits(model, given | {"input_ids": other}) - eager)[real].abs().max()
+    return bool(moved > 1e-3 * eager[real].abs().max())
 
 
 class Wide(TorchFunctionMode):
@@ -105,7 +120,7 @@ class Wide(TorchFunctionMode):
         return func(*map(wide, args), **{k: wide(v) for k, v in (kwargs or {}).items()})
 
 
-def _golden(model: Any, given: dict[str, Any]) -> torch.Tensor | None:
+def golden(model: Any, given: dict[str, Any]) -> torch.Tensor | None:
     """The model's logits in fp64; None where a model insists on fp32."""
     default = torch.get_default_dtype()
     for mode in (Wide, contextlib.nullcontext):
@@ -132,7 +147,7 @@ def _compiled(model: Any, given: dict[str, Any], record: dict[str, Any]) -> torc
     from stem_compile.passes.pipeline import Rewrite
     from stem_compile.sites import Rejected, module_path
 
-    record |= {"graphs": 0, "found": 0, "rewritten": 0, "rejected": [], "masks": [], "sdpa": 0, "handwritten": 0, "missed": [], "quadratic": 0}
+    record |= dict.fromkeys(("graphs", "found", "rewritten", "handwritten", "kept", "quadratic", "square"), 0) | {"rejected": [], "masks": [], "missed": []}
 
     def stem(module: torch.fx.GraphModule, example_inputs: Any) -> Any:
         chains = handwritten(module.graph)
@@ -148,7 +163,9 @@ def _compiled(model: Any, given: dict[str, Any], record: dict[str, Any]) -> torc
         record["rewritten"] += len(sites)
         record["rejected"] += [{"reason": r.reason.name.lower(), "detail": r.detail, "name": module_path(r.node)} for r in rejected]
         record["masks"] += [s.words for s in sites]
-        record["quadratic"] += sum(len(verify.quadratic(module.graph, s)) for s in sites)
+        record["kept"] += sum(verify.keeps_tensor(s) for s in sites)
+        record["quadratic"] += sum(_squares_above(s.tensors) for s in sites if not verify.keeps_tensor(s))
+        record["square"] += sum(_is_square(node) for node in module.graph.nodes)
         alive = set(module.graph.nodes)
         told = {r.node for r in rejected}
         for chain in chains:
@@ -158,6 +175,24 @@ def _compiled(model: Any, given: dict[str, Any], record: dict[str, Any]) -> torc
 
     torch._dynamo.reset()
     return zoo_models.logits(torch.compile(model, backend=stem), given)
+
+
+def _squares_above(tensors: list[torch.fx.Node]) -> int:
+    """Tensors of tokens x tokens that are computed to make what an attention reads beside q, k and v (whose own history may hold other layers' masks)."""
+    seen, frontier = set(tensors), list(tensors)
+    while frontier:
+        new = [n for n in frontier.pop().all_input_nodes if n not in seen]
+        seen.update(new)
+        frontier.extend(new)
+    return sum(_is_square(n) for n in seen)
+
+
+def _is_square(node: torch.fx.Node) -> bool:
+    """Whether a tensor of any dtype has as many rows and columns as the prompt has tokens."""
+    from stem_compile.sites import value
+
+    known = value(node)
+    return isinstance(known, torch.Tensor) and tuple(known.shape[-2:]) == (zoo_models.LENGTH, zoo_models.LENGTH)
 
 
 def _plain(model: Any, given: dict[str, Any]) -> tuple[int | str, torch.Tensor | None]:
@@ -178,7 +213,7 @@ def _plain(model: Any, given: dict[str, Any]) -> tuple[int | str, torch.Tensor |
 
 
 def compare(record: dict[str, Any], ours: torch.Tensor, eager: torch.Tensor, golden: torch.Tensor | None, real: torch.Tensor) -> dict[str, Any]:
-    """Verdict by the error budget of ``stem_compile.testing.numerics`` over the positions that are not padding."""
+    """Sets verdict, by the error budget of ``stem_compile.testing.numerics`` over the positions that are not padding."""
     from stem_compile.testing import numerics
 
     record["golden"] = "eager" if golden is None else "fp64"
