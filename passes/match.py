@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+import weakref
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -116,6 +117,8 @@ def _inserts_group(index: Any) -> bool:
 
 def mutated_between(node: fx.Node, site: fx.Node) -> bool:
     """Whether a value that may share ``node``'s memory is written between ``node`` and ``site``: then reading it later is not the same."""
+    if not _writers(node.graph):
+        return False
     aliases, frontier = {node}, [node]
     while frontier:
         current = frontier.pop()
@@ -123,6 +126,17 @@ def mutated_between(node: fx.Node, site: fx.Node) -> bool:
         aliases.update(related)
         frontier.extend(related)
     return any(node < writer < site for alias in aliases for writer in alias.users if normalize.mutates(writer) and writer.args and writer.args[0] is alias)
+
+
+_seen: weakref.WeakKeyDictionary[fx.Graph, tuple[int, bool]] = weakref.WeakKeyDictionary()
+
+
+def _writers(graph: fx.Graph) -> bool:
+    """Whether anything in the graph writes in place. Asked for every tensor of every attention, so kept while the graph's size is the same."""
+    size = len(graph.nodes)
+    if _seen.get(graph, (-1, False))[0] != size:
+        _seen[graph] = size, any(normalize.mutates(n) for n in graph.nodes)
+    return _seen[graph][1]
 
 
 _VIEWS = {

@@ -75,9 +75,9 @@ class Oracle:
     def run(self, inputs: Inputs, made: Sequence[Observed] | None, config: StemConfig, exact: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """(output, each attention's output [B, H, q_len, dv]). made: the captured selections, None for all blocks; exact: in fp64. Raises Mismatch."""
         self._taps, self._next = [], iter(made or ())
-        self._dense = made is None
-        build = functools.partial(self._build, config=config, exact=exact)
-        key = ("oracle", config, exact)
+        self._dense, self._exact = made is None, exact
+        build = functools.partial(self._build, config=config)
+        key = ("oracle", config)
         try:
             result = self._traced.run(key, build, *inputs.args, **inputs.kwargs)
         except Mismatch as error:
@@ -98,13 +98,13 @@ class Oracle:
         self._taps.append(out)
         return out
 
-    def _build(self, module: fx.GraphModule, examples: list[Any], config: StemConfig, exact: bool) -> Callable[..., Any]:
+    def _build(self, module: fx.GraphModule, examples: list[Any], config: StemConfig) -> Callable[..., Any]:
         found = pipeline.analyze(module.graph, config)
         sites = {hit.node: hit for hit in found if isinstance(hit, AttentionSite)}
 
         def call(*args: Any) -> Any:
             replay = _Replay(module, sites, self._attend)
-            if not exact:
+            if not self._exact:
                 return replay.run(*args)
             with Exact():
                 return replay.run(*doubled(args))

@@ -138,7 +138,7 @@ def test_the_exit_status_is_the_verdict(factory: str, status: int, tmp_path: Pat
     arguments = ["check", f"tests.testing.{factory}", "-p", "coverage", "--examples", "1", "--html", str(tmp_path / "report.html")]
     done = typer.CliRunner().invoke(commands.app, arguments)
     assert done.exit_code == status, done.output
-    assert ("PASS: 1 properties hold" if status == 0 else "FAIL: coverage") in done.stdout
+    assert ("PASS: 1 property holds" if status == 0 else "FAIL: coverage") in done.stdout
     assert (tmp_path / "report.html").exists()
 
 

@@ -25,11 +25,11 @@ def cases(subject: Subject) -> Any:
     from stem_compile.testing.lengths import sparse
     from stem_compile.testing.strategies import cases as drawn
 
-    return drawn(subject.source, sparse(subject), wide=False)
+    return drawn(subject.source, sparse(subject), pad=not subject.large, wide=False)
 
 
 def check(subject: Subject, case: Case) -> Measure:
-    run = subject.run(case)
+    run = subject.run_of(case)
     sites = [hit for hit in run.found if isinstance(hit, AttentionSite)]
     asked = (*BENIGN, Reason.GRADIENT) if subject.options["min_length"] else tuple(r for r in BENIGN if r is not Reason.SHORT)
     refused = [hit for hit in run.found if isinstance(hit, Rejected) and hit.reason not in asked]

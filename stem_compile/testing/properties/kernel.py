@@ -37,7 +37,7 @@ def cases(subject: Subject) -> Any:
 
 
 def check(subject: Subject, case: Case) -> Measure:
-    run, inputs = subject.run(case), subject.inputs(case)
+    run, inputs = subject.run_of(case), subject.inputs(case)
     if not run.made:
         raise Inapplicable("no attention was rewritten")
     try:
