@@ -147,6 +147,8 @@ _VIEWS = {
 
 
 def _may_alias(a: fx.Node, b: fx.Node) -> bool:
-    """Whether one of two neighbouring nodes may be a view of the other."""
+    """Whether one of two neighbouring nodes may be a view of the other. A size, which views take beside their tensor, has no memory."""
+    if any(isinstance(value(n), torch.SymInt | int | float | bool) for n in (a, b)):
+        return False
     later = b if a in b.all_input_nodes else a
     return (normalize.spelling(later) or "") in _VIEWS or normalize.mutates(later)

@@ -31,6 +31,10 @@ def attempt(subject: Subject, module: ModuleType, case: Case) -> Measure:
             subject.run_eager(subject.inputs(case))
         except Exception:
             raise Inapplicable(f"the model itself raises {type(error).__name__}: {first}") from error
+        try:
+            subject.golden(case)
+        except Exception:
+            raise Inapplicable(f"the model does not run in fp64, which others are compared with: {type(error).__name__}: {first}") from error
         raise Violation(f"raises {type(error).__name__}: {first}") from error
 
 
