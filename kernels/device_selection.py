@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from stem_compile import ops, selection
-from stem_compile.blocks import candidates, cdiv, first_visible, key_visible, split
+from stem_compile.blocks import candidates, cdiv, first_visible, key_visible, split, unbanded
 from stem_compile.kernels import cache
+from stem_compile.kernels.arguments import arguments
 from stem_compile.kernels.spec import DTYPES, KernelSpec
 from stem_compile.masks import decode
-from stem_compile.selection import SelectionSpec
-from stem_compile.tpd import everything
+from stem_compile.selection import FULL, SelectionSpec
+from stem_compile.tpd import everything, full_rows, row_limits
 
 SCORE_BYTES = 1 << 28
 """Largest score buffer; longer prompts are scored in row chunks of it."""
@@ -31,9 +32,9 @@ def _module(template: str, dtype: str, head_dim: int, value_dim: int, mask: str,
 
 @functools.lru_cache(maxsize=1024)
 def _terms(mask: str) -> tuple[bool, bool]:
-    """(some keys are hidden from every query, some term is neither causal nor about keys alone)."""
-    _, keys, others = split(decode(mask))
-    return bool(keys), bool(others)
+    """(some keys are hidden from every query, some term is neither an edge nor about keys alone)."""
+    parts = split(decode(mask))
+    return bool(parts.keys), bool(parts.others)
 
 
 def select(
@@ -56,6 +57,7 @@ def select(
     padded, explicit = _terms(mask)
     visible = possible = None
     first, first_stride = counts, 0
+    limits = counts
     strides: tuple[int, ...] = (0, 0, 0, 0)
     if padded:
         visible = key_visible(decode(mask), shape, tensors, scalars, q.device)
@@ -64,8 +66,10 @@ def select(
         first_stride = first.stride(0) if first.shape[0] > 1 else 0
     if explicit:
         possible = candidates(decode(mask), shape, tensors, scalars, chosen.block_q, chosen.block_k, q.device)
+        limits = _limits(possible, mask, shape, tensors, scalars, chosen).expand(batch, heads, rows)
         possible = possible.expand(batch, heads, rows, columns).view(torch.uint8)
         strides = possible.stride()
+    terms = arguments(tensors, scalars, mask)
     module = functools.partial(_module, dtype=DTYPES[q.dtype], head_dim=head_dim, value_dim=v.shape[-1], mask=mask, spec=spec)
     keys = _KeySide(k, v, visible, chosen, module("summaries")) if scored else None
     nb = 1 << (columns - 1).bit_length() if columns > 1 else 2
@@ -73,13 +77,25 @@ def select(
     step = min(rows, max(1, SCORE_BYTES // bytes_a_row // CHUNK_UNIT) * CHUNK_UNIT) if scored else rows
     for start in range(0, rows, step):
         chunk = min(step, rows - start)
-        scores = counts if keys is None else keys.scores(q, start, chunk, columns, scale, scalars, chosen, module)
+        scores = counts if keys is None else keys.scores(q, start, chunk, columns, scale, terms, chosen, module)
         module("select").select[(chunk, batch * heads)](
-            scores, first, counts if possible is None else possible, indices, counts, first_stride, strides,
-            heads, start, rows, columns, width, q_len, kv_len, tuple(scalars),
+            scores, first, counts if possible is None else possible, limits, indices, counts, first_stride, strides, limits.stride(),
+            heads, start, rows, columns, width, q_len, kv_len, *terms,
             NB=nb, SCORED=scored, PADDED=padded, EXPLICIT=explicit, num_warps=max(1, min(16, nb // 1024)),
         )  # fmt: skip
     return indices, counts
+
+
+def _limits(
+    possible: torch.Tensor, mask: str, shape: tuple[int, int, int, int], tensors: Sequence[torch.Tensor], scalars: Sequence[int], chosen: SelectionSpec
+) -> torch.Tensor:
+    """int32 [B or 1, H or 1, rows]: length of each row's list, ``FULL`` for full rows."""
+    visible = possible.sum(-1)
+    reach = None
+    if split(decode(mask)).bands:
+        reach = candidates(unbanded(decode(mask)), shape, tensors, scalars, chosen.block_q, chosen.block_k, possible.device).sum(-1)
+    limit = row_limits(visible, chosen, reach)
+    return torch.where(full_rows(visible, limit, chosen, reach), FULL, limit).int()
 
 
 class _KeySide:
@@ -106,12 +122,12 @@ class _KeySide:
         if released:
             self.value = chosen.beta * _released(self.value)
 
-    def scores(self, q, start, chunk, columns, scale, scalars, chosen, module) -> torch.Tensor:  # type: ignore[no-untyped-def]
-        """fp32 [B, H, chunk, columns]; block pairs without a visible key are left unwritten."""
+    def scores(self, q, start, chunk, columns, scale, terms, chosen, module) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        """fp32 [B, H, chunk, columns]; block pairs without a visible key are left unwritten. terms: ``arguments`` of the mask."""
         batch, heads, q_len, head_dim = q.shape
         group = heads // self.k.shape[1]
         scores = torch.empty(batch, heads, chunk, columns, dtype=torch.float32, device=q.device)
-        sizes = (heads, group, chunk, start, columns, q_len, self.kv_len, scale, tuple(scalars))
+        sizes = (heads, group, chunk, start, columns, q_len, self.kv_len, scale, *terms)
         if self.mean:
             sums = torch.empty(batch, heads, chunk, self.stride * head_dim, dtype=self.dtype, device=q.device)
             module("summaries").queries[(chunk, batch * heads)](q, sums, q.stride()[:3], heads, q_len, start, num_warps=4)

@@ -17,7 +17,7 @@ class KernelSpec:
 
     template: file in ``kernels/templates``. dtype: short name of q, k and v's type. head_dim, value_dim: sizes of a q/k row and a v row.
     block_q, block_k: tokens a query block and a key block. mask: ``masks.encode`` text. selection: ``SelectionSpec.text()`` where the
-    template needs budgets or pooling, else empty.
+    template needs budgets or pooling, else empty. score: ``Score.text``.
     """
 
     template: str
@@ -28,12 +28,13 @@ class KernelSpec:
     block_k: int = 128
     mask: str = "True"
     selection: str = ""
+    score: str = ""
 
     @property
     def name(self) -> str:
-        """Short and readable: the ``kernel`` argument of the stem:: operators. The mask travels beside it."""
+        """Short and readable: the ``kernel`` argument of the stem:: operators. Mask and score travel beside it."""
         dims = f"d{self.head_dim}" if self.head_dim == self.value_dim else f"d{self.head_dim}/{self.value_dim}"
-        return f"{self.template} {self.dtype} {dims} {self.block_q}x{self.block_k}"
+        return f"{self.template} {self.dtype} {dims} {self.block_q}x{self.block_k}" + (" +score" if self.score else "")
 
     @property
     def header(self) -> str:

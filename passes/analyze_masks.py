@@ -1,76 +1,144 @@
-"""Give every site its mask in the algebra. What is not understood is ``Opaque`` and rejected: never a wrong answer."""
+"""Give every site its mask and its score. A tensor that is not understood is kept and read where it is needed: never a wrong answer."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import sympy
+import torch
 from torch import fx
 
 from stem_compile import masks, symbolic
-from stem_compile.masks import And, Causal, Mask, Opaque
-from stem_compile.passes.interpret import Interpreter, SymTensor, Unreadable, as_expr, boolean
-from stem_compile.passes.interpret import _broadcast_index as broadcast_index
-from stem_compile.passes.match import mutated_between
+from stem_compile.config import StemConfig
+from stem_compile.masks import And, Causal, Given, Mask, Opaque, Or
+from stem_compile.passes import normalize
+from stem_compile.passes.interpret import Interpreter, SymTensor, Unreadable, as_expr, boolean, broadcast_index, number, same
+from stem_compile.passes.split_logits import split_logits
+from stem_compile.passes.trace_back import mutated_between
+from stem_compile.scores import Score
 from stem_compile.sites import AttentionSite, Reason, Rejected, value
-from stem_compile.symbolic import KV, KV_LEN, Q_LEN, B, H, Q
+from stem_compile.symbolic import KV, KV_LEN, Q_LEN, SCORE, B, H, Q
 
 
-def analyze_masks(found: list[AttentionSite | Rejected]) -> list[AttentionSite | Rejected]:
-    """Sites with ``mask``, ``tensors`` and ``scalars`` set, or rejected. Masks that layers share are read once."""
-    interpreter = Interpreter()
-    return [hit if isinstance(hit, Rejected) else _analyzed(hit, interpreter) for hit in found]
+def analyze_masks(found: list[AttentionSite | Rejected], config: StemConfig | None = None) -> list[AttentionSite | Rejected]:
+    """Sites with ``mask``, ``score``, ``scale``, ``tensors`` and ``scalars`` set, or rejected. Masks that layers share are read once."""
+    lengths = tuple({str(n): n for hit in found if isinstance(hit, AttentionSite) for n in (value(hit.q).shape[2], value(hit.k).shape[2])}.values())
+    readers = Interpreter(lengths), Interpreter(lengths, opaque=True)
+    any_order = config is not None and config.takes_any_order
+    return [hit if isinstance(hit, Rejected) else _analyzed(hit, readers, any_order) for hit in found]
 
 
-def _analyzed(site: AttentionSite, interpreter: Interpreter) -> AttentionSite | Rejected:
-    if site.mask_node is None:
-        if not site.is_causal:
-            same = str(value(site.q).shape[2]) == str(value(site.k).shape[2])
-            return Rejected(site.node, Reason.BIDIRECTIONAL if same else Reason.CROSS_ATTENTION)
-        site.mask = Causal(0)
-        return site
-    if site.is_causal:
+def _analyzed(site: AttentionSite, readers: tuple[Interpreter, Interpreter], any_order: bool) -> AttentionSite | Rejected:
+    if site.mask_node is None and site.logits is None and site.mods is None:
+        site.mask = Causal(0) if site.is_causal else masks.Full()
+    elif site.is_causal:
         return Rejected(site.node, Reason.MASK, "is_causal and a mask together")
-    try:
-        site.mask = read_mask(site, interpreter)
-    except Unreadable as error:
-        site.mask = Opaque(str(error))
-        mask = value(site.mask_node)
-        if mask.dtype.is_floating_point:
-            return Rejected(site.node, Reason.SCORE_BIAS, str(error))
-        return Rejected(site.node, Reason.MASK, str(error))
-    terms = site.mask.terms if isinstance(site.mask, And) else (site.mask,)
-    if not any(isinstance(t, Causal) for t in terms) and not _orders_positions(site.mask):
-        return Rejected(site.node, Reason.BIDIRECTIONAL, site.mask.words)
-    if not all(isinstance(t, Causal | masks.Padding) for t in terms):
-        return Rejected(site.node, Reason.MASK, site.mask.words)
+    else:
+        try:
+            _read(site, readers[0])
+        except Unreadable:
+            try:
+                _read(site, readers[1])
+            except Unreadable as error:
+                site.mask = Opaque(str(error))
+                return Rejected(site.node, Reason.MASK, str(error))
+    assert site.mask is not None
+    if not any_order and not orders_positions(site.mask):
+        alone = not isinstance(site.mask, masks.Full) or same(value(site.q).shape[2], value(site.k).shape[2])
+        return Rejected(site.node, Reason.BIDIRECTIONAL if alone else Reason.CROSS_ATTENTION, "" if isinstance(site.mask, masks.Full) else site.mask.words)
     return site
 
 
-def _orders_positions(mask: Mask) -> bool:
-    """Whether queries are held against keys in a way that is not plainly causal, through runtime positions for example."""
-    loads = {a for a in mask.predicate.atoms(sympy.Function) if symbolic.load_index(a) is not None}
-    return Q in mask.predicate.free_symbols and (any(Q in load.free_symbols for load in loads) or KV in mask.predicate.free_symbols)
+def orders_positions(mask: Mask) -> bool:
+    """Whether later keys are hidden from earlier queries, so that budgets falling with position mean something. A given tensor is taken to do so."""
+    if isinstance(mask, And):
+        return any(orders_positions(t) for t in mask.terms)
+    if isinstance(mask, Or):
+        return any(orders_positions(t) for t in mask.terms)
+    if isinstance(mask, Causal | Given | masks.Positions):
+        return True
+    if isinstance(mask, masks.Predicate):
+        # Runtime positions: an inequality between what is read at the query and what is read at the key.
+        loads = [f for f in mask.expr.atoms(sympy.core.function.AppliedUndef) if symbolic.load_index(f) is not None]
+        return bool(isinstance(mask.expr, sympy.Le | sympy.Lt | sympy.Ge | sympy.Gt) and loads and {Q, KV} <= mask.expr.free_symbols)
+    return False
 
 
-def read_mask(site: AttentionSite, interpreter: Interpreter) -> Mask:
-    """The mask of one site; sets its ``tensors`` and ``scalars``. Raises Unreadable."""
-    assert site.mask_node is not None
-    tensor = interpreter.tensor(site.mask_node)
-    if tensor.kind != "bool":
-        raise Unreadable(f"{site.mask_node.name} is {tensor.kind}")
+def _read(site: AttentionSite, interpreter: Interpreter) -> None:
+    """Set what the site means. Raises Unreadable."""
+    q, k = value(site.q), value(site.k)
+    heads, q_len, kv_len = q.shape[1], q.shape[2], k.shape[2]
+    interpreter.focus({}, {H: heads, Q: q_len, KV: kv_len, B: q.shape[0]})
+    if site.mods is not None:
+        mods = site.mods
+        seen = sympy.true if mods.mask is None else boolean(interpreter.call(mods.mask, [B, H, Q, KV], mods.mask_buffers))
+        modified = SCORE if mods.score is None else number(interpreter.call(mods.score, [SCORE, B, H, Q, KV], mods.score_buffers))
+        predicate, scale, score = split_logits(sympy.sympify(modified).subs(SCORE, SCORE * sympy.Rational(site.scale)))
+        predicate = sympy.And(seen, predicate)
+    elif site.logits is None:
+        assert site.mask_node is not None
+        tensor = interpreter.tensor(site.mask_node)
+        expr = _at(tensor, (B, H, Q, KV))
+        if tensor.kind == "bool":
+            predicate, scale, score = boolean(expr), site.scale, Score()
+        else:
+            predicate, scale, score = split_logits(SCORE * sympy.Float(site.scale) + number(expr))
+    else:
+        assert site.product is not None
+        interpreter.focus({site.product: _product(site.product, heads, q_len, interpreter)}, interpreter.extents)
+        tensor = interpreter.tensor(site.logits)
+        predicate, scale, score = split_logits(number(_at(tensor, (B, H, Q, KV))))
+        extra = sympy.expand(as_expr(tensor.shape[-1]) - as_expr(kv_len))
+        if extra == 1:
+            sink = number(_at(tensor, (B, H, Q, as_expr(kv_len))))
+            if sink.has(SCORE) or sink.has(Q):
+                raise Unreadable("a column beside the scores that is no sink")
+            score = Score(score.expr, sink)
+        elif extra != 0:
+            raise Unreadable(f"{site.logits.name}: {extra} columns beside the scores")
     for node in interpreter.read_nodes:
         if mutated_between(node, site.node):
             raise Unreadable(f"{node.name} is written in place")
-    expr = boolean(tensor.at(broadcast_index((B, H, Q, KV), _padded(tensor).shape)[4 - len(tensor.shape) :]))
-    expr = _in_lengths(expr, value(site.q).shape[2], value(site.k).shape[2])
-    expr, site.tensors = _renumbered(expr, interpreter.leaves)
-    expr, site.scalars = _with_scalars(expr, site.node.graph)
-    return masks.predicate(expr)
+    parts = [predicate, score.expr, *([score.sink] if score.sink is not None else [])]
+    parts = [_in_lengths(sympy.sympify(p), q_len, kv_len) for p in parts]
+    parts, tensors = _renumbered(parts, interpreter.leaves)
+    parts, scalars = _with_scalars(parts, site.node.graph)
+    if any(value(t).dim() == 0 and not value(t).is_floating_point() and value(t).dtype == torch.bool for t in tensors):
+        raise Unreadable("a condition without dimensions, known only at run time")
+    site.mask, site.score = masks.predicate(parts[0]), Score(parts[1], parts[2] if score.sink is not None else None)
+    site.scale, site.tensors, site.scalars = scale, tensors, scalars
 
 
-def _padded(tensor: SymTensor) -> SymTensor:
-    return SymTensor((1,) * (4 - len(tensor.shape)) + tuple(tensor.shape), tensor.at, tensor.kind)
+def _at(tensor: SymTensor, index: tuple[Any, ...]) -> Any:
+    """The tensor's value at (b, h, q, kv), broadcast as attention broadcasts it."""
+    rank = len(tensor.shape)
+    return tensor.at(broadcast_index(index[4 - rank :], tensor.shape))
+
+
+def _product(node: fx.Node, heads: Any, q_len: Any, interpreter: Interpreter) -> SymTensor:
+    """The raw scores as a symbolic tensor: ``SCORE`` where they are read at their own place."""
+    shape = tuple(value(node).shape)
+    op = normalize.read(node)
+    assert op is not None
+    four = (B, H, Q, KV)
+    merged = (sympy.expand(B * as_expr(heads) + H), Q, KV)
+
+    def at(index: tuple[Any, ...]) -> Any:
+        own = four if len(shape) == 4 else merged if len(shape) == 3 else (Q, KV)
+        places = [own, four[1:]] if len(shape) == 3 else [own]
+        if not any(all(n == 1 or sympy.expand(i - p) == 0 for i, p, n in zip(index, place, shape)) for place in places):
+            raise Unreadable(f"{node.name} is read at {index}")
+        if op.name != "baddbmm":
+            return SCORE
+        beta, alpha = as_expr(value(op["beta"])), as_expr(value(op["alpha"]))
+        added = number(_at(interpreter.tensor(op["input"]), index)) if len(index) == 4 else number(_added(interpreter.tensor(op["input"]), index))
+        return alpha * SCORE + (beta * added if beta != 0 else 0)
+
+    return SymTensor(shape, at, "float")
+
+
+def _added(tensor: SymTensor, index: tuple[Any, ...]) -> Any:
+    return tensor.at(broadcast_index(index, tensor.shape))
 
 
 def _in_lengths(expr: Any, q_len: Any, kv_len: Any) -> Any:
@@ -85,36 +153,38 @@ def _in_lengths(expr: Any, q_len: Any, kv_len: Any) -> Any:
     return expr.subs(known) if known else expr
 
 
-def _renumbered(expr: Any, leaves: list[fx.Node]) -> tuple[Any, list[fx.Node]]:
-    """Keep only the loads that the predicate still makes, numbered from 0."""
-    loads = sorted({a for a in expr.atoms(sympy.Function) if symbolic.load_index(a) is not None}, key=str)
-    for load in loads:
-        if {Q, KV} <= load.free_symbols:
-            raise Unreadable(f"{leaves[_number(load)].name} is read at query and key together")
-    used = sorted({_number(load) for load in loads})
+def _renumbered(parts: list[Any], leaves: list[fx.Node]) -> tuple[list[Any], list[fx.Node]]:
+    """Keep only the loads that the expressions still make, numbered from 0."""
+    loads = {a for p in parts for a in p.atoms(sympy.core.function.AppliedUndef) if symbolic.load_index(a) is not None}
+    used = sorted({symbolic.load_index(load) or 0 for load in loads})
+    place = {n: i for i, n in enumerate(used)}
+
+    def moved(e: Any) -> Any:
+        return symbolic.tensor(place[symbolic.load_index(e) or 0] + len(leaves))(*e.args)
+
+    def settled(e: Any) -> Any:
+        return symbolic.tensor((symbolic.load_index(e) or 0) - len(leaves))(*e.args)
+
     # Two steps, so that T1 -> T0 does not meet an older T0.
-    expr = expr.replace(lambda e: symbolic.load_index(e) is not None, lambda e: symbolic.tensor(used.index(_number(e)) + len(leaves))(*e.args))
-    expr = expr.replace(lambda e: symbolic.load_index(e) is not None, lambda e: symbolic.tensor(_number(e) - len(leaves))(*e.args))
-    return expr, [leaves[i] for i in used]
+    for step in (moved, settled):
+        parts = [p.replace(lambda e: symbolic.load_index(e) is not None, step) for p in parts]
+    if len(used) > symbolic.LOADS:
+        raise Unreadable(f"{len(used)} tensors are read; at most {symbolic.LOADS}")
+    return parts, [leaves[i] for i in used]
 
 
-def _number(load: Any) -> int:
-    index = symbolic.load_index(load)
-    assert index is not None
-    return index
-
-
-def _with_scalars(expr: Any, graph: fx.Graph) -> tuple[Any, list[fx.Node]]:
+def _with_scalars(parts: list[Any], graph: fx.Graph) -> tuple[list[Any], list[fx.Node]]:
     """Turn size symbols that lengths do not determine into S0, S1, ..., each the graph value that holds it."""
-    free = sorted(expr.free_symbols - {B, H, Q, KV, Q_LEN, KV_LEN}, key=str)
+    free = sorted(set().union(*(p.free_symbols for p in parts)) - {B, H, Q, KV, Q_LEN, KV_LEN, SCORE}, key=str)
     if not free:
-        return expr, []
+        return parts, []
     holders: dict[Any, fx.Node] = {}
     for node in graph.nodes:
         known = value(node)
-        if hasattr(known, "node") and hasattr(known.node, "expr"):
+        if isinstance(known, torch.SymInt):
             holders.setdefault(known.node.expr, node)
     for symbol in free:
         if symbol not in holders:
             raise Unreadable(f"no graph value holds {symbol}")
-    return expr.subs({s: symbolic.scalar(i) for i, s in enumerate(free)}), [holders[s] for s in free]
+    renamed = {s: symbolic.scalar(i) for i, s in enumerate(free)}
+    return [p.subs(renamed) for p in parts], [holders[s] for s in free]

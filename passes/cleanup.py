@@ -28,6 +28,8 @@ def cleanup(graph: fx.Graph, roots: list[fx.Node]) -> list[fx.Node]:
 
 
 def _pure(node: fx.Node) -> bool:
-    if node.op not in ("call_function", "call_method") or normalize.mutates(node):
+    if node.op not in ("call_function", "call_method"):
         return False
+    if normalize.mutates(node):
+        return normalize.overwrites_privately(node)
     return node.target in _OURS or normalize.spelling(node) in normalize._signatures()

@@ -11,7 +11,7 @@ from torch import fx
 from stem_compile import masks, ops
 from stem_compile.config import StemConfig
 from stem_compile.passes import normalize
-from stem_compile.sites import AttentionSite, Reason, Rejected, value
+from stem_compile.sites import AttentionSite, Reason, Rejected, View, value
 
 
 def decide(found: list[AttentionSite | Rejected], config: StemConfig) -> list[AttentionSite | Rejected]:
@@ -43,20 +43,27 @@ def insert_selection(graph: fx.Graph, sites: list[AttentionSite], config: StemCo
     replaced: dict[fx.Node, fx.Node] = {}
     for site in sites:
         assert site.mask is not None
-        # An attention may read another one directly.
-        site.q, site.k, site.v = (replaced.get(n, n) for n in (site.q, site.k, site.v))
-        mask = (site.tensors, site.scalars, masks.encode(site.mask))
         with graph.inserting_before(site.node):
-            scores = call(graph, ops.OAM_SCORES, (site.q, site.k, site.v, *mask, site.scale, spec), site.node)
-            selected = call(graph, ops.TPD_SELECT, (scores, *mask, spec), site.node)
+            # An attention may read another one directly.
+            site.q, site.k, site.v = (_placed(x, graph, replaced) for x in (site.q, site.k, site.v))
+            mask = ([replaced.get(t, t) for t in site.tensors], site.scalars, masks.encode(site.mask))
+            scores = call(graph, ops.OAM_SCORES, (site.q, site.k, site.v, *mask, site.scale, spec, site.score.text), site.node)
+            selected = call(graph, ops.TPD_SELECT, (scores, site.q, site.k, *mask, spec), site.node)
             parts = [call(graph, operator.getitem, (selected, i), site.node) for i in range(2)]
-            arguments = (site.q, site.k, site.v, *parts, *mask, site.scale, spec, ops.REFERENCE)
+            arguments = (site.q, site.k, site.v, *parts, *mask, site.scale, spec, ops.REFERENCE, site.score.text)
             attention = call(graph, ops.SPARSE_ATTENTION, arguments, site.node)
-        site.node.replace_all_uses_with(attention)
+            result = View(attention, site.result).emit(graph)
+        site.node.replace_all_uses_with(result)
         relax_views(attention)
         graph.erase_node(site.node)
-        replaced[site.node] = attention
+        replaced[site.node] = result
         site.node = attention
+
+
+def _placed(x: fx.Node | View, graph: fx.Graph, replaced: dict[fx.Node, fx.Node]) -> fx.Node:
+    if isinstance(x, View):
+        return View(replaced.get(x.node, x.node), x.steps).emit(graph)
+    return replaced.get(x, x)
 
 
 def call(graph: fx.Graph, target: Any, arguments: tuple[Any, ...], origin: fx.Node) -> fx.Node:

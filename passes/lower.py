@@ -17,14 +17,14 @@ def lower(graph: fx.Graph, sites: list[AttentionSite]) -> None:
     for site in sites:
         fakes = [value(n) for n in (site.q, site.k, site.v)]
         attention = site.node
-        *head, _ = attention.args
+        *head, _, score = attention.args
         q, k, v, indices, _, *mask_arguments, scale, spec = head
-        mask = mask_arguments[-1]
-        site.kernel = launch.kernel_name(fakes[0], fakes[1], fakes[2], str(mask), str(spec))
-        attention.args = (*head, site.kernel)
+        texts = (str(mask_arguments[-1]), str(spec), str(score))
+        site.kernel = launch.kernel_name(fakes[0], fakes[1], fakes[2], *texts)
+        attention.args = (*head, site.kernel, score)
         assert isinstance(indices, fx.Node)
         with graph.inserting_before(attention):
-            fused = (q, k, v, *mask_arguments, scale, spec, launch.select_name(fakes[0], fakes[1], fakes[2], str(mask), str(spec)))
+            fused = (q, k, v, *mask_arguments, scale, spec, launch.select_name(fakes[0], fakes[1], fakes[2], *texts), score)
             selected = call(graph, ops.SELECT, fused, attention)
             for i, part in ((3, indices), (4, head[4])):
                 item = call(graph, operator.getitem, (selected, i - 3), attention)

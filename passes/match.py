@@ -9,19 +9,16 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-import weakref
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import fx
 
-from stem_compile.passes import normalize
-from stem_compile.passes.interpret import is_one
-from stem_compile.sites import AttentionSite, Reason, Rejected, value
+from stem_compile.kernels import launch
+from stem_compile.passes.trace_back import peel, unrepeated
+from stem_compile.sites import AttentionSite, Reason, Rejected, View, value
 
-HEAD_DIMS = range(16, 257)
 DECODE_QUERIES = 16
 """Fewer query rows than this behind a prefix are decoding, where selection has nothing to save."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -52,6 +49,7 @@ def match(graph: fx.Graph) -> list[AttentionSite | Rejected]:
 def _checked(hit: AttentionSite | Rejected) -> AttentionSite | Rejected:
     if isinstance(hit, Rejected):
         return hit
+    hit.q, hit.k, hit.v = (_peeled(x, hit.node) for x in (hit.q, hit.k, hit.v))
     tensors = [value(n) for n in (hit.q, hit.k, hit.v)]
     if not all(isinstance(t, torch.Tensor) and t.dim() == 4 for t in tensors):
         return Rejected(hit.node, Reason.SHAPE, "q, k, v are not 4-D: " + ", ".join(str(tuple(getattr(t, "shape", ()))) for t in tensors))
@@ -60,13 +58,15 @@ def _checked(hit: AttentionSite | Rejected) -> AttentionSite | Rejected:
     q, k, v = tensors
     if not (q.dtype == k.dtype == v.dtype and q.dtype in DTYPES):
         return Rejected(hit.node, Reason.DTYPE, ", ".join(str(t.dtype).removeprefix("torch.") for t in tensors))
-    if int(q.shape[-1]) not in HEAD_DIMS or int(v.shape[-1]) not in HEAD_DIMS:
-        return Rejected(hit.node, Reason.HEAD_DIM, f"{q.shape[-1]} and {v.shape[-1]}")
-    hit.k, hit.v = unrepeated(hit.k, hit.node), unrepeated(hit.v, hit.node)
-    if value(hit.k).shape[1] != value(hit.v).shape[1]:
-        hit.k, hit.v = _original(hit)
-    q, k, v = value(hit.q), value(hit.k), value(hit.v)
     # int() of a symbolic size specialises it: nobody serves one model with several head counts or head dims.
+    allowed = launch.head_dims(q.device.type)
+    if int(q.shape[-1]) not in allowed or int(v.shape[-1]) not in allowed:
+        return Rejected(hit.node, Reason.HEAD_DIM, f"{q.shape[-1]} and {v.shape[-1]}, {q.device.type} takes {allowed.start} to {allowed.stop - 1}")
+    repeated = hit.k, hit.v
+    hit.k, hit.v = (_unrepeated(x, hit.node) for x in (hit.k, hit.v))
+    if value(hit.k).shape[1] != value(hit.v).shape[1]:
+        hit.k, hit.v = repeated
+    q, k, v = value(hit.q), value(hit.k), value(hit.v)
     if int(q.shape[1]) % int(k.shape[1]):
         return Rejected(hit.node, Reason.SHAPE, f"{q.shape[1]} query heads over {k.shape[1]} key heads")
     # Comparing symbolic sizes installs guards: a cache's keys and values have lengths that Dynamo does not know to be equal.
@@ -77,78 +77,11 @@ def _checked(hit: AttentionSite | Rejected) -> AttentionSite | Rejected:
     return hit
 
 
-def _original(hit: AttentionSite) -> tuple[fx.Node, fx.Node]:
-    op = normalize.read(hit.node)
-    return (op["key"], op["value"]) if op is not None and op.name == "sdpa" else (hit.k, hit.v)
+def _unrepeated(x: fx.Node | View, site: fx.Node) -> fx.Node | View:
+    return x if isinstance(x, View) else unrepeated(x, site)
 
 
-def unrepeated(node: fx.Node, site: fx.Node) -> fx.Node:
-    """The [B, Hk, N, d] tensor behind ``x[:, :, None].expand(B, Hk, G, N, d).reshape(B, Hk * G, N, d)`` or its repeat_interleave; else ``node``."""
-    op = normalize.read(node)
-    if op is None or mutated_between(node, site):
-        return node
-    if op.name == "repeat_interleave" and isinstance(op["repeats"], int) and op["dim"] in (1, -3):
-        return unrepeated(op["input"], site) if not mutated_between(op["input"], site) else node
-    if op.name in ("contiguous", "clone"):
-        inner = unrepeated(op["input"], site)
-        return inner if inner is not op["input"] else node
-    if op.name not in ("reshape", "view"):
-        return node
-    expand = normalize.read(op["input"])
-    if expand is None or expand.name != "expand":
-        return node
-    source = normalize.read(expand["input"])
-    wide, out = value(op["input"]), value(node)
-    if source is None or wide.dim() != 5 or out.dim() != 4 or str(tuple(out.shape[2:])) != str(tuple(wide.shape[3:])):
-        return node
-    inserted = (source.name == "unsqueeze" and source["dim"] in (2, -3)) or (source.name == "getitem" and _inserts_group(source["index"]))
-    base = source["input"]
-    narrow = value(expand["input"])
-    if not inserted or not is_one(narrow.shape[2]) or value(base).dim() != 4 or mutated_between(base, site):
-        return node
-    return base if str(tuple(value(base).shape[:2])) == str(tuple(wide.shape[:2])) else node
-
-
-def _inserts_group(index: Any) -> bool:
-    full = slice(None, None, None)
-    parts = [p for p in index if p is not Ellipsis] if isinstance(index, tuple) else []
-    return parts[:3] == [full, full, None] and all(p == full for p in parts[3:])
-
-
-def mutated_between(node: fx.Node, site: fx.Node) -> bool:
-    """Whether a value that may share ``node``'s memory is written between ``node`` and ``site``: then reading it later is not the same."""
-    if not _writers(node.graph):
-        return False
-    aliases, frontier = {node}, [node]
-    while frontier:
-        current = frontier.pop()
-        related = [n for n in (*current.users, *current.all_input_nodes) if n not in aliases and _may_alias(current, n)]
-        aliases.update(related)
-        frontier.extend(related)
-    return any(node < writer < site for alias in aliases for writer in alias.users if normalize.mutates(writer) and writer.args and writer.args[0] is alias)
-
-
-_seen: weakref.WeakKeyDictionary[fx.Graph, tuple[int, bool]] = weakref.WeakKeyDictionary()
-
-
-def _writers(graph: fx.Graph) -> bool:
-    """Whether anything in the graph writes in place. Asked for every tensor of every attention, so kept while the graph's size is the same."""
-    size = len(graph.nodes)
-    if _seen.get(graph, (-1, False))[0] != size:
-        _seen[graph] = size, any(normalize.mutates(n) for n in graph.nodes)
-    return _seen[graph][1]
-
-
-_VIEWS = {
-    "view", "reshape", "expand", "expand_as", "getitem", "unsqueeze", "squeeze", "transpose", "permute", "t", "detach", "alias", "flatten", "unflatten",
-    "contiguous", "to", "type", "float", "half", "bool", "long", "int", "double", "type_as", "chunk", "split", "unbind", "narrow", "select", "view_as",
-    "movedim", "mT", "T", "swapaxes", "index_select",
-}  # fmt: skip
-
-
-def _may_alias(a: fx.Node, b: fx.Node) -> bool:
-    """Whether one of two neighbouring nodes may be a view of the other. A size, which views take beside their tensor, has no memory."""
-    if any(isinstance(value(n), torch.SymInt | int | float | bool) for n in (a, b)):
-        return False
-    later = b if a in b.all_input_nodes else a
-    return (normalize.spelling(later) or "") in _VIEWS or normalize.mutates(later)
+def _peeled(x: fx.Node | View, site: fx.Node) -> fx.Node | View:
+    """A view without steps is its node."""
+    found = peel(x, site) if isinstance(x, View) else x
+    return found.node if isinstance(found, View) and not found.steps else found

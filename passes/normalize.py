@@ -49,7 +49,11 @@ type: input dtype=None | type_as: input other
 where: condition input other | masked_fill: input mask value | tril: input diagonal=0 | triu: input diagonal=0
 cumsum: input dim dtype=None | diff: input n=1 dim=-1 prepend=None append=None | cat: tensors dim=0 | stack: tensors dim=0
 all: input dim=None keepdim=False | any: input dim=None keepdim=False | sum: input dim=None keepdim=False | size: input dim=None | numel: input
-matmul: input other | bmm: input other | softmax: input dim dtype=None | dropout: input p=0.5 training=True
+tanh: input | exp: input | log: input | sqrt: input | rsqrt: input | flip: input *dims | select: input dim index | narrow: input dim start length
+max: input dim=None keepdim=False | amax: input dim=None keepdim=False | nan_to_num: input nan=None posinf=None neginf=None | bfloat16: input
+matmul: input other | bmm: input other | baddbmm: input batch1 batch2 beta=1 alpha=1 | einsum: equation *operands
+softmax: input dim=None dtype=None | dropout: input p=0.5 training=True inplace=False | view_as: input other | reshape_as: input other
+flex_attention: query key value score_mod block_mask scale kernel_options=None score_mod_other_buffers=() mask_mod_other_buffers=()
 sdpa: query key value attn_mask=None dropout_p=0.0 is_causal=False scale=None enable_gqa=False
 """
 
@@ -96,6 +100,8 @@ def spelling(node: fx.Node) -> str | None:
         qualified = str(target._schema.name if isinstance(target, torch._ops.OpOverload) else target._qualified_op_name)
         name = qualified.removeprefix("aten::")
         return None if "::" in name else _ALIASES.get(name, name)
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return str(target.name())
     name = getattr(target, "__name__", "")
     homes = (operator, torch, F, torch.Tensor, torch.special, torch._C._nn)
     if not any(getattr(home, name, None) is target for home in homes):
@@ -115,6 +121,32 @@ def read(node: Any) -> Op | None:
     else:
         arguments = node.args
     return bind(name, arguments, dict(node.kwargs))
+
+
+def functional(node: Any) -> Op | None:
+    """An in-place operation as the operation whose result it writes, where nothing else can see the memory it overwrites."""
+    if not isinstance(node, fx.Node) or not mutates(node) or node.kwargs.get("out") is not None or not overwrites_privately(node):
+        return None
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    name = name.strip("_")
+    name = name[1:] if name in _IN_PLACE_OPERATORS else name
+    name = _ALIASES.get(name, name)
+    return bind(name, node.args, dict(node.kwargs)) if name in _signatures() else None
+
+
+def overwrites_privately(writer: fx.Node) -> bool:
+    """Whether what ``writer`` overwrites is fresh memory that only it reads: the result of an operation that makes no view."""
+    target = writer.args[0] if writer.args else None
+    if not isinstance(target, fx.Node) or set(target.users) != {writer}:
+        return False
+    return spelling(target) in FRESH or (mutates(target) and overwrites_privately(target))
+
+
+FRESH = {
+    "add", "sub", "mul", "truediv", "neg", "matmul", "bmm", "baddbmm", "einsum", "where", "masked_fill", "tanh", "softmax", "cat", "exp", "pow",
+    "ones", "zeros", "full", "new_ones", "new_zeros", "new_full", "clone",
+}  # fmt: skip
+"""Operations whose result shares memory with nothing."""
 
 
 def bind(name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Op | None:

@@ -1,4 +1,4 @@
-"""The passes in order: match, analyze_masks, decide, insert_selection, lower, cleanup; each checked by verify where asked."""
+"""The passes in order: expand, match, analyze_masks, decide, insert_selection, lower, cleanup; each checked by verify where asked."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from stem_compile.config import StemConfig
 from stem_compile.passes import verify
 from stem_compile.passes.analyze_masks import analyze_masks
 from stem_compile.passes.cleanup import cleanup
+from stem_compile.passes.expand import bound, expand
 from stem_compile.passes.insert_selection import decide, insert_selection
 from stem_compile.passes.lower import lower
 from stem_compile.passes.match import match
@@ -36,13 +37,24 @@ class Rewrite:
         return bool(self.sites)
 
 
+def copied(graph: fx.Graph) -> fx.Graph:
+    """The graph again, with the example values of its nodes."""
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    for node in graph.nodes:
+        if node.op == "output":
+            list(copy.nodes)[-1].meta = dict(node.meta)
+    return copy
+
+
 def analyze(graph: fx.Graph, config: StemConfig) -> list[AttentionSite | Rejected]:
-    """Everything up to the first change of the graph."""
+    """Everything up to the first change of an attention; fused ones are written out before."""
+    expand(graph)
     before = graph.python_code("self").src if config.verify else ""
     found = match(graph)
     if config.verify:
         verify.after_match(graph, before, found)
-    found = decide(analyze_masks(found), config)
+    found = decide(analyze_masks(found, config), config)
     if config.verify:
         verify.after_analyze(found)
     return found
@@ -50,10 +62,13 @@ def analyze(graph: fx.Graph, config: StemConfig) -> list[AttentionSite | Rejecte
 
 def run(module: fx.GraphModule, config: StemConfig) -> Rewrite:
     """Rewrite ``module`` in place; a graph without a site is returned as it came."""
+    fused = any(bound(n) is not None for n in module.graph.nodes)
+    pristine = copied(module.graph) if fused else module.graph
     graph = module.graph
     result = Rewrite(module, analyze(graph, config))
     sites = result.sites
     if not sites:
+        module.graph = pristine
         return result
     replaced = {site.node for site in sites}
     roots = [n for site in sites for n in site.node.all_input_nodes if n not in replaced]

@@ -42,22 +42,28 @@ def after_lower(graph: fx.Graph, sites: list[AttentionSite]) -> None:
     for site in sites:
         listed = site.node.args[3]
         selected = listed.args[0] if isinstance(listed, fx.Node) else None
-        _require(bool(site.kernel) and site.node.args[-1] == site.kernel, f"{site.node.name} has no kernel")
+        _require(bool(site.kernel) and site.node.args[-2] == site.kernel, f"{site.node.name} has no kernel")
         _require(isinstance(selected, fx.Node) and selected.target is ops.SELECT, f"{site.node.name} has no fused selection")
 
 
 def after_cleanup(graph: fx.Graph, sites: list[AttentionSite]) -> None:
-    """No tensor of q_len x kv_len is left above a rewritten attention."""
+    """No tensor of q_len x kv_len is left above a rewritten attention, but where it is the mask or the bias itself that was not understood."""
     graph.lint()
     for site in sites:
-        left = quadratic(graph, site)
+        left = [] if keeps_tensor(site) else quadratic(graph, site)
         _require(not left, f"{site.node.name} still needs {[n.name for n in left]}")
+        _require(site.product not in graph.nodes or site.product is None, f"{site.node.name}: its scores are still computed")
+
+
+def keeps_tensor(site: AttentionSite) -> bool:
+    """Whether the site reads a tensor of q_len x kv_len: its mask or its bias was not recovered."""
+    return any(_spans(value(t), value(site.q).shape[2], value(site.k).shape[2], of_floats=True) for t in site.tensors)
 
 
 def quadratic(graph: fx.Graph, site: AttentionSite) -> list[fx.Node]:
-    """Nodes above ``site`` whose last two dimensions are q_len x kv_len."""
+    """Nodes whose last two dimensions are q_len x kv_len among those that the site's mask and score are read from."""
     q_len, kv_len = value(site.q).shape[2], value(site.k).shape[2]
-    above, frontier = set(), [site.node]
+    above, frontier = set(site.tensors), list(site.tensors)
     while frontier:
         for node in frontier.pop().all_input_nodes:
             if node not in above:
@@ -66,8 +72,8 @@ def quadratic(graph: fx.Graph, site: AttentionSite) -> list[fx.Node]:
     return [n for n in graph.nodes if n in above and _spans(value(n), q_len, kv_len)]
 
 
-def _spans(tensor: Any, q_len: Any, kv_len: Any) -> bool:
-    if not isinstance(tensor, torch.Tensor) or tensor.dim() < 2 or tensor.is_floating_point():
+def _spans(tensor: Any, q_len: Any, kv_len: Any, of_floats: bool = False) -> bool:
+    if not isinstance(tensor, torch.Tensor) or tensor.dim() < 2 or (tensor.is_floating_point() and not of_floats):
         return False
     return bool(as_expr(tensor.shape[-2]) == as_expr(q_len) and as_expr(tensor.shape[-1]) == as_expr(kv_len))
 

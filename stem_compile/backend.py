@@ -60,7 +60,7 @@ def stem(
 
 def rewrite(module: fx.GraphModule, config: StemConfig) -> Rewrite:
     """Run the passes on ``module`` in place. A failure of ours restores the graph and warns once; it never raises."""
-    pristine = _copied(module.graph)
+    pristine = pipeline.copied(module.graph)
     try:
         return pipeline.run(module, config)
     except Exception as error:
@@ -74,15 +74,6 @@ def rewrite(module: fx.GraphModule, config: StemConfig) -> Rewrite:
 
         attentions = match(module.graph)
         return Rewrite(module, [Rejected(hit.node, Reason.INTERNAL, f"{type(error).__name__}: {error}") for hit in attentions])
-
-
-def _copied(graph: fx.Graph) -> fx.Graph:
-    copy = fx.Graph()
-    copy.output(copy.graph_copy(graph, {}))
-    for node in graph.nodes:
-        if node.op == "output":
-            list(copy.nodes)[-1].meta = dict(node.meta)
-    return copy
 
 
 @contextlib.contextmanager

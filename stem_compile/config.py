@@ -133,6 +133,11 @@ class StemConfig:
         )
 
     @property
+    def takes_any_order(self) -> bool:
+        """Whether the policy means something for attention without a causal order."""
+        return bool(policies.get(self.policy).ANY_ORDER)
+
+    @property
     def shortest(self) -> int:
         """Prompts with fewer keys than this stay dense."""
         return policies.get(self.policy).min_length(self.selection) if self.min_length is None else self.min_length

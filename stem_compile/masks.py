@@ -42,6 +42,11 @@ class Mask:
         """The mask as a model author would say it."""
         raise NotImplementedError(type(self).__name__)
 
+    @property
+    def lowest(self) -> Any:
+        """Sympy expression, nondecreasing in ``Q``, below which query Q sees no key; None where the mask has no such edge."""
+        return None
+
     def __and__(self, other: Mask) -> Mask:
         return _combine(And, self, other)
 
@@ -92,7 +97,7 @@ def environment(shape: tuple[int, int, int, int], tensors: Sequence[torch.Tensor
 def _loader(values: torch.Tensor) -> Any:
     def load(*index: Any) -> torch.Tensor:
         # Broadcast dimensions are read at 0; out-of-range reads are another conjunct's business, so clamp like a masked load.
-        return values[tuple(torch.as_tensor(i, device=values.device).clamp(0, n - 1) for i, n in zip(index, values.shape, strict=True))]
+        return values[tuple(symbolic.as_tensor(i, values.device).clamp(0, n - 1) for i, n in zip(index, values.shape, strict=True))]
 
     return load
 
@@ -122,16 +127,94 @@ class Causal(Mask):
 
 @dataclass(frozen=True)
 class Padding(Mask):
-    """Keys of one batch row are visible where mask tensor number ``index`` (bool or int, read at (b, kv)) is nonzero."""
+    """Keys of one batch row are visible where mask tensor number ``index`` (bool or int, read at (b, kv)) is nonzero; ``whole``: is at least 1."""
 
     index: int = 0
     batched: bool = True
+    whole: bool = False
 
     @property
     def predicate(self) -> Any:
-        return sympy.Ne(symbolic.tensor(self.index)(B if self.batched else sympy.Integer(0), KV), 0)
+        load = symbolic.tensor(self.index)(B if self.batched else sympy.Integer(0), KV)
+        return sympy.Ge(load, 1) if self.whole else sympy.Ne(load, 0)
 
     words: ClassVar[str] = "padding"
+
+
+@dataclass(frozen=True)
+class Window(Mask):
+    """``kv >= q + offset``: the far edge of a sliding window. ``offset`` as in ``Causal``, usually negative."""
+
+    offset: Any = 0
+
+    @property
+    def predicate(self) -> Any:
+        return sympy.Ge(KV, Q + self.offset)
+
+    @property
+    def lowest(self) -> Any:
+        return Q + self.offset
+
+    @property
+    def words(self) -> str:
+        return f"window from {self.offset:+}" if isinstance(self.offset, int) else f"window from {self.offset}"
+
+
+@dataclass(frozen=True)
+class Chunks(Mask):
+    """Query and key lie in one chunk of ``size`` positions. q_shift, kv_shift: position of query 0 and key 0 (may depend on the batch row)."""
+
+    size: int
+    q_shift: Any = 0
+    kv_shift: Any = 0
+
+    @property
+    def predicate(self) -> Any:
+        return sympy.Eq(symbolic.FloorDiv(Q + self.q_shift, self.size), symbolic.FloorDiv(KV + self.kv_shift, self.size), evaluate=False)
+
+    @property
+    def lowest(self) -> Any:
+        return symbolic.FloorDiv(Q + self.q_shift, self.size) * self.size - self.kv_shift
+
+    @property
+    def words(self) -> str:
+        return f"chunks of {self.size}"
+
+
+@dataclass(frozen=True)
+class Documents(Mask):
+    """Query and key carry the same id: mask tensor number ``index`` [B or 1, N], read at (b, q + q_shift) and (b, kv + kv_shift)."""
+
+    expr: Any
+    words: ClassVar[str] = "documents"
+
+    @property
+    def predicate(self) -> Any:
+        return self.expr
+
+
+@dataclass(frozen=True)
+class Positions(Mask):
+    """The key's position, read from a tensor at (b, kv), does not exceed the query's, read at (b, q)."""
+
+    expr: Any
+    words: ClassVar[str] = "causal by positions"
+
+    @property
+    def predicate(self) -> Any:
+        return self.expr
+
+
+@dataclass(frozen=True)
+class Given(Mask):
+    """A mask that was not understood, kept as a tensor: mask tensor of the site, broadcastable to (batch, heads, q_len, kv_len)."""
+
+    expr: Any
+    words: ClassVar[str] = "given as a tensor"
+
+    @property
+    def predicate(self) -> Any:
+        return self.expr
 
 
 @dataclass(frozen=True)
@@ -160,8 +243,21 @@ class And(Mask):
         return sympy.And(*(t.predicate for t in self.terms))
 
     @property
+    def lowest(self) -> Any:
+        edges = [t.lowest for t in self.terms if t.lowest is not None]
+        return sympy.Max(*edges) if len(edges) > 1 else edges[0] if edges else None
+
+    @property
     def words(self) -> str:
-        return " & ".join(f"({t.words})" if isinstance(t, Or) else t.words for t in self.terms)
+        causal = next((t for t in self.terms if isinstance(t, Causal)), None)
+        parts = []
+        for term in self.terms:
+            if isinstance(term, Window) and causal is not None:
+                # kv <= q + causal.offset and kv >= q + window.offset
+                parts.append(f"sliding window of {sympy.expand(causal.offset - term.offset + 1)}")
+            else:
+                parts.append(f"({term.words})" if isinstance(term, Or) else term.words)
+        return " & ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -229,29 +325,74 @@ def _ordered(args: Any) -> list[Any]:
     return sorted(args, key=lambda a: (bool(a.atoms(sympy.Function)), not a.has(KV), sympy.default_sort_key(a)))
 
 
-def _causal(expr: Any) -> Mask | None:
+def _edge(expr: Any) -> tuple[int, Any] | None:
+    """(sign, offset) of ``sign * (q + offset - kv) >= 0``; None for anything else. The offset is one for all positions: lengths, scalars, ``T0()``."""
     if not isinstance(expr, sympy.Le | sympy.Lt | sympy.Ge | sympy.Gt):
         return None
-    small, large = (expr.lts, expr.gts)
-    # factor * kv <= factor * q + offset, offset the same for every position
-    slack = sympy.expand(large - small) - (1 if isinstance(expr, sympy.Lt | sympy.Gt) else 0)
+    slack = sympy.expand(expr.gts - expr.lts)
+    # Whole numbers: kv / 3 <= q / 3 is kv <= q, and a < b is a <= b - 1.
+    slack = sympy.expand(slack * sympy.ilcm(1, *(c.q for c in slack.as_coefficients_dict().values() if c.is_Rational)))
+    slack -= 1 if isinstance(expr, sympy.Lt | sympy.Gt) else 0
     factor = slack.coeff(Q)
-    if not factor.is_Integer or factor < 1 or slack.coeff(KV) != -factor:
+    if not factor.is_Integer or factor == 0 or slack.coeff(KV) != -factor:
         return None
-    offset = symbolic.FloorDiv(sympy.expand(slack - factor * Q + factor * KV), factor)
-    if expr.has(KV) and expr.has(Q) and not offset.has(Q, KV, B, H) and not offset.atoms(sympy.Function):
-        return Causal(int(offset) if offset.is_Integer else offset)
+    rest = sympy.expand(slack - factor * Q + factor * KV)
+    offset = symbolic.FloorDiv(rest, factor) if factor > 0 else -symbolic.FloorDiv(rest, -factor)
+    if offset.has(Q, KV, B, H) or any(symbolic.load_index(f) is None or f.args for f in offset.atoms(sympy.core.function.AppliedUndef)):
+        return None
+    return (1 if factor > 0 else -1), (int(offset) if offset.is_Integer else offset)
+
+
+def _causal(expr: Any) -> Mask | None:
+    edge = _edge(expr)
+    return Causal(edge[1]) if edge and edge[0] > 0 else None
+
+
+def _window(expr: Any) -> Mask | None:
+    edge = _edge(expr)
+    return Window(edge[1]) if edge and edge[0] < 0 else None
+
+
+def _chunks(expr: Any) -> Mask | None:
+    sides: tuple[Any, ...] = expr.args if isinstance(expr, sympy.Eq) else ()
+    if len(sides) != 2 or not all(isinstance(s, symbolic.FloorDiv) for s in sides) or sides[0].args[1] != sides[1].args[1]:
+        return None
+    row, key = sides if sides[0].has(Q) else sides[::-1]
+    size, shifts = row.args[1], (sympy.expand(row.args[0] - Q), sympy.expand(key.args[0] - KV))
+    if not size.is_Integer or any(s.has(Q, KV, H) for s in shifts):
+        return None
+    return Chunks(int(size), *(int(s) if s.is_Integer else s for s in shifts))
+
+
+def _documents(expr: Any) -> Mask | None:
+    sides: tuple[Any, ...] = expr.args if isinstance(expr, sympy.Eq) else ()
+    if len(sides) == 2 and all(symbolic.load_index(s) is not None for s in sides) and {s.has(Q) for s in sides} == {s.has(KV) for s in sides} == {True, False}:
+        return Documents(expr)
     return None
 
 
+def _positions(expr: Any) -> Mask | None:
+    if not isinstance(expr, sympy.Le | sympy.Lt | sympy.Ge | sympy.Gt):
+        return None
+    small, large = expr.lts, expr.gts
+    both = symbolic.load_index(small) is not None and symbolic.load_index(small) == symbolic.load_index(large)
+    return Positions(expr) if both and small.has(KV) and large.has(Q) and not small.has(Q) and not large.has(KV) else None
+
+
+def _given(expr: Any) -> Mask | None:
+    load = expr.lhs if expr.is_Relational and expr.rhs.is_number else None
+    return Given(expr) if load is not None and symbolic.load_index(load) is not None and {Q, KV} <= load.free_symbols else None
+
+
 def _padding(expr: Any) -> Mask | None:
-    index = symbolic.load_index(expr.lhs) if isinstance(expr, sympy.Ne) and expr.rhs == 0 else None
+    whole = isinstance(expr, sympy.Ge) and expr.rhs == 1
+    index = symbolic.load_index(expr.lhs) if whole or (isinstance(expr, sympy.Ne) and expr.rhs == 0) else None
     if index is None or expr.lhs.args not in ((B, KV), (sympy.Integer(0), KV)):
         return None
-    return Padding(index, batched=expr.lhs.args[0] == B)
+    return Padding(index, batched=expr.lhs.args[0] == B, whole=whole)
 
 
-_RECOGNISERS = (_causal, _padding)
+_RECOGNISERS = (_causal, _window, _chunks, _documents, _positions, _padding, _given)
 
 
 def encode(mask: Mask) -> str:
@@ -262,10 +403,7 @@ def encode(mask: Mask) -> str:
 @functools.lru_cache(maxsize=1024)
 def decode(text: str) -> Mask:
     """Mask of the text that ``encode`` wrote. Raises ValueError for anything else."""
-    names: dict[str, Any] = {str(s): s for s in (B, H, Q, KV, Q_LEN, KV_LEN)} | {"FloorDiv": symbolic.FloorDiv}
-    for i in range(8):
-        names |= {f"T{i}": symbolic.tensor(i), f"S{i}": symbolic.scalar(i)}
     try:
-        return predicate(sympy.sympify(text, locals=names))
+        return predicate(symbolic.parse(text))
     except (sympy.SympifyError, SyntaxError, TypeError, AttributeError) as error:
         raise ValueError(f"not an encoded mask: {text!r}") from error

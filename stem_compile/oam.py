@@ -7,6 +7,8 @@ it costs 2 * stride * d operations a pair; the maximum over cells is not linear 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -18,17 +20,27 @@ CELL_ROWS = 64
 
 
 def oam_scores(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None, candidates: torch.Tensor, spec: SelectionSpec, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor | None,
+    candidates: torch.Tensor,
+    spec: SelectionSpec,
+    scale: float,
+    modify: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Scores [B, H, query blocks, key blocks], fp32 (fp64 for fp64 inputs); -inf where ``candidates`` is False.
 
     q: [B, H, q_len, d]. k: [B, Hk, kv_len, d], v: [B, Hk, kv_len, dv], H a multiple of Hk. visible: bool [B or 1, kv_len] or None (all).
-    candidates: bool, broadcastable to the result. Pads and ragged ends do not count: a mean is over the token pairs that exist.
+    candidates: bool, broadcastable to the result.
+    modify: what the attention does to scaled scores, where blocks see it. Pads and ragged ends do not count: a mean is over the token pairs that exist.
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     heads, key_heads = q.shape[1], k.shape[1]
     pool = {"mean": _mean_over_cells, "max": _max_over_cells}[spec.pooling]
     scores = pool(q, k, visible, spec, dtype) * scale
+    if modify is not None:
+        scores = modify(scores)
     magnitude = _value_term(v, visible, spec, dtype).repeat_interleave(heads // key_heads, 1)
     return (scores + spec.beta * magnitude[:, :, None, :]).masked_fill_(~candidates, -torch.inf)
 

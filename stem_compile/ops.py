@@ -1,8 +1,8 @@
 """The ``stem::`` operators: schemas and shapes. ``kernels/launch.py`` implements them; nothing here imports triton or kernels.
 
 A graph after insert_selection holds ``oam_scores -> tpd_select -> sparse_attention``; lowering fuses the first two into ``select`` where the
-device has a kernel for it. Masks and selections travel as text (``masks.encode``, ``SelectionSpec.text``), their runtime parts as
-``tensors`` (T0, T1, ... of the mask) and ``scalars`` (S0, S1, ...).
+device has a kernel for it. Masks, scores and selections travel as text (``masks.encode``, ``Score.text``, ``SelectionSpec.text``), their runtime
+parts as ``tensors`` (T0, T1, ... of mask and score) and ``scalars`` (S0, S1, ...).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ REFERENCE = "reference"
 _MASK = "Tensor[] tensors, SymInt[] scalars, str mask"
 _TAGS = (torch.Tag.needs_exact_strides,) if hasattr(torch.Tag, "needs_exact_strides") else ()
 
-LIBRARY.define(f"oam_scores(Tensor q, Tensor k, Tensor v, {_MASK}, float scale, str spec) -> Tensor", tags=_TAGS)
-LIBRARY.define(f"tpd_select(Tensor scores, {_MASK}, str spec) -> (Tensor indices, Tensor counts)", tags=_TAGS)
-LIBRARY.define(f"select(Tensor q, Tensor k, Tensor v, {_MASK}, float scale, str spec, str kernel) -> (Tensor indices, Tensor counts)", tags=_TAGS)
+LIBRARY.define(f"oam_scores(Tensor q, Tensor k, Tensor v, {_MASK}, float scale, str spec, str score='') -> Tensor", tags=_TAGS)
+LIBRARY.define(f"tpd_select(Tensor scores, Tensor q, Tensor k, {_MASK}, str spec) -> (Tensor indices, Tensor counts)", tags=_TAGS)
+LIBRARY.define(f"select(Tensor q, Tensor k, Tensor v, {_MASK}, float scale, str spec, str kernel, str score='') -> (Tensor indices, Tensor counts)", tags=_TAGS)
 LIBRARY.define(
-    f"sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, {_MASK}, float scale, str spec, str kernel) -> Tensor",
+    f"sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, {_MASK}, float scale, str spec, str kernel, str score='') -> Tensor",
     tags=_TAGS,
 )
 
@@ -51,19 +51,19 @@ def _fake(name: str) -> Any:
 
 
 @_fake("oam_scores")  # type: ignore[untyped-decorator]
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Any, scalars: Any, mask: str, scale: float, spec: str) -> torch.Tensor:
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Any, scalars: Any, mask: str, scale: float, spec: str, score: str = "") -> torch.Tensor:
     chosen = selection.parse(spec)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape[0], q.shape[1], cdiv(q.shape[2], chosen.block_q), cdiv(k.shape[2], chosen.block_k), dtype=dtype)
 
 
 @_fake("tpd_select")  # type: ignore[untyped-decorator]
-def _(scores: torch.Tensor, tensors: Any, scalars: Any, mask: str, spec: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _(scores: torch.Tensor, q: torch.Tensor, k: torch.Tensor, tensors: Any, scalars: Any, mask: str, spec: str) -> tuple[torch.Tensor, torch.Tensor]:
     return _lists(scores, scores.shape, selection.parse(spec))
 
 
 @_fake("select")  # type: ignore[untyped-decorator]
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Any, scalars: Any, mask: str, scale: float, spec: str, kernel: str) -> Any:
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Any, scalars: Any, mask: str, scale: float, spec: str, kernel: str, score: str = "") -> Any:
     chosen = selection.parse(spec)
     return _lists(q, (q.shape[0], q.shape[1], cdiv(q.shape[2], chosen.block_q), cdiv(k.shape[2], chosen.block_k)), chosen)
 
@@ -81,6 +81,7 @@ def _(
     scale: float,
     spec: str,
     kernel: str,
+    score: str = "",
 ) -> torch.Tensor:
     return attention_output(q, v)
 

@@ -121,7 +121,7 @@ class BlockSelection:
 class Observed:
     """A selection made at run time, with the mask it was made under. shape: (batch, heads, q_len, kv_len).
 
-    inputs: (q, k, v) of the attention, which may be overwritten later; scale: factor of q.k; spec: ``SelectionSpec.text()``.
+    inputs: (q, k, v) of the attention, which may be overwritten later; scale: factor of q.k; spec: ``SelectionSpec.text()``; score: ``Score.text``.
     """
 
     selection: BlockSelection
@@ -132,6 +132,7 @@ class Observed:
     inputs: tuple[torch.Tensor, ...] = ()
     scale: float = 1.0
     spec: str = ""
+    score: str = ""
 
     @property
     def candidates(self) -> torch.Tensor:

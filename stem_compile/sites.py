@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import fx
 
 from stem_compile.masks import Full, Mask
+from stem_compile.scores import Score
 
 
 class Reason(enum.Enum):
@@ -24,7 +26,7 @@ class Reason(enum.Enum):
     SCORE_BIAS = "the mask carries scores"
     SHAPE = "shapes are not those of one attention"
     DTYPE = "dtype is not fp16, bf16 or fp32"
-    HEAD_DIM = "head dim is outside 16 to 256"
+    HEAD_DIM = "no kernel for this head dim"
     DEVICE = "no kernels for this device"
     DENSE_LAYER = "dense_layers keeps it dense"
     FUEL = "fuel is used up"
@@ -48,13 +50,41 @@ _REMEDIES = {
     Reason.SCORE_BIAS: "use a Boolean mask",
     Reason.SHAPE: "pass q, k, v as [batch, heads, length, head dim] with equal batch and a whole number of query heads a key head",
     Reason.DTYPE: "cast the model to fp16, bf16 or fp32",
-    Reason.HEAD_DIM: "use head dims from 16 to 256",
+    Reason.HEAD_DIM: "nothing to do short of another model: head dims up to 256 have kernels everywhere",
     Reason.DEVICE: "move the model to a CPU or a CUDA device",
     Reason.DENSE_LAYER: "take it out of dense_layers",
     Reason.FUEL: "raise fuel",
     Reason.ESCAPES: "do not ask for attention weights (output_attentions=False)",
     Reason.INTERNAL: "report it with the log of TORCH_LOGS=+stem_compile",
 }
+
+
+@dataclass(frozen=True)
+class View:
+    """A graph value seen another way: method calls applied in order once the attention is rewritten. ``view`` makes the plain ones nodes again."""
+
+    node: fx.Node
+    steps: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+
+    def apply(self, x: Any) -> Any:
+        """The steps on an example value."""
+        for name, arguments in self.steps:
+            x = getattr(x, name)(*arguments)
+        return x
+
+    def emit(self, graph: fx.Graph) -> fx.Node:
+        """Insert the steps at the graph's current place; the node that holds the result."""
+        node, x = self.node, value(self.node)
+        for name, arguments in self.steps:
+            node = graph.call_method(name, (node, *arguments))
+            with _fake_mode(x):
+                x = getattr(x, name)(*arguments)
+            node.meta["example_value"] = x
+        return node
+
+
+def _fake_mode(x: Any) -> Any:
+    return x.fake_mode if hasattr(x, "fake_mode") else contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -72,33 +102,50 @@ class Rejected:
         return f"{self.reason.value}{detail}: {self.reason.remedy}"
 
 
+@dataclass(frozen=True)
+class Mods:
+    """``score_mod`` and ``mask_mod`` of a flex_attention: graphs of (score,) b, h, q, kv and the buffers given; None where there is none."""
+
+    score: fx.GraphModule | None
+    score_buffers: tuple[fx.Node, ...]
+    mask: fx.GraphModule | None
+    mask_buffers: tuple[fx.Node, ...]
+
+
 @dataclass
 class AttentionSite:
     """One attention in a graph: softmax(scale q k^T under mask) v.
 
     node: the node whose value it is. q: [B, H, q_len, d], k: [B, Hk, kv_len, d], v: [B, Hk, kv_len, dv] with native key heads.
-    mask_node: the mask tensor of the graph, None without one. mask: what it means; None until analyze_masks.
-    tensors, scalars: graph values of the mask's T0.. and S0.. scale: float factor of q.k.
+    mask_node: the mask tensor of the graph, None without one. logits, product: input of the softmax and the raw q.k that it comes from, where the
+    attention is written out; mods: flex_attention's functions. result: steps that give ``node``'s layout from [B, H, q_len, dv].
+    mask: what it means; None until analyze_masks.
+    score: what happens to scaled products. tensors, scalars: graph values of T0.. and S0.. scale: float factor of q.k.
     kernel: set by lower. index: position among the graph's attentions.
     """
 
     node: fx.Node
-    q: fx.Node
-    k: fx.Node
-    v: fx.Node
+    q: fx.Node | View
+    k: fx.Node | View
+    v: fx.Node | View
     scale: float
     mask_node: fx.Node | None = None
+    logits: fx.Node | None = None
+    product: fx.Node | None = None
+    mods: Mods | None = None
+    result: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     mask: Mask | None = None
     is_causal: bool = False
     tensors: list[fx.Node] = field(default_factory=list)
     scalars: list[Any] = field(default_factory=list)
+    score: Score = field(default_factory=Score)
     kernel: str = ""
     index: int = 0
 
     @property
     def words(self) -> str:
-        """The mask as a model author would say it."""
-        return (Full() if self.mask is None else self.mask).words
+        """Mask and score as a model author would say them."""
+        return ", ".join(filter(None, ((Full() if self.mask is None else self.mask).words, self.score.words)))
 
 
 def module_path(node: fx.Node) -> str:
@@ -113,5 +160,8 @@ def module_path(node: fx.Node) -> str:
 
 
 def value(node: Any) -> Any:
-    """The example value Dynamo recorded for a node (fake tensor, SymInt or number); other things are their own value."""
+    """The example value Dynamo recorded for a node (fake tensor, SymInt or number), or of a view of one; other things are their own value."""
+    if isinstance(node, View):
+        with _fake_mode(value(node.node)):
+            return node.apply(value(node.node))
     return node.meta.get("example_value", node.meta.get("val")) if isinstance(node, fx.Node) else node

@@ -27,14 +27,17 @@ def everything(spec: SelectionSpec) -> bool:
     return not policies.get(spec.policy).SCORED or spec.budget == 1.0
 
 
-def tpd_select(scores: torch.Tensor, spec: SelectionSpec) -> BlockSelection:
-    """scores: [B, H, rows, key blocks], -inf where a block holds no visible key. Budgets are exact integer arithmetic (int64)."""
+def tpd_select(scores: torch.Tensor, spec: SelectionSpec, reach: torch.Tensor | None = None) -> BlockSelection:
+    """scores: [B, H, rows, key blocks], -inf where a block holds no visible key. Budgets are exact integer arithmetic (int64).
+
+    reach: visible blocks of each row without the mask's far edges, broadcastable to [B, H, rows]; None where it has none.
+    """
     columns = scores.shape[-1]
     width = int(list_width(spec, columns))
     candidate = scores > -torch.inf
     visible = candidate.sum(-1)
-    limit = row_limits(visible, spec)
-    keep = torch.where(full_rows(visible, limit, spec), FULL, limit)
+    limit = row_limits(visible, spec, reach)
+    keep = torch.where(full_rows(visible, limit, spec, reach), FULL, limit)
     # Forced blocks rank above every score; -inf stays below.
     rank = candidate.cumsum(-1)
     forced = candidate & ((rank <= spec.sinks) | (rank > visible.unsqueeze(-1) - spec.locals))
@@ -45,20 +48,24 @@ def tpd_select(scores: torch.Tensor, spec: SelectionSpec) -> BlockSelection:
     return BlockSelection(indices.int(), keep.int(), spec.block_q, spec.block_k, columns)
 
 
-def row_limits(visible: torch.Tensor, spec: SelectionSpec) -> torch.Tensor:
+def row_limits(visible: torch.Tensor, spec: SelectionSpec, reach: torch.Tensor | None = None) -> torch.Tensor:
     """Blocks each row may compute. visible: int64 [..., rows], visible blocks a row; sinks and local blocks are always within."""
-    total = visible[..., -1:].clamp(min=cdiv(spec.prompt_length, spec.block_k))
-    budget = symbolic.evaluate(policies.get(spec.policy).budget(spec), {ROW: (visible - 1).clamp(min=0), BLOCKS: total.clamp(min=1)})
-    return torch.minimum(torch.as_tensor(budget, device=visible.device).clamp(min=spec.sinks + spec.locals), visible)
+    reach = visible if reach is None else reach
+    total = reach.amax(-1, keepdim=True).clamp(min=cdiv(spec.prompt_length, spec.block_k))
+    budget = symbolic.evaluate(policies.get(spec.policy).budget(spec), {ROW: (reach - 1).clamp(min=0), BLOCKS: total.clamp(min=1)})
+    return torch.minimum(symbolic.as_tensor(budget, visible.device).clamp(min=spec.sinks + spec.locals), visible)
 
 
-def full_rows(visible: torch.Tensor, limit: torch.Tensor, spec: SelectionSpec) -> torch.Tensor:
-    """Rows that compute all they see: the budget covers it, or the row holds the prompt's end, where the question is.
+def full_rows(visible: torch.Tensor, limit: torch.Tensor, spec: SelectionSpec, reach: torch.Tensor | None = None) -> torch.Tensor:
+    """Rows that compute all they see: the budget covers it, or the row holds an end of the prompt or of a document, where the question is.
 
-    The end is where a row first sees the whole prompt; a block of slack covers unaligned prefixes and query blocks below key blocks.
-    Rows further on are right padding.
+    An end is where sight has grown and grows no more; a block of slack covers unaligned prefixes and query blocks below key blocks.
+    Rows further on are right padding. A chunk of a longer prompt ends where the prompt does.
     """
-    total = visible[..., -1:].clamp(min=cdiv(spec.prompt_length, spec.block_k))
-    slack = cdiv(spec.block_k, spec.block_q) + 1
-    before = torch.nn.functional.pad(visible, (slack, 0))[..., : visible.shape[-1]]
-    return (limit >= visible) & (visible > 0) | (visible == total) & (before < total)
+    reach = visible if reach is None else reach
+    slack, rows = cdiv(spec.block_k, spec.block_q) + 1, reach.shape[-1]
+    before = torch.nn.functional.pad(reach, (slack, 0))[..., :rows]
+    after = reach[..., (torch.arange(rows, device=reach.device) + slack).clamp(max=rows - 1)]
+    ends = (before < reach) & (after <= reach) & (reach >= cdiv(spec.prompt_length, spec.block_k))
+    full: torch.Tensor = ((limit >= visible) | ends) & (visible > 0)
+    return full

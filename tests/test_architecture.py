@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("symbolic",),
     ("masks",),
-    ("selection",),
+    ("selection", "scores"),
     ("blocks", "config", "policies"),
     ("oam", "tpd", "sites", "ops"),
     ("kernels",),

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 
-from stem_compile import blocks, ops, policies
-from stem_compile.kernels import pooling, workers
-from stem_compile.kernels.gather import Problem, Run, dense, flash
+from stem_compile import blocks, ops, policies, scores
+from stem_compile.kernels import pooling, rowwise, workers
+from stem_compile.kernels.gather import Problem, Run, dense
 from stem_compile.kernels.gather import attend as attend_run
 from stem_compile.masks import Full, Mask, decode
 from stem_compile.selection import FULL, SelectionSpec, parse
@@ -19,6 +18,7 @@ from stem_compile.tpd import full_rows, row_limits
 
 Tensors = Sequence[torch.Tensor]
 
+HEAD_DIMS = range(1, 1025)
 TALL = 1536
 """Queries of a run, all heads together. PyTorch's flash attention takes its largest tile from 768 on."""
 NATIVE_BF16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()
@@ -27,12 +27,19 @@ NATIVE_BF16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and t
 _SHORT = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def kernel_name(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: str, spec: str) -> str:
+def kernel_name(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: str, spec: str, score: str = "") -> str:
     """Name of what ``attend`` runs for (fake) tensors; ``ops.REFERENCE`` for dtypes it has nothing for."""
     if q.dtype not in _SHORT:
         return ops.REFERENCE
-    chosen, (_, _, others) = parse(spec), blocks.split(decode(mask))
-    return f"cpu {'masked' if others else 'gather'} {_SHORT[q.dtype]} {chosen.block_q}x{chosen.block_k}"
+    chosen = parse(spec)
+    return f"cpu {'rowwise' if _is_general(mask, score) else 'gather'} {_SHORT[q.dtype]} {chosen.block_q}x{chosen.block_k}"
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_general(mask: str, score: str) -> bool:
+    """Whether more than causal and padding decides, so that blocks are not alike."""
+    parts = blocks.split(decode(mask))
+    return bool(parts.others or parts.bands or scores.decode(score).modified)
 
 
 def select_name(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: str, spec: str) -> str:
@@ -48,7 +55,10 @@ def select(
     chosen, meaning = parse(spec), decode(mask)
     shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     found = blocks.candidates(meaning, shape, tensors, scalars, chosen.block_q, chosen.block_k, q.device)
-    counts = _counts(found.sum(-1), chosen)
+    reach = None
+    if blocks.split(meaning).bands:
+        reach = blocks.candidates(blocks.unbanded(meaning), shape, tensors, scalars, chosen.block_q, chosen.block_k, q.device).sum(-1)
+    counts = _counts(found.sum(-1), reach, chosen)
     width = int(ops.selection_shape(q, k, chosen)[3])
     if int(counts.max()) <= 0:
         indices = q.new_zeros(*shape[:2], found.shape[2], width, dtype=torch.int32)
@@ -58,33 +68,39 @@ def select(
     return indices, counts.expand(shape[0], shape[1], -1).contiguous()
 
 
-def _counts(visible: torch.Tensor, spec: SelectionSpec) -> torch.Tensor:
+def _counts(visible: torch.Tensor, reach: torch.Tensor | None, spec: SelectionSpec) -> torch.Tensor:
     """Lengths of the lists, int32, for rows with ``visible`` candidates. The layers of a model share them."""
-    return _counts_of(visible.numpy().tobytes(), tuple(visible.shape), spec)
+    both = [visible] if reach is None else [visible, reach.expand(visible.shape)]
+    return _counts_of(torch.stack(both).numpy().tobytes(), (len(both), *visible.shape), spec)
 
 
 @functools.lru_cache(maxsize=64)
-def _counts_of(visible: bytes, shape: tuple[int, ...], spec: SelectionSpec) -> torch.Tensor:
-    rows = torch.frombuffer(bytearray(visible), dtype=torch.int64).view(shape)
-    limit = row_limits(rows, spec)
-    return torch.where(full_rows(rows, limit, spec), FULL, limit).int()
+def _counts_of(content: bytes, shape: tuple[int, ...], spec: SelectionSpec) -> torch.Tensor:
+    both = torch.frombuffer(bytearray(content), dtype=torch.int64).view(shape)
+    visible, reach = both[0], both[-1]
+    limit = row_limits(visible, spec, reach)
+    return torch.where(full_rows(visible, limit, spec, reach), FULL, limit).int()
 
 
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, counts: torch.Tensor,
     tensors: Tensors, scalars: Sequence[int], mask: str, scale: float, spec: str, kernel: str,
-    lse: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None, score: str = "",
 ) -> torch.Tensor:  # fmt: skip
     """Softmax attention over the visible keys of the selected blocks; a row without any gives 0.
 
     q: [B, H, q_len, d]. k: [B, Hk, kv_len, d], v: [B, Hk, kv_len, dv]. indices, counts: as ``select`` returns. Result: ``ops.attention_output``.
-    lse: [B, H, q_len], receives the log-sum-exp of each row's visible scores, -inf without any.
+    lse: [B, H, q_len], receives the log-sum-exp of each row's visible scores and its sink, -inf without any.
     """
-    chosen, meaning = parse(spec), decode(mask)
+    chosen, meaning, modifier = parse(spec), decode(mask), scores.decode(score)
     out = ops.attention_output(q, v)
-    if blocks.split(meaning)[2]:
-        _masked(q, k, v, indices, counts, tensors, scalars, meaning, scale, chosen, out, lse)
-        return out
+    if modifier.sink is not None and lse is None:
+        lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    if _is_general(mask, score):
+        problem = _problem(q, k, v, indices, tensors, scalars, Full(), scale, chosen, out)
+        problem.lse = lse
+        rowwise.attend(problem, counts, tensors, scalars, meaning, modifier)
+        return _with_sink(out, lse, modifier, tensors, scalars, k.shape[2])
 
     def pieces() -> Iterator[tuple[Problem, Run]]:
         # Lazy, so that a worker plans: its small calls run alone instead of waiting for torch's other threads.
@@ -94,6 +110,17 @@ def attend(
             yield problem, run
 
     workers.run(lambda piece: attend_run(*piece), pieces())
+    return _with_sink(out, lse, modifier, tensors, scalars, k.shape[2])
+
+
+def _with_sink(out: torch.Tensor, lse: torch.Tensor | None, score: scores.Score, tensors: Tensors, scalars: Sequence[int], kv_len: int) -> torch.Tensor:
+    """Both with the sink joined: keys keep the share they have beside it; a row without keys is 0 and stays it."""
+    if score.sink is None or lse is None:
+        return out
+    sink = score.sink_logits((*out.shape[:3], kv_len), tensors, scalars, lse)
+    assert sink is not None
+    out.mul_(torch.sigmoid(lse.unsqueeze(-1) - sink).to(out.dtype))
+    torch.logaddexp(lse, sink.squeeze(-1), out=lse)
     return out
 
 
@@ -106,7 +133,7 @@ def _problem(
     width = max(k.shape[3], v.shape[3])
     columns = blocks.cdiv(shape[3], spec.block_k)
     keys, values = (dense(x, dtype, width, columns * spec.block_k) for x in (k, v))
-    offset = blocks.causal_offset(mask, shape, scalars)
+    offset = blocks.causal_offset(mask, shape, tensors, scalars)
     problem = Problem(q, keys, values, out, indices, spec.block_q, spec.block_k, shape[3], scale, offset, [0] * shape[0])
     visible = blocks.key_visible(mask, shape, tensors, scalars, q.device)
     if visible is not None and not bool(visible.all()):
@@ -166,38 +193,3 @@ def _edges(p: Problem, counts: torch.Tensor, spec: SelectionSpec) -> tuple[torch
     window = window.masked_fill(window < spans[:, 1] - spans[:, 0], 0)
     # Nor does a prefix reach over the diagonal.
     return torch.minimum(prefix, (spans[:, 0] - first[..., 0]).clamp(min=0)), window
-
-
-def _masked(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, counts: torch.Tensor, tensors: Tensors, scalars: Sequence[int],
-    mask: Mask, scale: float, spec: SelectionSpec, out: torch.Tensor, lse: torch.Tensor | None,
-) -> None:  # fmt: skip
-    """Any mask: evaluated for one query row block at a time and gathered like the keys."""
-    batch, heads, q_len, _ = q.shape
-    group, kv_len = heads // k.shape[1], k.shape[2]
-    shape = (batch, heads, q_len, kv_len)
-    problem = _problem(q, k, v, indices, tensors, scalars, Full(), scale, spec, out)
-    keys, values = (x.unflatten(2, (-1, spec.block_k)) for x in (problem.keys, problem.values))
-    columns, width = keys.shape[2], keys.shape[-1]
-    found = blocks.candidates(mask, shape, tensors, scalars, spec.block_q, spec.block_k, q.device).expand(batch, heads, -1, columns)
-    lengths = counts.tolist()
-
-    def attend_row(row: int) -> None:
-        rows = slice(row * spec.block_q, min((row + 1) * spec.block_q, q_len))
-        visible = mask.dense(shape, tensors, scalars, q.device, rows)
-        hidden = ~F.pad(visible.expand(-1, -1, rows.stop - rows.start, kv_len), (0, columns * spec.block_k - kv_len)).unflatten(-1, (columns, spec.block_k))
-        for b, h in itertools.product(range(batch), range(heads)):
-            count = lengths[b][h][row]
-            listed = found[b, h, row].nonzero()[:, 0] if count == FULL else indices[b, h, row, :count]
-            result, total = q.new_zeros(()), q.new_full((), -torch.inf)
-            if len(listed):
-                key, value = (x[b, h // group].index_select(0, listed).view(1, 1, -1, width) for x in (keys, values))
-                unseen = hidden[b % len(hidden), h % hidden.shape[1]].index_select(1, listed).flatten(1)
-                bias = torch.zeros(unseen.shape, dtype=keys.dtype).masked_fill_(unseen, -torch.inf)
-                result, total = flash(dense(q[None, None, b, h, rows], keys.dtype, width), key, value, scale, bias[None, None], unseen.all(-1))
-                result = result[0, 0, :, : v.shape[3]]
-            out[b, h, rows] = result
-            if lse is not None:
-                lse[b, h, rows] = total
-
-    workers.run(attend_row, range(counts.shape[2] - 1, -1, -1))

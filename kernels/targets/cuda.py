@@ -16,10 +16,12 @@ from triton.runtime.errors import OutOfResources
 
 from stem_compile import ops, selection
 from stem_compile.blocks import cdiv
-from stem_compile.kernels import cache, codegen, device_selection
+from stem_compile.kernels import cache, device_selection
+from stem_compile.kernels.arguments import arguments
 from stem_compile.kernels.spec import DTYPES, KernelSpec, template_of
-from stem_compile.masks import decode
+from stem_compile.scores import decode as decode_score
 
+HEAD_DIMS = range(16, 257)
 LOG2E = 1.4426950408889634
 SHARED_BYTES = 227 * 1024
 """Shared memory a Hopper block may use."""
@@ -117,21 +119,21 @@ def _launch_portable(
         return
 
 
-def _attention_spec(template: str, q: torch.Tensor, v: torch.Tensor, mask: str, spec: str) -> KernelSpec:
-    return _spec(template, DTYPES[q.dtype], q.shape[-1], v.shape[-1], mask, spec)
+def _attention_spec(template: str, q: torch.Tensor, v: torch.Tensor, mask: str, spec: str, score: str = "") -> KernelSpec:
+    return _spec(template, DTYPES[q.dtype], q.shape[-1], v.shape[-1], mask, spec, score)
 
 
 @functools.lru_cache(maxsize=1024)
-def _spec(template: str, dtype: str, head_dim: int, value_dim: int, mask: str, spec: str) -> KernelSpec:
+def _spec(template: str, dtype: str, head_dim: int, value_dim: int, mask: str, spec: str, score: str) -> KernelSpec:
     chosen = selection.parse(spec)
-    return KernelSpec(template, dtype, int(head_dim), int(value_dim), chosen.block_q, chosen.block_k, mask)
+    return KernelSpec(template, dtype, int(head_dim), int(value_dim), chosen.block_q, chosen.block_k, mask, score=score)
 
 
-def kernel_name(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: str, spec: str) -> str:
+def kernel_name(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: str, spec: str, score: str = "") -> str:
     """Name of the attention kernel for (fake) tensors: Hopper's where the device and the shape allow, else the portable one."""
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         return ops.REFERENCE
-    hopper = _attention_spec("hopper", q, v, mask, spec)
+    hopper = _attention_spec("hopper", q, v, mask, spec, score)
     if _capability(q.device)[0] == 9 and hopper_config(hopper) is not None:
         return hopper.name
     return replace(hopper, template="portable").name
@@ -142,24 +144,6 @@ def select_name(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: str, sp
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         return ops.REFERENCE
     return _attention_spec("select", q, v, mask, spec).name
-
-
-@functools.lru_cache(maxsize=1024)
-def _ranks(mask: str) -> tuple[tuple[int, int], ...]:
-    return tuple(sorted(codegen.loads(decode(mask)).items()))
-
-
-def mask_arguments(tensors: Sequence[torch.Tensor], scalars: Sequence[int], mask: str) -> tuple[tuple, tuple, tuple]:
-    """(tensors, layouts, scalars) as the generated functions take them: layouts is flat, size and stride of each dimension read."""
-    ranks = _ranks(mask)
-    if not ranks:
-        return (), (), tuple(scalars)
-    layouts: list[int] = []
-    for index, _ in ranks:
-        for pair in zip(tensors[index].shape, tensors[index].stride()):
-            layouts.extend(pair)
-    used = tuple(t.view(torch.uint8) if t.dtype is torch.bool else t for t in tensors[: ranks[-1][0] + 1])
-    return used, tuple(layouts), tuple(scalars)
 
 
 @functools.lru_cache(maxsize=64)
@@ -193,7 +177,7 @@ def _descriptor(x: torch.Tensor, rows: int) -> Any:
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, counts: torch.Tensor,
     tensors: Sequence[torch.Tensor], scalars: Sequence[int], mask: str, scale: float, spec: str, kernel: str,
-    lse: torch.Tensor | None = None, config: Config | None = None,
+    lse: torch.Tensor | None = None, config: Config | None = None, score: str = "",
 ) -> torch.Tensor:  # fmt: skip
     """stem::sparse_attention. lse: fp32 [B, H, q_len] to fill, contiguous. config: overrides the measured choice."""
     out = ops.attention_output(q, v)
@@ -206,9 +190,10 @@ def attend(
     template = template_of(kernel)
     if template == "hopper" and not (_describable(q) and _describable(k) and _describable(v)):
         template = "portable"
-    chosen = _attention_spec(template, q, v, mask, spec)
+    chosen = _attention_spec(template, q, v, mask, spec, score)
     module = cache.load(chosen)
-    runtime = (heads, heads // k.shape[1], q_len, k.shape[2], indices.shape[-1], scale * LOG2E, *mask_arguments(tensors, scalars, mask))
+    factor = scale if decode_score(score).modified else scale * LOG2E
+    runtime = (heads, heads // k.shape[1], q_len, k.shape[2], indices.shape[-1], factor, *arguments(tensors, scalars, mask, score))
     indices, counts = indices.contiguous(), counts.contiguous()
     rows = cdiv(q_len, chosen.block_q)
     items = rows * batch * heads

@@ -2,7 +2,7 @@
 
 A cell pairs a group of STRIDE queries with a group of STRIDE keys: the sum over s of q[s] . k[STRIDE - 1 - s], so all cells together are one
 matrix product [q_len / STRIDE, STRIDE * d] by its counterpart. The epilogue keeps one number a block pair. Absent tokens do not count: a cell
-is the mean over its token pairs that exist. Tiles above the causal line are left unwritten: ``select.py`` never reads them.
+is the mean over its token pairs that exist. Tiles beyond the mask's edges are left unwritten: ``select.py`` never reads them.
 """
 
 import triton
@@ -14,11 +14,17 @@ BLOCK_Q = tl.constexpr(128)
 BLOCK_K = tl.constexpr(128)
 STRIDE = tl.constexpr(16)
 CAUSAL = tl.constexpr(True)
+BANDED = tl.constexpr(False)
 PRECISION = tl.constexpr("tf32")
 
 
 @triton.jit
-def offset(q_len, kv_len, scalars):
+def offset(q_len, kv_len, tensors, layouts, scalars):
+    return 0
+
+
+@triton.jit
+def lowest(b, q, q_len, kv_len, tensors, layouts, scalars):
     return 0
 
 
@@ -41,7 +47,7 @@ def _tokens(base, token, present, stride, column, EVEN: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "first_row", "columns", "q_len", "kv_len", "visible_stride"])
 def peak(
     q_ptr, k_ptr, visible_ptr, value_ptr, scores_ptr, q_strides, k_strides, visible_stride,
-    heads, group, rows, first_row, columns, q_len, kv_len, scale, scalars,
+    heads, group, rows, first_row, columns, q_len, kv_len, scale, tensors, layouts, scalars,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, PADDED: tl.constexpr,
     BULK: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
@@ -57,8 +63,12 @@ def peak(
     inside = tl.program_id(0) - band * (BAND * tiles)
     row_tile, column_tile = band * BAND + inside % height, inside // height
     if CAUSAL:
-        bottom = tl.minimum(first_row * BLOCK_Q + (row_tile + 1) * ROWS * STRIDE, q_len) - 1 + offset(q_len, kv_len, scalars)
+        bottom = tl.minimum(first_row * BLOCK_Q + (row_tile + 1) * ROWS * STRIDE, q_len) - 1 + offset(q_len, kv_len, tensors, layouts, scalars)
         if column_tile * COLUMNS * STRIDE > bottom:
+            return
+    if BANDED:
+        top = first_row * BLOCK_Q + row_tile * ROWS * STRIDE // BLOCK_Q * BLOCK_Q
+        if (column_tile + 1) * COLUMNS * STRIDE <= lowest(tl.program_id(1) // heads, top, q_len, kv_len, tensors, layouts, scalars):
             return
     head_row = tl.program_id(1)
     b, h = (head_row // heads).to(tl.int64), (head_row % heads).to(tl.int64)

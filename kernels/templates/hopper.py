@@ -2,7 +2,8 @@
 
 A producer warp walks a row's list from its end and fills a ring of K and V tiles by TMA. Each consumer warpgroup owns 64 query rows: it
 issues the next tile's Q K^T before it turns the current scores into weights, and the product with V runs behind it. The tiles that the causal
-line cuts are the last of the list, hence the first visited; later tiles skip the mask, unless it is more than causal (GENERAL). With fewer
+line cuts are the last of the list, hence the first visited; later tiles skip the mask, unless it is more than causal (GENERAL); of those, tiles
+between the two edges of a band skip it where it hides nothing there (EDGES). With fewer
 programs than rows the producer is at the next row's tiles while the consumers write this one's output. Neighbouring rows run at the same time
 and walk their lists in step, so that they meet in the L2 cache.
 
@@ -22,6 +23,10 @@ BLOCK_Q = gl.constexpr(128)
 BLOCK_K = gl.constexpr(128)
 CAUSAL = gl.constexpr(True)
 GENERAL = gl.constexpr(False)
+BANDED = gl.constexpr(False)
+EDGES = gl.constexpr(False)
+MODIFIED = gl.constexpr(False)
+SINK = gl.constexpr(False)
 
 
 @gluon.jit
@@ -30,14 +35,30 @@ def visible(b, h, q, kv, q_len, kv_len, tensors, layouts, scalars):
 
 
 @gluon.jit
-def offset(q_len, kv_len, scalars):
+def offset(q_len, kv_len, tensors, layouts, scalars):
     return 0
+
+
+@gluon.jit
+def lowest(b, q, q_len, kv_len, tensors, layouts, scalars):
+    return 0
+
+
+@gluon.jit
+def score(s, b, h, q, kv, q_len, kv_len, tensors, layouts, scalars):
+    return s
+
+
+@gluon.jit
+def sink(b, h, tensors, layouts, scalars):
+    return 0.0
 
 
 # generated: end
 # Hidden scores are -inf and a row's peak starts at a finite FLOOR: their weights are exactly 0, also where a row has seen nothing yet (a large
 # finite score would not do: scaled and subtracted from its own peak in one fused operation it leaves its rounding error, in the billions).
 FLOOR = gl.constexpr(-1.0e30)
+LOG2E = gl.constexpr(1.4426950408889634)
 ROWS = gl.constexpr(64)  # query rows a consumer: one wgmma tile
 CONSUMERS = gl.constexpr(BLOCK_Q.value // 64)
 D = gl.constexpr(triton.next_power_of_2(HEAD_DIM.value))
@@ -47,14 +68,18 @@ load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared 
 
 @gluon.jit
 def _tile_start(index_ptr, listed, tile, TILE: gl.constexpr):
-    """First key of list position ``tile`` (in tiles)."""
+    """First key of list position ``tile`` (in tiles). listed: whether there is a list; BANDED: -1 for a list, else the first key."""
     SPLIT: gl.constexpr = BLOCK_K // TILE
-    block = gl.load(index_ptr + tile // SPLIT, mask=listed, other=0)
-    return gl.where(listed, block * BLOCK_K + (tile % SPLIT) * TILE, tile * TILE)
+    if BANDED:
+        block = gl.load(index_ptr + tile // SPLIT, mask=listed < 0, other=0)
+        return gl.where(listed < 0, block * BLOCK_K + (tile % SPLIT) * TILE, listed + tile * TILE)
+    else:
+        block = gl.load(index_ptr + tile // SPLIT, mask=listed, other=0)
+        return gl.where(listed, block * BLOCK_K + (tile % SPLIT) * TILE, tile * TILE)
 
 
 @gluon.jit
-def _row(item, rows, heads, q_len, kv_len, width, indices_ptr, counts_ptr, scalars, TILE: gl.constexpr):
+def _row(item, rows, heads, q_len, kv_len, width, indices_ptr, counts_ptr, tensors, layouts, scalars, TILE: gl.constexpr):
     """Work item ``item``: (batch, query head, first query, its list, whether it has one, tiles, tiles that the causal line may cut)."""
     head_row = item // rows
     row = rows - 1 - item % rows  # heavy rows first
@@ -62,7 +87,7 @@ def _row(item, rows, heads, q_len, kv_len, width, indices_ptr, counts_ptr, scala
     # Blocks [0, whole) are visible to every row, blocks [reach, ...) to none.
     reach, whole = kv_len, kv_len
     if CAUSAL:
-        before = offset(q_len, kv_len, scalars)
+        before = offset(q_len, kv_len, tensors, layouts, scalars)
         reach = gl.minimum(kv_len, gl.minimum(first_row + BLOCK_Q, q_len) + before)
         whole = gl.minimum(kv_len, first_row + 1 + before)
     reach = gl.cdiv(gl.maximum(reach, 0), BLOCK_K)
@@ -79,6 +104,10 @@ def _row(item, rows, heads, q_len, kv_len, width, indices_ptr, counts_ptr, scala
         for t in gl.static_range((BLOCK_Q + BLOCK_K - 1) // BLOCK_K + 1):
             ends = gl.load(index_ptr + blocks - 1 - t, mask=t < blocks, other=0)
             hard += ((ends >= whole) & (t < blocks)).to(gl.int32)
+    if BANDED:
+        bottom = gl.minimum(gl.maximum(lowest(head_row // heads, first_row, q_len, kv_len, tensors, layouts, scalars), 0) // BLOCK_K, reach)
+        blocks = gl.where(listed, count, reach - bottom)
+        listed = gl.where(listed, -1, bottom * BLOCK_K)
     if GENERAL:
         hard = blocks
     return head_row // heads, head_row % heads, first_row, index_ptr, listed, blocks * (BLOCK_K // TILE), hard * (BLOCK_K // TILE)
@@ -87,12 +116,12 @@ def _row(item, rows, heads, q_len, kv_len, width, indices_ptr, counts_ptr, scala
 @gluon.jit
 def _produce(
     q_desc, k_desc, v_desc, q_tiles, k_ring, v_ring, q_ready, q_free, k_ready, k_free, v_ready, v_free,
-    items, rows, heads, group, q_len, kv_len, width, indices_ptr, counts_ptr, scalars, TILE: gl.constexpr, STAGES: gl.constexpr,
+    items, rows, heads, group, q_len, kv_len, width, indices_ptr, counts_ptr, tensors, layouts, scalars, TILE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     past = 0  # tiles of earlier rows: ring positions run on
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        b, h, first_row, index_ptr, listed, tiles, _ = _row(item, rows, heads, q_len, kv_len, width, indices_ptr, counts_ptr, scalars, TILE)
+        b, h, first_row, index_ptr, listed, tiles, _ = _row(item, rows, heads, q_len, kv_len, width, indices_ptr, counts_ptr, tensors, layouts, scalars, TILE)
         hk = h // group
         for i in range(tiles):
             start = _tile_start(index_ptr, listed, tiles - 1 - i, TILE)
@@ -114,16 +143,29 @@ def _produce(
 
 
 @gluon.jit
-def _hide(scores, start, rows, b, h, q_len, kv_len, tensors, layouts, scalars, layout: gl.constexpr, TILE: gl.constexpr):
-    """Scores with what the mask hides, and keys past the end, at -inf."""
+def _hide(scores, start, far, near, rows, b, h, q_len, kv_len, tensors, layouts, scalars, layout: gl.constexpr, TILE: gl.constexpr):
+    """Scores with what the mask hides, and keys past the end, at -inf. Under EDGES nothing is hidden between keys ``far`` and ``near``."""
     kv = start + gl.arange(0, TILE, gl.SliceLayout(0, layout))[None, :]
-    seen = visible(b, h, rows[:, None], kv, q_len, kv_len, tensors, layouts, scalars) & (kv < kv_len)
-    return gl.where(seen, scores, -float("inf"))
+    if EDGES:
+        if (start < far) | (start + TILE > near):
+            seen = visible(b, h, rows[:, None], kv, q_len, kv_len, tensors, layouts, scalars) & (kv < kv_len)
+            scores = gl.where(seen, scores, -float("inf"))
+        return scores
+    else:
+        seen = visible(b, h, rows[:, None], kv, q_len, kv_len, tensors, layouts, scalars) & (kv < kv_len)
+        return gl.where(seen, scores, -float("inf"))
+
+
+@gluon.jit
+def _modify(scores, start, scale, rows, b, h, q_len, kv_len, tensors, layouts, scalars, layout: gl.constexpr, TILE: gl.constexpr):
+    """What enters the softmax, of products."""
+    kv = start + gl.arange(0, TILE, gl.SliceLayout(0, layout))[None, :]
+    return score(scores * scale, b, h, rows[:, None], kv, q_len, kv_len, tensors, layouts, scalars)
 
 
 @gluon.jit
 def _advance(
-    i, past, acc, peak, total, weights, q, k_ring, v_ring, k_ready, k_free, v_ready, v_free, index_ptr, listed, tiles, rows,
+    i, past, acc, peak, total, weights, q, k_ring, v_ring, k_ready, k_free, v_ready, v_free, index_ptr, listed, tiles, far, near, rows,
     b, h, q_len, kv_len, scale, tensors, layouts, scalars, score_layout: gl.constexpr, out_layout: gl.constexpr,
     MASKED: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -138,9 +180,13 @@ def _advance(
     product = warpgroup_mma(weights, v_ring.index(done).reshape([TILE, DV]), acc, is_async=True)
     scores = warpgroup_mma_wait(1, [scores])
     mbarrier.arrive(k_free.index(stage), count=1)
+    if MODIFIED:
+        start = _tile_start(index_ptr, listed, tiles - 1 - i, TILE)
+        scores = _modify(scores, start, scale, rows, b, h, q_len, kv_len, tensors, layouts, scalars, score_layout, TILE)
+        scale = LOG2E
     if MASKED:
         start = _tile_start(index_ptr, listed, tiles - 1 - i, TILE)
-        scores = _hide(scores, start, rows, b, h, q_len, kv_len, tensors, layouts, scalars, score_layout, TILE)
+        scores = _hide(scores, start, far, near, rows, b, h, q_len, kv_len, tensors, layouts, scalars, score_layout, TILE)
     higher = gl.maximum(peak, gl.max(scores, 1) * scale)
     shrink = gl.exp2(peak - higher)
     fresh = gl.exp2(scores * scale - higher[:, None])
@@ -166,13 +212,24 @@ def _consume(
     past = 0
     turn = 0
     item = gl.program_id(0)
-    b, h, first_row, index_ptr, listed, tiles, cut = _row(item, block_rows, heads, q_len, kv_len, width, indices_ptr, counts_ptr, scalars, TILE)
+    b, h, first_row, index_ptr, listed, tiles, cut = _row(
+        item, block_rows, heads, q_len, kv_len, width, indices_ptr, counts_ptr, tensors, layouts, scalars, TILE
+    )
     while item < items:
         first_row += consumer * ROWS
         rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, score_layout))
         acc = gl.zeros([ROWS, DV], gl.float32, out_layout)
         peak = gl.full([ROWS], FLOOR, gl.float32, gl.SliceLayout(1, score_layout))
         total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, score_layout))
+        if SINK:
+            logit = sink(b, h, tensors, layouts, scalars) * LOG2E
+            peak = gl.maximum(peak, logit)
+            total += gl.exp2(logit - peak)
+        far, near = 0, kv_len
+        if BANDED:
+            far = lowest(b, gl.minimum(first_row + ROWS, q_len) - 1, q_len, kv_len, tensors, layouts, scalars)
+            if CAUSAL:
+                near = gl.minimum(kv_len, first_row + 1 + offset(q_len, kv_len, tensors, layouts, scalars))
         if tiles > 0:
             mbarrier.wait(q_ready, turn & 1)
             stage, phase = past % STAGES, (past // STAGES) & 1
@@ -182,20 +239,27 @@ def _consume(
             scores = warpgroup_mma_wait(0, [scores])
             mbarrier.arrive(k_free.index(stage), count=1)
             start = _tile_start(index_ptr, listed, tiles - 1, TILE)
-            scores = _hide(scores, start, rows, b, h, q_len, kv_len, tensors, layouts, scalars, score_layout, TILE)
-            peak = gl.maximum(peak, gl.max(scores, 1) * scale)
-            fresh = gl.exp2(scores * scale - peak[:, None])
-            total = gl.sum(fresh, 1)
+            factor = scale
+            if MODIFIED:
+                scores = _modify(scores, start, scale, rows, b, h, q_len, kv_len, tensors, layouts, scalars, score_layout, TILE)
+                factor = LOG2E
+            scores = _hide(scores, start, far, near, rows, b, h, q_len, kv_len, tensors, layouts, scalars, score_layout, TILE)
+            higher = gl.maximum(peak, gl.max(scores, 1) * factor)
+            fresh = gl.exp2(scores * factor - higher[:, None])
+            before, total = total, gl.sum(fresh, 1)
+            if SINK:
+                total += before * gl.exp2(peak - higher)
+            peak = higher
             weights = gl.convert_layout(fresh.to(v_ring.dtype), gl.DotOperandLayout(0, out_layout, 2))
             for i in range(1, cut):
                 acc, peak, total, weights = _advance(
-                    i, past, acc, peak, total, weights, q, k_ring, v_ring, k_ready, k_free, v_ready, v_free, index_ptr, listed, tiles, rows,
+                    i, past, acc, peak, total, weights, q, k_ring, v_ring, k_ready, k_free, v_ready, v_free, index_ptr, listed, tiles, far, near, rows,
                     b, h, q_len, kv_len, scale, tensors, layouts, scalars, score_layout, out_layout, True, TILE, STAGES,
                 )  # fmt: skip
             if not GENERAL:
                 for i in range(gl.maximum(cut, 1), tiles):
                     acc, peak, total, weights = _advance(
-                        i, past, acc, peak, total, weights, q, k_ring, v_ring, k_ready, k_free, v_ready, v_free, index_ptr, listed, tiles, rows,
+                        i, past, acc, peak, total, weights, q, k_ring, v_ring, k_ready, k_free, v_ready, v_free, index_ptr, listed, tiles, far, near, rows,
                         b, h, q_len, kv_len, scale, tensors, layouts, scalars, score_layout, out_layout, False, TILE, STAGES,
                     )  # fmt: skip
             mbarrier.arrive(q_free, count=1)
@@ -219,7 +283,9 @@ def _consume(
             gl.store(lse_ptr + (b * heads + h).to(gl.int64) * q_len + rows, (peak + gl.log2(total)) * 0.6931471805599453, mask=rows < q_len)
         item += gl.num_programs(0)
         following = gl.minimum(item, items - 1)
-        b, h, first_row, index_ptr, listed, tiles, cut = _row(following, block_rows, heads, q_len, kv_len, width, indices_ptr, counts_ptr, scalars, TILE)
+        b, h, first_row, index_ptr, listed, tiles, cut = _row(
+            following, block_rows, heads, q_len, kv_len, width, indices_ptr, counts_ptr, tensors, layouts, scalars, TILE
+        )
 
 
 @gluon.jit(do_not_specialize=["items", "rows", "q_len", "kv_len", "width"])
@@ -228,7 +294,7 @@ def attend(
     heads, group, q_len, kv_len, width, scale, tensors, layouts, scalars,
     TILE: gl.constexpr, STAGES: gl.constexpr, LSE: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """Grid (at most items,), items = rows * B * H. scale: softmax scale times log2(e), positive. o_strides: (batch, head, token).
+    """Grid (at most items,), items = rows * B * H. scale: softmax scale, times log2(e) unless MODIFIED; positive. o_strides: (batch, head, token).
 
     lse: fp32 [B, H, q_len], natural log.
     """
@@ -257,12 +323,12 @@ def attend(
             (_consume, (1, q_tiles.index(1), k_ring, v_ring, q_ready, q_free, k_ready, k_free, v_ready, v_free, o_ptr, lse_ptr, o_strides,
                         items, rows, heads, q_len, kv_len, width, scale, indices_ptr, counts_ptr, tensors, layouts, scalars, TILE, STAGES, LSE)),
             (_produce, (q_desc, k_desc, v_desc, q_tiles, k_ring, v_ring, q_ready, q_free, k_ready, k_free, v_ready, v_free,
-                        items, rows, heads, group, q_len, kv_len, width, indices_ptr, counts_ptr, scalars, TILE, STAGES)),
+                        items, rows, heads, group, q_len, kv_len, width, indices_ptr, counts_ptr, tensors, layouts, scalars, TILE, STAGES)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (0, q_tiles.index(0), k_ring, v_ring, q_ready, q_free, k_ready, k_free, v_ready, v_free, o_ptr, lse_ptr, o_strides,
                         items, rows, heads, q_len, kv_len, width, scale, indices_ptr, counts_ptr, tensors, layouts, scalars, TILE, STAGES, LSE)),
             (_produce, (q_desc, k_desc, v_desc, q_tiles, k_ring, v_ring, q_ready, q_free, k_ready, k_free, v_ready, v_free,
-                        items, rows, heads, group, q_len, kv_len, width, indices_ptr, counts_ptr, scalars, TILE, STAGES)),
+                        items, rows, heads, group, q_len, kv_len, width, indices_ptr, counts_ptr, tensors, layouts, scalars, TILE, STAGES)),
         ], [1], [24])  # fmt: skip

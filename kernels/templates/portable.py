@@ -2,9 +2,11 @@
 
 q: [B, H, q_len, HEAD_DIM], k: [B, Hk, kv_len, HEAD_DIM], v: [B, Hk, kv_len, VALUE_DIM], o like q with VALUE_DIM; last stride 1, others any.
 indices: int32 [B, H, rows, width], ascending; counts: int32 [B, H, rows], -1 for every block in the causal range. A listed row's blocks that
-no query of the row sees entirely come last, so the mask is evaluated on those only, unless the mask is more than causal (GENERAL).
+no query of the row sees entirely come last, so the mask is evaluated on those only, unless the mask is more than causal (GENERAL). A mask with a
+far edge (BANDED) bounds what a row without a list reads; where it hides nothing between its edges (EDGES), the tiles between skip it too.
 Scores are kept in powers of two: exp2 with log2(e) folded into the scale. Hidden scores are -inf and a row's peak starts at a finite FLOOR, so
-that no step makes a NaN and hidden weights are exactly 0; a row that saw none gives 0 and a log-sum-exp of -inf.
+that no step makes a NaN and hidden weights are exactly 0; a row that saw none gives 0 and a log-sum-exp of -inf. A sink is where a row's softmax
+starts: its peak, with a total of 1.
 """
 
 import triton
@@ -17,6 +19,10 @@ BLOCK_Q = tl.constexpr(128)
 BLOCK_K = tl.constexpr(128)
 CAUSAL = tl.constexpr(True)
 GENERAL = tl.constexpr(False)
+BANDED = tl.constexpr(False)
+EDGES = tl.constexpr(False)
+MODIFIED = tl.constexpr(False)
+SINK = tl.constexpr(False)
 PRECISION = tl.constexpr("tf32")
 
 
@@ -26,12 +32,28 @@ def visible(b, h, q, kv, q_len, kv_len, tensors, layouts, scalars):
 
 
 @triton.jit
-def offset(q_len, kv_len, scalars):
+def offset(q_len, kv_len, tensors, layouts, scalars):
     return 0
+
+
+@triton.jit
+def lowest(b, q, q_len, kv_len, tensors, layouts, scalars):
+    return 0
+
+
+@triton.jit
+def score(s, b, h, q, kv, q_len, kv_len, tensors, layouts, scalars):
+    return s
+
+
+@triton.jit
+def sink(b, h, tensors, layouts, scalars):
+    return 0.0
 
 
 # generated: end
 FLOOR = tl.constexpr(-1.0e30)
+LOG2E = tl.constexpr(1.4426950408889634)
 D: tl.constexpr = tl.constexpr(triton.next_power_of_2(HEAD_DIM.value))
 DV: tl.constexpr = tl.constexpr(triton.next_power_of_2(VALUE_DIM.value))
 
@@ -52,13 +74,26 @@ def _load_rows(pointers, present, WIDTH: tl.constexpr, PADDED: tl.constexpr, RAG
 
 
 @triton.jit
+def _hide(scores, kv, rows, b, h, q_len, kv_len, tensors, layouts, scalars):
+    """Scores with what the mask hides, and keys past the end, at -inf."""
+    seen = visible(b, h, rows[:, None], kv, q_len, kv_len, tensors, layouts, scalars) & (kv < kv_len)
+    return tl.where(seen, scores, -float("inf"))
+
+
+@triton.jit
 def _sweep(
-    acc, peak, total, q, k_ptr, v_ptr, index_ptr, listed, first, last, rows, b, h, hk, q_len, kv_len,
+    acc, peak, total, q, k_ptr, v_ptr, index_ptr, listed, first, last, far, near, rows, b, h, hk, q_len, kv_len,
     stride_k, stride_v, scale, tensors, layouts, scalars,
     MASKED: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the tiles [first, last) of this row's list."""
+    """Online softmax over the tiles [first, last) of this row's list. Under EDGES the mask hides nothing between keys ``far`` and ``near``.
+
+    scale: turns products into powers of two; for MODIFIED scores it is the attention's own.
+    """
     SPLIT: tl.constexpr = BLOCK_K // TILE
+    natural = scale
+    if MODIFIED:
+        scale = LOG2E
     column = tl.arange(0, TILE)
     k_offsets = column[:, None] * stride_k + tl.arange(0, D)[None, :]
     v_offsets = column[:, None] * stride_v + tl.arange(0, DV)[None, :]
@@ -71,10 +106,14 @@ def _sweep(
         else:
             k = _load_rows(k_ptr + start.to(tl.int64) * stride_k + k_offsets, present, HEAD_DIM, D, MASKED)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if MODIFIED:
+            scores = score(scores * natural, b, h, rows[:, None], start + column[None, :], q_len, kv_len, tensors, layouts, scalars)
         if MASKED:
-            kv = start + column[None, :]
-            seen = visible(b, h, rows[:, None], kv, q_len, kv_len, tensors, layouts, scalars) & (kv < kv_len)
-            scores = tl.where(seen, scores, -float("inf"))
+            if EDGES:
+                if (start < far) | (start + TILE > near):
+                    scores = _hide(scores, start + column[None, :], rows, b, h, q_len, kv_len, tensors, layouts, scalars)
+            else:
+                scores = _hide(scores, start + column[None, :], rows, b, h, q_len, kv_len, tensors, layouts, scalars)
         higher = tl.maximum(peak, tl.max(scores, 1) * scale)
         weights = tl.exp2(scores * scale - higher[:, None])
         shrink = tl.exp2(peak - higher)
@@ -96,9 +135,9 @@ def attend(
     heads, group, q_len, kv_len, width, scale, tensors, layouts, scalars,
     ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, LSE: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows * BLOCK_Q / ROWS, B * H). scale: softmax scale times log2(e). strides: (batch, head, token). lse: fp32 [B, H, q_len], natural log.
+    """Grid (rows * BLOCK_Q / ROWS, B * H). scale: softmax scale, times log2(e) unless MODIFIED. strides: (batch, head, token).
 
-    BULK: k_ptr and v_ptr are tensor descriptors of [1, 1, TILE, D or DV] tiles.
+    lse: fp32 [B, H, q_len], natural log. BULK: k_ptr and v_ptr are tensor descriptors of [1, 1, TILE, D or DV] tiles.
     """
     PARTS: tl.constexpr = BLOCK_Q // ROWS
     part = tl.num_programs(0) - 1 - tl.program_id(0)  # heavy rows first
@@ -120,7 +159,7 @@ def attend(
     # Blocks [0, whole) are visible to every row, blocks [reach, ...) to none.
     reach, whole = kv_len, kv_len
     if CAUSAL:
-        before = offset(q_len, kv_len, scalars)
+        before = offset(q_len, kv_len, tensors, layouts, scalars)
         reach = tl.minimum(kv_len, tl.minimum(row * BLOCK_Q + BLOCK_Q, q_len) + before)
         whole = tl.minimum(kv_len, row * BLOCK_Q + 1 + before)
     reach = tl.cdiv(tl.maximum(reach, 0), BLOCK_K)
@@ -139,18 +178,29 @@ def attend(
         easy = blocks - tl.sum(((ends >= whole) & (place >= 0)).to(tl.int32), 0)
     if GENERAL:
         easy = blocks * 0
+    far, near = 0, kv_len
+    if BANDED:
+        lowest_block = tl.maximum(lowest(b, row * BLOCK_Q, q_len, kv_len, tensors, layouts, scalars), 0) // BLOCK_K
+        easy = tl.where(listed, 0, tl.minimum(lowest_block, blocks))
+        far = lowest(b, tl.minimum(part_row + ROWS, q_len) - 1, q_len, kv_len, tensors, layouts, scalars)
+        if CAUSAL:
+            near = tl.minimum(kv_len, part_row + 1 + before)
     SPLIT: tl.constexpr = BLOCK_K // TILE
 
     peak = tl.full([ROWS], FLOOR, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
+    if SINK:
+        start = sink(b, h, tensors, layouts, scalars) * LOG2E
+        peak = tl.maximum(peak, start)
+        total += tl.exp2(start - peak)
     acc = tl.zeros([ROWS, DV], tl.float32)
     if not GENERAL:
         acc, peak, total = _sweep(
-            acc, peak, total, q, k_ptr, v_ptr, index_ptr, listed, 0, easy * SPLIT, rows, b, h, hk, q_len, kv_len,
+            acc, peak, total, q, k_ptr, v_ptr, index_ptr, listed, 0, easy * SPLIT, far, near, rows, b, h, hk, q_len, kv_len,
             k_strides[2], v_strides[2], scale, tensors, layouts, scalars, False, TILE, STAGES, BULK,
         )  # fmt: skip
     acc, peak, total = _sweep(
-        acc, peak, total, q, k_ptr, v_ptr, index_ptr, listed, easy * SPLIT, blocks * SPLIT, rows, b, h, hk, q_len, kv_len,
+        acc, peak, total, q, k_ptr, v_ptr, index_ptr, listed, easy * SPLIT, blocks * SPLIT, far, near, rows, b, h, hk, q_len, kv_len,
         k_strides[2], v_strides[2], scale, tensors, layouts, scalars, True, TILE, STAGES, BULK,
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Block scores under mean pooling: the product of the query and key summaries of ``summaries.py`` plus the value term (``oam.py``).
 
 Summaries hold means over a block's groups; the score wants the mean over the token pairs that exist, so the product is rescaled by
-(groups of a query block * groups of a key block) / pairs. Tiles above the causal line are left unwritten: ``select.py`` never reads them.
+(groups of a query block * groups of a key block) / pairs. Tiles beyond the mask's edges are left unwritten: ``select.py`` never reads them.
 """
 
 import triton
@@ -13,11 +13,17 @@ BLOCK_Q = tl.constexpr(128)
 BLOCK_K = tl.constexpr(128)
 STRIDE = tl.constexpr(16)
 CAUSAL = tl.constexpr(True)
+BANDED = tl.constexpr(False)
 PRECISION = tl.constexpr("tf32")
 
 
 @triton.jit
-def offset(q_len, kv_len, scalars):
+def offset(q_len, kv_len, tensors, layouts, scalars):
+    return 0
+
+
+@triton.jit
+def lowest(b, q, q_len, kv_len, tensors, layouts, scalars):
     return 0
 
 
@@ -35,7 +41,7 @@ def _summaries(pointers, keep, inner, WIDTH: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "first_row", "columns", "q_len", "kv_len"])
 def mean(
-    q_ptr, k_ptr, count_ptr, value_ptr, scores_ptr, heads, group, rows, first_row, columns, q_len, kv_len, scale, scalars,
+    q_ptr, k_ptr, count_ptr, value_ptr, scores_ptr, heads, group, rows, first_row, columns, q_len, kv_len, scale, tensors, layouts, scalars,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid (row tiles * column tiles, B * H). scores: fp32 [B, H, rows, columns], rows counted from ``first_row``."""
@@ -44,8 +50,13 @@ def mean(
     m = (tl.program_id(0) // tiles) * ROWS + tl.arange(0, ROWS)
     n = (tl.program_id(0) % tiles) * COLUMNS + tl.arange(0, COLUMNS)
     if CAUSAL:
-        bottom = tl.minimum((first_row + (tl.program_id(0) // tiles + 1) * ROWS) * BLOCK_Q, q_len) - 1 + offset(q_len, kv_len, scalars)
+        bottom = tl.minimum((first_row + (tl.program_id(0) // tiles + 1) * ROWS) * BLOCK_Q, q_len) - 1
+        bottom += offset(q_len, kv_len, tensors, layouts, scalars)
         if (tl.program_id(0) % tiles) * COLUMNS * BLOCK_K > bottom:
+            return
+    if BANDED:
+        top = (first_row + tl.program_id(0) // tiles * ROWS) * BLOCK_Q
+        if (tl.program_id(0) % tiles + 1) * COLUMNS * BLOCK_K <= lowest(tl.program_id(1) // heads, top, q_len, kv_len, tensors, layouts, scalars):
             return
     head_row = tl.program_id(1)
     b, h = head_row // heads, head_row % heads

@@ -11,6 +11,7 @@ import triton.language as tl
 BLOCK_Q = tl.constexpr(128)
 BLOCK_K = tl.constexpr(128)
 CAUSAL = tl.constexpr(True)
+BANDED = tl.constexpr(False)
 SINKS = tl.constexpr(4)
 LOCALS = tl.constexpr(4)
 SLACK = tl.constexpr(2)
@@ -18,7 +19,12 @@ PROMPT_BLOCKS = tl.constexpr(0)
 
 
 @triton.jit
-def offset(q_len, kv_len, scalars):
+def offset(q_len, kv_len, tensors, layouts, scalars):
+    return 0
+
+
+@triton.jit
+def lowest(b, q, q_len, kv_len, tensors, layouts, scalars):
     return 0
 
 
@@ -31,49 +37,61 @@ def row_budget(row, blocks):
 
 
 @triton.jit
-def _candidates(
-    row, j, first, candidates_ptr, candidate_strides, columns, q_len, kv_len, before, EXPLICIT: tl.constexpr, NB: tl.constexpr
-):  # fmt: skip
-    """Bool [NB]: key blocks with a key that some query of ``row`` sees. first: int32 [NB], the block's first visible key."""
-    if EXPLICIT:
-        return tl.load(candidates_ptr + row * candidate_strides[2] + j * candidate_strides[3], mask=j < columns, other=0) != 0
-    else:
-        found = first < kv_len
-        if CAUSAL:
-            found = found & (first <= tl.minimum((row + 1) * BLOCK_Q, q_len) - 1 + before)
-        return found
+def _before_last(row, first, q_len, kv_len, before):
+    """Bool [NB]: key blocks with a key up to the causal limit of ``row``. first: int32 [NB], the block's first visible key."""
+    found = first < kv_len
+    if CAUSAL:
+        found = found & (first <= tl.minimum((row + 1) * BLOCK_Q, q_len) - 1 + before)
+    return found
+
+
+@triton.jit
+def _reach(row, first, q_len, kv_len, before):
+    """How many blocks ``row`` would see without the mask's far edges."""
+    return tl.sum(_before_last(row, first, q_len, kv_len, before).to(tl.int32), 0)
 
 
 @triton.jit(do_not_specialize=["first_row", "rows", "columns", "width", "q_len", "kv_len", "first_stride"])
 def select(
-    scores_ptr, first_ptr, candidates_ptr, indices_ptr, counts_ptr, first_stride, candidate_strides,
-    heads, first_row, rows, columns, width, q_len, kv_len, scalars,
+    scores_ptr, first_ptr, candidates_ptr, limits_ptr, indices_ptr, counts_ptr, first_stride, candidate_strides, limit_strides,
+    heads, first_row, rows, columns, width, q_len, kv_len, tensors, layouts, scalars,
     NB: tl.constexpr, SCORED: tl.constexpr, PADDED: tl.constexpr, EXPLICIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows of this chunk, B * H). scores: fp32 [B, H, chunk, columns]; indices: int32 [B, H, rows, width]; counts: int32 [B, H, rows].
 
-    first: int32 [B or 1, columns] under PADDED. candidates: uint8, any strides (0 to broadcast), under EXPLICIT. NB: columns, padded to 2^n.
+    first: int32 [B or 1, columns] under PADDED. NB: columns, padded to 2^n. Under EXPLICIT the mask's part is done: candidates: uint8
+    [B, H, rows, columns]; limits: int32 [B, H, rows], -1 for a full row; any strides, 0 to broadcast.
     """
     row = first_row + tl.program_id(0)
     head_row = tl.program_id(1)
     b, h = (head_row // heads).to(tl.int64), (head_row % heads).to(tl.int64)
     j = tl.arange(0, NB)
-    first = tl.where(j < columns, j * BLOCK_K, kv_len)
-    if PADDED:
-        first = tl.load(first_ptr + b * first_stride + j, mask=j < columns, other=2147483647)
-    before = offset(q_len, kv_len, scalars)
-    candidates_ptr += b * candidate_strides[0] + h * candidate_strides[1]
-    candidate = _candidates(row, j, first, candidates_ptr, candidate_strides, columns, q_len, kv_len, before, EXPLICIT, NB)
-    last = _candidates(rows - 1, j, first, candidates_ptr, candidate_strides, columns, q_len, kv_len, before, EXPLICIT, NB)
-    earlier = _candidates(tl.maximum(row - SLACK, 0), j, first, candidates_ptr, candidate_strides, columns, q_len, kv_len, before, EXPLICIT, NB)
-    seen = tl.sum(candidate.to(tl.int32), 0)
-    total = tl.maximum(tl.sum(last.to(tl.int32), 0), PROMPT_BLOCKS)
-    seen_earlier = tl.where(row >= SLACK, tl.sum(earlier.to(tl.int32), 0), 0)
-    budget = row_budget(tl.maximum(seen - 1, 0).to(tl.int64), tl.maximum(total, 1).to(tl.int64))
-    limit = tl.minimum(tl.maximum(budget, SINKS + LOCALS), seen).to(tl.int32)
-    # The row computes all it sees: within budget, or the prompt's end, where the question is.
-    full = ((limit >= seen) & (seen > 0)) | ((seen == total) & (seen_earlier < total))
     where = head_row.to(tl.int64) * rows + row
+    if EXPLICIT:
+        candidates_ptr += b * candidate_strides[0] + h * candidate_strides[1] + row.to(tl.int64) * candidate_strides[2]
+        candidate = tl.load(candidates_ptr + j * candidate_strides[3], mask=j < columns, other=0) != 0
+        seen = tl.sum(candidate.to(tl.int32), 0)
+        limit = tl.load(limits_ptr + b * limit_strides[0] + h * limit_strides[1] + row * limit_strides[2])
+        full = limit < 0
+    else:
+        first = tl.where(j < columns, j * BLOCK_K, kv_len)
+        if PADDED:
+            first = tl.load(first_ptr + b * first_stride + j, mask=j < columns, other=2147483647)
+        before = offset(q_len, kv_len, tensors, layouts, scalars)
+        candidate = _before_last(row, first, q_len, kv_len, before)
+        reach = tl.sum(candidate.to(tl.int32), 0)
+        seen = reach
+        if BANDED:
+            candidate = candidate & ((j + 1) * BLOCK_K > lowest(head_row // heads, row * BLOCK_Q, q_len, kv_len, tensors, layouts, scalars))
+            seen = tl.sum(candidate.to(tl.int32), 0)
+        # Sight grows from row to row: the last row's is the longest.
+        total = tl.maximum(_reach(rows - 1, first, q_len, kv_len, before), PROMPT_BLOCKS)
+        earlier = tl.where(row >= SLACK, _reach(tl.maximum(row - SLACK, 0), first, q_len, kv_len, before), 0)
+        later = _reach(tl.minimum(row + SLACK, rows - 1), first, q_len, kv_len, before)
+        budget = row_budget(tl.maximum(reach - 1, 0).to(tl.int64), tl.maximum(total, 1).to(tl.int64))
+        limit = tl.minimum(tl.maximum(budget, SINKS + LOCALS), seen).to(tl.int32)
+        # The row computes all it sees: within budget, or the prompt's end, where the question is (tpd.full_rows).
+        full = ((limit >= seen) | ((earlier < reach) & (later <= reach) & (reach >= PROMPT_BLOCKS))) & (seen > 0)
     tl.store(counts_ptr + where, tl.where(full, -1, limit))
     if not full:
         rank = tl.cumsum(candidate.to(tl.int32), 0)

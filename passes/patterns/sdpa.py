@@ -44,28 +44,34 @@ def examples() -> dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]]
         rows = torch.arange(q.shape[2], device=q.device)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=rows[None, :] <= rows[:, None], scale=0.3)
 
+    def biased(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        rows = torch.arange(q.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.masked_fill(rows[None, :] > rows[:, None], -torch.inf))
+
     return {
         "is_causal": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), _qkv()),
         "positional": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, None, 0.0, True), _qkv()),
         "enable_gqa": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), _qkv(2)),
         "mask built in the graph": (masked, _qkv()),
+        "scores in the mask": (biased, (*_qkv(), torch.randn(1, 4, 70, 70))),
+        "a mask from outside": (
+            lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m),
+            (*_qkv(), torch.ones(70, 70, dtype=torch.bool).tril()),
+        ),
     }
 
 
 def near_misses() -> dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...], Reason]]:
     """Name -> (function, inputs, reason) that must be rejected, and why."""
+
+    def window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        rows = torch.arange(q.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=(rows[None, :] - rows[:, None]).abs() < 9)
+
     return {
         "dropout": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.5, is_causal=True), _qkv(), Reason.DROPOUT),
         "bidirectional": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v), _qkv(), Reason.BIDIRECTIONAL),
         "cross attention": (lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :, :60], v[:, :, :60]), _qkv(), Reason.CROSS_ATTENTION),
-        "scores in the mask": (
-            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=torch.zeros(70, 70)),
-            _qkv(),
-            Reason.SCORE_BIAS,
-        ),
-        "a mask from outside": (
-            lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m),
-            (*_qkv(), torch.ones(70, 70, dtype=torch.bool).tril()),
-            Reason.MASK,
-        ),
+        "a mask of zeros": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=torch.zeros(70, 70)), _qkv(), Reason.BIDIRECTIONAL),
+        "a window on both sides": (window, _qkv(), Reason.BIDIRECTIONAL),
     }

@@ -4,6 +4,7 @@
 ``width(spec, key_blocks)``      upper bound of a listed row's length, affine in key_blocks (an int or SymInt)
 ``min_length(spec) -> int``      shortest prompt worth selecting on
 ``SCORED``                       whether block scores are needed at all
+``ANY_ORDER``                    whether it means something where no causal order is (bidirectional encoders)
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from stem_compile.selection import SelectionSpec
 from stem_compile.symbolic import BLOCKS
 
 SCORED = False
+ANY_ORDER = False
 
 
 def budget(spec: SelectionSpec) -> Any:

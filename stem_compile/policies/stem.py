@@ -16,6 +16,7 @@ from stem_compile.selection import SelectionSpec
 from stem_compile.symbolic import BLOCKS, ROW, FloorDiv, Where
 
 SCORED = True
+ANY_ORDER = False
 POINT = 1 << 10
 """Fixed-point denominator of budgets: integers stay exact and under 2^63 up to 2^14 blocks."""
 SCHEDULE_BLOCKS = 56, 160

@@ -67,24 +67,33 @@ def main() -> None:
         return kernel
 
     JITFunction.run = warm_up
-    pad = torch.ones(1, 8192, dtype=torch.bool)
-    for template, d, dv, blocks, mask, dtype in (
-        ("hopper", 128, 128, (128, 128), "kv <= q", torch.bfloat16),
-        ("hopper", 128, 128, (128, 64), "(kv <= q + S0) & Ne(T0(b, kv), 0)", torch.bfloat16),
-        ("hopper", 128, 128, (64, 64), "kv <= q", torch.bfloat16),
-        ("hopper", 64, 64, (128, 128), "kv <= q", torch.float16),
-        ("hopper", 192, 128, (128, 128), "kv <= q", torch.bfloat16),
-        ("hopper", 256, 256, (128, 128), "kv <= q", torch.bfloat16),
-        ("portable", 128, 128, (128, 128), "kv <= q", torch.bfloat16),
-        ("portable", 80, 80, (64, 64), "kv <= q", torch.float32),
+    pad, head = torch.ones(1, 8192, dtype=torch.bool), torch.ones(2)
+    padded, window, left = "(kv <= q + S0) & Ne(T0(b, kv), 0)", "(kv <= q) & (kv > q - 1024)", "Eq(FloorDiv(q - T0(b), 2048), FloorDiv(kv - T0(b), 2048))"
+    softcap, bias = "50.0*tanh(0.02*s)", torch.ones(1, 2, 64, 64, dtype=torch.bfloat16)
+    for template, d, dv, blocks, mask, dtype, score, tensors in (
+        ("hopper", 128, 128, (128, 128), "kv <= q", torch.bfloat16, "", ()),
+        ("hopper", 128, 128, (128, 64), padded, torch.bfloat16, "", (pad,)),
+        ("hopper", 128, 128, (64, 64), "kv <= q", torch.bfloat16, "", ()),
+        ("hopper", 64, 64, (128, 128), "kv <= q", torch.float16, "", ()),
+        ("hopper", 192, 128, (128, 128), "kv <= q", torch.bfloat16, "", ()),
+        ("hopper", 256, 256, (128, 128), "kv <= q", torch.bfloat16, "", ()),
+        ("hopper", 128, 128, (128, 128), "kv <= q", torch.bfloat16, softcap, ()),
+        ("hopper", 64, 64, (128, 128), window, torch.bfloat16, " ; sink T0(h)", (head,)),
+        ("hopper", 128, 128, (128, 128), f"(kv <= q) & {left}", torch.bfloat16, "s + T1(h)*(kv - q)", (head.long(), head)),
+        ("hopper", 128, 128, (128, 128), "kv <= q + T0()", torch.bfloat16, "s + T1(0, h, q, kv)", (torch.tensor(0), bias)),
+        ("hopper", 80, 80, (64, 128), "(kv <= q) & Ne(T0(b, 0, q, kv), 0)", torch.bfloat16, "s/T1()", (bias.bool(), torch.ones(()))),
+        ("hopper", 256, 256, (128, 128), window, torch.bfloat16, softcap, ()),
+        ("portable", 128, 128, (128, 128), "kv <= q", torch.bfloat16, "", ()),
+        ("portable", 80, 80, (64, 64), "kv <= q", torch.float32, "", ()),
+        ("portable", 128, 128, (128, 128), window, torch.bfloat16, f"{softcap} ; sink T0(h)", (head,)),
     ):
         q, k, v = torch.empty(1, 2, 8192, d, dtype=dtype), torch.empty(1, 1, 8192, d, dtype=dtype), torch.empty(1, 1, 8192, dv, dtype=dtype)
-        extra = ((pad,) if "T0" in mask else (), (0,) if "S0" in mask else ())
+        extra = (tensors, (0,) if "S0" in mask else ())
         for pooling in ("mean", "max"):
             spec = SelectionSpec(pooling=pooling, block_q=blocks[0], block_k=blocks[1]).text()
-            print(f"{template} d{d}/{dv} {blocks} {dtype} {mask} {pooling}")
+            print(f"{template} d{d}/{dv} {blocks} {dtype} {mask} {pooling}{' [' + score + ']' if score else ''}")
             indices, counts = cuda.select(q, k, v, *extra, mask, 0.1, spec, "select")
-        cuda.attend(q, k, v, indices, counts, *extra, mask, 0.1, spec, template)
+        cuda.attend(q, k, v, indices, counts, *extra, mask, 0.1, spec, template, score=score)
 
 
 if __name__ == "__main__":

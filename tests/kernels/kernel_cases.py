@@ -11,8 +11,8 @@ from stem_compile import ops
 from stem_compile.blocks import candidates, cdiv
 from stem_compile.kernels import launch, reference
 from stem_compile.masks import decode
+from stem_compile.scores import decode as decode_score
 from stem_compile.selection import BlockSelection, SelectionSpec
-from stem_compile.tpd import tpd_select
 
 CAUSAL = "kv <= q"
 LAST_ROWS = "kv <= q + kv_len - q_len"
@@ -20,7 +20,26 @@ SCALAR = "kv <= q + S0"
 PADDED = "(kv <= q + S0) & Ne(T0(b, kv), 0)"
 WINDOW = "(kv <= q) & (kv > q - 90)"
 DOCUMENT = "(kv <= q) & Eq(T0(b, q), T0(b, kv))"
-MASKS = (CAUSAL, LAST_ROWS, SCALAR, PADDED, WINDOW, DOCUMENT, "True")
+CHUNKED = "(kv <= q) & Eq(FloorDiv(q, 100), FloorDiv(kv, 100))"
+LEFT_CHUNKED = "(kv <= q) & Eq(FloorDiv(q - T0(b), 64), FloorDiv(kv - T0(b), 64))"
+SHIFTED = "kv <= q + T0()"
+PREFIX = "(kv <= q) | (kv < 50)"
+GIVEN = "(kv <= q) & Ne(T0(b, 0, q, kv), 0)"
+MASKS = (CAUSAL, LAST_ROWS, SCALAR, PADDED, WINDOW, DOCUMENT, CHUNKED, LEFT_CHUNKED, SHIFTED, PREFIX, GIVEN, "True")
+EDGED = (
+    "(kv <= q) & (kv > q - 333)", "(kv <= q) & Eq(FloorDiv(q, 384), FloorDiv(kv, 384))", "(kv <= q + 70) & (kv > q - 70)", "kv > q - 200",
+    "(kv <= q + kv_len - q_len) & (kv > q + kv_len - q_len - 200)", "(kv <= q + S0) & (kv > q + S0 - 100) & Ne(T0(b, kv), 0)",
+    "(kv <= q + S0) & Eq(FloorDiv(q + S0, 150), FloorDiv(kv, 150)) & (kv > q + S0 - 120)", "Eq(FloorDiv(q, 200), FloorDiv(kv, 200))",
+)  # fmt: skip
+"""More masks with far edges: alone, together, with padding, without a causal term, under a prefix."""
+
+# "#" is the number of the first tensor that the mask leaves free.
+SOFTCAP = "5.0*tanh(0.2*s)"
+ALIBI = "s + T#(h)*(kv - q)"
+BIAS = "s + T#(0, h, q, kv)"
+TEMPERATURE = "s/T#()"
+SINK = " ; sink T#(h)"
+SCORES = ("", SOFTCAP, ALIBI, BIAS, TEMPERATURE, SINK, SOFTCAP + SINK)
 
 # Weights and outputs are each rounded once to the working type: two half-ulps bound the relative error of a block of rows.
 TOLERANCE = {torch.bfloat16: 2 * 2.0**-9, torch.float16: 2 * 2.0**-12, torch.float32: 2.0**-18}
@@ -28,7 +47,7 @@ TOLERANCE = {torch.bfloat16: 2 * 2.0**-9, torch.float16: 2 * 2.0**-12, torch.flo
 
 @dataclass(frozen=True)
 class Case:
-    """One attention with a random selection. layout: how q, k and v lie in memory. pad: "left", "right" or "holes" under PADDED."""
+    """One attention with a random selection. layout: how q, k and v lie in memory. pad: "left", "right" or "holes" under PADDED. kind: of SCORES."""
 
     q_len: int = 300
     kv_len: int = 300
@@ -41,6 +60,7 @@ class Case:
     block_k: int = 128
     dtype: torch.dtype = torch.float32
     mask: str = CAUSAL
+    kind: str = ""
     pad: str = "left"
     layout: str = "bhnd"
     budget: float = 0.4
@@ -56,6 +76,11 @@ class Case:
             budget=self.budget, pooling=self.pooling, metric=self.metric, stride=self.stride, block_q=self.block_q, block_k=self.block_k,
             sink_blocks=1, local_blocks=1,
         )  # fmt: skip
+
+    @property
+    def score(self) -> str:
+        """``Score.text`` of the case's kind."""
+        return decode_score(self.kind.replace("#", str(int("T0" in self.mask)))).text
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -77,7 +102,7 @@ class Case:
         k = self._tensor(generator, self.key_heads, self.kv_len, self.head_dim)
         v = self._tensor(generator, self.key_heads, self.kv_len, self.value_dim, 2.0)
         tensors: list[torch.Tensor] = []
-        if self.mask == PADDED:
+        if "Ne(T0(b, kv), 0)" in self.mask:
             position = torch.arange(self.kv_len)
             hidden = torch.randint(0, max(1, self.kv_len // 2), (self.batch, 1), generator=generator)
             seen = {"left": position >= hidden, "right": position < self.kv_len - hidden}
@@ -86,6 +111,19 @@ class Case:
         if self.mask == DOCUMENT:
             ids = torch.randint(0, 2, (self.batch, max(self.q_len, self.kv_len)), generator=generator)
             tensors = [(ids * (torch.rand(ids.shape, generator=generator) < 0.02)).cumsum(-1).to(self.device)]
+        if self.mask == LEFT_CHUNKED:
+            tensors = [torch.randint(0, max(1, self.kv_len // 2), (self.batch,), generator=generator).to(self.device)]
+        if self.mask == SHIFTED:
+            tensors = [torch.tensor(self.kv_len - self.q_len, device=self.device)]
+        if self.mask == GIVEN:
+            tensors = [(torch.rand(self.batch, 1, self.q_len, self.kv_len, generator=generator) < 0.5).to(self.device)]
+        made = {
+            ALIBI: lambda: 0.1 * torch.rand(self.heads, generator=generator),
+            BIAS: lambda: torch.randn(1, self.heads, self.q_len, self.kv_len, generator=generator),
+            TEMPERATURE: lambda: torch.tensor(2.0),
+            SINK: lambda: torch.randn(self.heads, generator=generator),
+        }
+        tensors += [build().to(self.dtype).to(self.device) for kind, build in made.items() if kind in self.kind]
         scalars = [self.kv_len - self.q_len] if "S0" in self.mask else []
         return {"q": q, "k": k, "v": v, "tensors": tensors, "scalars": scalars}
 
@@ -96,7 +134,9 @@ class Case:
         """A valid selection whose scores are noise."""
         found = self.candidates(tensors, scalars)
         noise = torch.rand(self.batch, self.heads, *found.shape[2:], generator=torch.Generator().manual_seed(self.seed)).to(self.device)
-        return tpd_select(noise.masked_fill(~found, -torch.inf), self.spec)
+        qk = torch.empty(self.batch, self.heads, self.q_len, 0), torch.empty(self.batch, self.heads, self.kv_len, 0)
+        lists = launch.tpd_select(noise.masked_fill(~found, -torch.inf), *(x.to(self.device) for x in qk), tensors, scalars, self.mask, self.spec.text())
+        return BlockSelection(*lists, self.block_q, self.block_k, cdiv(self.kv_len, self.block_k))
 
 
 def attention_error(case: Case, target: Any, kernel: str, monkeypatch: Any) -> float:
@@ -109,15 +149,16 @@ def attention_error(case: Case, target: Any, kernel: str, monkeypatch: Any) -> f
     extra = (data["tensors"], data["scalars"])
     q, k, v = (data[x] for x in "qkv")
     lse = torch.full(q.shape[:3], float("nan"), device=q.device)
-    out = target.attend(q, k, v, chosen.indices, chosen.counts, *extra, case.mask, scale, case.spec.text(), kernel, lse=lse)
-    expected = reference.sparse_attention(q.double(), k.double(), v.double(), chosen, decode(case.mask), *extra, scale)
+    out = target.attend(q, k, v, chosen.indices, chosen.counts, *extra, case.mask, scale, case.spec.text(), kernel, lse=lse, score=case.score)
+    expected = reference.sparse_attention(q.double(), k.double(), v.double(), chosen, decode(case.mask), *extra, scale, decode_score(case.score))
     assert out.shape == expected.shape and out.dtype == q.dtype
     error = float((out.double() - expected).norm() / expected.norm().clamp(min=1e-30))
     empty = expected.abs().sum(-1) == 0
     said = f"{case}: relative error {error:.2e}; rows wrong: "
     assert (out[empty] == 0).all(), said + places((out != 0).any(-1) & empty) + " (no visible key: must be 0)"
     assert out.isfinite().all(), said + places(~out.isfinite().all(-1)) + " (not finite)"
-    assert (lse[empty] == -torch.inf).all(), said + places((lse != -torch.inf) & empty) + " (log-sum-exp without a visible key)"
+    blind = (lse == -torch.inf) | bool(decode_score(case.score).sink is not None)
+    assert blind[empty].all(), said + places(~blind & empty) + " (log-sum-exp without a visible key)"
     assert lse[~empty].isfinite().all(), said + places(~lse.isfinite() & ~empty) + " (log-sum-exp)"
     if error >= TOLERANCE[case.dtype]:
         per_row = (out.double() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
@@ -137,7 +178,8 @@ def selection_gap(case: Case, target: Any) -> tuple[float, bool]:
     extra = (data["tensors"], data["scalars"])
     scale, spec = case.head_dim**-0.5, case.spec
     scores = launch.oam_scores(q.double(), k.double(), v.double(), *extra, case.mask, scale, spec.text())
-    expected = tpd_select(scores, spec)
+    lists = launch.tpd_select(scores, q, k, *extra, case.mask, spec.text())
+    expected = BlockSelection(*lists, case.block_q, case.block_k, cdiv(case.kv_len, case.block_k))
     indices, counts = target.select(q, k, v, *extra, case.mask, scale, spec.text(), "select")
     made = BlockSelection(indices, counts, case.block_q, case.block_k, cdiv(case.kv_len, case.block_k))
     found = case.candidates(*extra)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,16 +14,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.kernels.kernel_cases import MASKS, Case
+from tests.kernels.kernel_cases import EDGED, MASKS, SCORES, Case
 
 pytest.importorskip("triton")
 from stem_compile import policies, symbolic
 from stem_compile.kernels import cache, codegen
+from stem_compile.kernels.arguments import arguments
 from stem_compile.kernels.spec import KernelSpec, template_of
-from stem_compile.kernels.targets import cuda
-from stem_compile.masks import decode, encode
+from stem_compile.masks import decode, encode, environment
+from stem_compile.scores import decode as decode_score
 from stem_compile.selection import SelectionSpec
-from stem_compile.symbolic import BLOCKS, ROW
+from stem_compile.symbolic import BLOCKS, KV, ROW, B, H, Q
 
 TEMPLATES = sorted(p.stem for p in codegen.TEMPLATES.glob("*.py"))
 
@@ -54,17 +57,22 @@ def test_cache_writes_once_and_imports_the_file(tmp_path: Path, monkeypatch: pyt
 def test_names_say_what_the_kernel_is() -> None:
     assert KernelSpec("hopper").name == "hopper bf16 d128 128x128"
     assert KernelSpec("portable", "fp16", 192, 128, 64, 64).name == "portable fp16 d192/128 64x64"
+    assert KernelSpec("hopper", score="tanh(s)").name == "hopper bf16 d128 128x128 +score"
     assert template_of(KernelSpec("hopper").name) == "hopper"
 
 
 @given(
-    st.sampled_from([m for m in MASKS if m != "True"]), st.integers(1, 40), st.integers(0, 30), st.sampled_from(["left", "right", "holes"]), st.integers(0, 9)
+    st.sampled_from([m for m in (*MASKS, *EDGED) if m != "True"]),
+    st.integers(1, 40),
+    st.integers(0, 30),
+    st.sampled_from(["left", "right", "holes"]),
+    st.integers(0, 9),
 )
 def test_generated_mask_equals_its_definition(mask: str, q_len: int, extra: int, pad: str, seed: int) -> None:
     case = Case(q_len, q_len + extra, 2, mask=mask, pad=pad, seed=seed)
     data = case.inputs()
     meaning = decode(mask)
-    tensors, layouts, scalars = cuda.mask_arguments(data["tensors"], data["scalars"], mask)
+    tensors, layouts, scalars = arguments(data["tensors"], data["scalars"], mask)
     q, kv = torch.arange(case.q_len)[:, None], torch.arange(case.kv_len)[None, :]
     module = cache.load(KernelSpec("portable", mask=mask))
     expected = meaning.dense(case.shape, data["tensors"], data["scalars"]).expand(2, -1, -1, -1)
@@ -73,6 +81,45 @@ def test_generated_mask_equals_its_definition(mask: str, q_len: int, extra: int,
         _store_visible[(1,)](seen, b, case.q_len, case.kv_len, tensors, layouts, scalars, module.visible, BLOCK=128)
         assert torch.equal(seen.bool(), expected[b, 0].expand(case.q_len, case.kv_len))
     del q, kv
+
+
+@pytest.mark.parametrize("kind", SCORES[1:])
+def test_generated_score_equals_its_definition(kind: str) -> None:
+    case = Case(30, 40, 2, mask="kv <= q", kind=kind, seed=3)
+    data, meaning = case.inputs(), decode_score(case.score)
+    tensors, layouts, scalars = arguments(data["tensors"], [], case.mask, case.score)
+    module = cache.load(KernelSpec("portable", mask=case.mask, score=case.score))
+    s = torch.randn(30, 40) * 8
+    env = environment(case.shape, data["tensors"], []) | {B: torch.tensor(1), H: torch.tensor(1), Q: torch.arange(30)[:, None], KV: torch.arange(40)}
+    expected = meaning.apply(s.double(), env)
+    made, sink = torch.zeros(30, 40), torch.zeros(1)
+    _store_score[(1,)](s, made, sink, 1, 1, 30, 40, tensors, layouts, scalars, module.score, module.sink, BLOCK=64)
+    torch.testing.assert_close(made.double(), expected, rtol=2e-6, atol=1e-6)
+    if meaning.sink is not None:
+        assert sink == data["tensors"][-1][1]
+
+
+def test_tanh_is_accurate_everywhere() -> None:
+    module = cache.load(KernelSpec("portable", score="tanh(s)"))
+    x = torch.cat([torch.linspace(-30, 30, 200_001), torch.logspace(-30, 38, 5000), torch.tensor([0.0, -0.0, 0.1, -0.1, torch.inf, -torch.inf])])
+    x = torch.cat([x, -x]).contiguous()
+    made = torch.full_like(x, float("nan"))
+    _store_tanh[(len(x) // 4096 + 1,)](x, made, len(x), module.tanh, BLOCK=4096)
+    exact = x.double().tanh()
+    error = ((made.double() - exact).abs() / exact.abs().clamp(min=1e-38))[exact.abs() > 1e-37]
+    assert made.isfinite().all()
+    assert error.max() < 2.0**-20
+    assert ((made.double() - exact).abs() < 2.0**-23).all()
+
+
+@pytest.mark.parametrize("text", ["FloorDiv(q - 7, 4)", "FloorDiv(q - 7, 3)", "Mod(q - 7, 4)", "Mod(q - 7, 3)", "FloorDiv(q - S0, S1)", "Mod(q - S0, S1)"])
+def test_division_floors(text: str) -> None:
+    module = cache.load(KernelSpec("portable", mask=f"kv <= {text} + 5"))
+    seen = torch.zeros(20, 20, dtype=torch.int32)
+    _store_visible[(1,)](seen, 0, 20, 20, (), (), (7, 3), module.visible, BLOCK=32)
+    q, kv = torch.arange(20)[:, None], torch.arange(20)
+    expected = kv <= symbolic.evaluate(symbolic.parse(text), {Q: q, symbolic.scalar(0): 7, symbolic.scalar(1): 3}) + 5
+    assert torch.equal(seen.bool(), expected)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +139,8 @@ def test_generated_budget_equals_its_definition(spec: SelectionSpec) -> None:
     for blocks in (1, 7, 55, 56, 159, 160, 1024, 8192):
         for row in {0, 1, blocks // 3, blocks // 2, blocks - 1}:
             value = symbolic.evaluate(policies.get(spec.policy).budget(spec), {ROW: row, BLOCKS: blocks})
-            assert eval(text, {"language": Language, "row": row, "blocks": blocks}) == value
+            helpers = {"language": Language, "floordiv": operator.floordiv}
+            assert eval(text, helpers | {"row": row, "blocks": blocks}) == value
 
 
 def test_unknown_functions_are_refused() -> None:
@@ -113,6 +161,20 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         seen = visible(b, 0, q, kv, q_len, kv_len, tensors, layouts, scalars)
         tl.store(out + q * kv_len + kv, seen.to(tl.int32), mask=(q < q_len) & (kv < kv_len))
 
+    @triton.jit
+    def _store_score(s, out, logit, b, h, q_len, kv_len, tensors, layouts, scalars, score: tl.constexpr, sink: tl.constexpr, BLOCK: tl.constexpr):
+        q = tl.arange(0, BLOCK)[:, None]
+        kv = tl.arange(0, BLOCK)[None, :]
+        inside = (q < q_len) & (kv < kv_len)
+        value = tl.load(s + q * kv_len + kv, mask=inside, other=0.0)
+        tl.store(out + q * kv_len + kv, score(value, b, h, q, kv, q_len, kv_len, tensors, layouts, scalars), mask=inside)
+        tl.store(logit, sink(b, h, tensors, layouts, scalars))
+
+    @triton.jit
+    def _store_tanh(x, out, size, tanh: tl.constexpr, BLOCK: tl.constexpr):
+        place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(out + place, tanh(tl.load(x + place, mask=place < size, other=0.0)), mask=place < size)
+
 
 @pytest.mark.slow
 def test_every_template_compiles_for_hopper() -> None:
@@ -122,7 +184,8 @@ def test_every_template_compiles_for_hopper() -> None:
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     hopper = [block for block in done.stdout.split("\nhopper ")[1:]]
-    # Head dim 256 fills the register file: it spills 80 bytes (docs/performance.md).
-    kept = [block for block in hopper if not block.startswith("d256")]
-    assert kept
-    assert not any("attend" in line and "spill" in line for block in kept for line in block.split("\nportable")[0].splitlines())
+    # Head dim 256 fills the register file: it spills 80 bytes (docs/performance.md). Scores that are modified may spill a few.
+    for block in hopper:
+        attend = [line for line in block.split("\nportable")[0].splitlines() if line.startswith("  attend")]
+        spilled = max((int(n) for n in re.findall(r"(\d+) bytes spilled", " ".join(attend))), default=0)
+        assert spilled <= (100 if block.startswith("d256") else 32 if "[" in block.splitlines()[0] else 0), block

@@ -7,20 +7,51 @@ from typing import Any
 import pytest
 import torch
 
+from stem_compile import ops
 from stem_compile.kernels import launch
-from tests.kernels.kernel_cases import CAUSAL, DOCUMENT, LAST_ROWS, MASKS, PADDED, SCALAR, TOLERANCE, Case, attention_error, selection_gap
+from tests.kernels.kernel_cases import (
+    ALIBI,
+    BIAS,
+    CAUSAL,
+    CHUNKED,
+    DOCUMENT,
+    EDGED,
+    GIVEN,
+    LAST_ROWS,
+    LEFT_CHUNKED,
+    MASKS,
+    PADDED,
+    PREFIX,
+    SCALAR,
+    SCORES,
+    SHIFTED,
+    SINK,
+    SOFTCAP,
+    TEMPERATURE,
+    TOLERANCE,
+    WINDOW,
+    Case,
+    attention_error,
+    selection_gap,
+)  # fmt: skip
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 TEMPLATES = ("portable", "hopper")
 HALF = (torch.bfloat16, torch.float16)
+SQUARE = (CAUSAL, WINDOW, DOCUMENT, CHUNKED, LEFT_CHUNKED)
+"""Masks that count queries and keys alike."""
 
 
 def check(case: Case, template: str, monkeypatch: Any) -> None:
     target = launch.target("cuda")
     assert target is not None
     name = target.kernel_name(
-        *(torch.empty(1, 1, 1, d, dtype=case.dtype, device="cuda") for d in (case.head_dim, case.head_dim, case.value_dim)), case.mask, case.spec.text()
+        *(torch.empty(1, 1, 1, d, dtype=case.dtype, device="cuda") for d in (case.head_dim, case.head_dim, case.value_dim)),
+        case.mask,
+        case.spec.text(),
+        case.score,
     )
+    assert name != ops.REFERENCE
     if template == "hopper" and not name.startswith("hopper"):
         pytest.skip(f"no Hopper kernel: {name}")
     error = attention_error(case, target, name.replace("hopper", template).replace("portable", template), monkeypatch)
@@ -38,10 +69,36 @@ def test_head_dims(template: str, dtype: torch.dtype, dims: tuple[int, int], mon
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("lengths", [(1024, 1024), (700, 1333), (1, 513), (129, 1500)])
 def test_masks_and_lengths(template: str, mask: str, lengths: tuple[int, int], monkeypatch: Any) -> None:
-    if mask in (CAUSAL, DOCUMENT) and lengths[0] != lengths[1]:
+    if mask in SQUARE and lengths[0] != lengths[1]:
         mask = LAST_ROWS
     for pad in ("left", "right", "holes") if mask == PADDED else ("left",):
         check(Case(*lengths, 2, 4, 2, 128, 128, dtype=torch.bfloat16, mask=mask, pad=pad, device="cuda"), template, monkeypatch)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("mask", MASKS)
+def test_scores_under_masks(template: str, mask: str, monkeypatch: Any) -> None:
+    lengths = (900, 900) if mask in SQUARE else (900, 1100)
+    for kind in SCORES[1:]:
+        check(Case(*lengths, 2, 4, 2, 64, 64, dtype=torch.bfloat16, mask=mask, kind=kind, device="cuda"), template, monkeypatch)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("dims", [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)])
+@pytest.mark.parametrize("kind", [SOFTCAP + SINK, BIAS, ALIBI, TEMPERATURE])
+def test_scores_of_head_dims(template: str, dims: tuple[int, int], kind: str, monkeypatch: Any) -> None:
+    for dtype, mask in ((torch.float16, CAUSAL), (torch.bfloat16, WINDOW), *([(torch.float32, CHUNKED)] if template == "portable" else [])):
+        check(Case(700, 700, 1, 4, 2, *dims, dtype=dtype, mask=mask, kind=kind, device="cuda"), template, monkeypatch)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("blocks", [(128, 64), (64, 64), (64, 128), (64, 32)])
+def test_edges_cut_blocks_of_every_size(template: str, blocks: tuple[int, int], monkeypatch: Any) -> None:
+    for mask in (WINDOW, CHUNKED, LEFT_CHUNKED, *EDGED):
+        for budget, lengths in ((0.3, (1000, 1000)), (1.0, (1000, 1000)), (0.3, (500, 1100))):
+            if mask in SQUARE and lengths[0] != lengths[1]:
+                continue
+            check(Case(*lengths, 2, 4, 2, 64, 64, *blocks, dtype=torch.bfloat16, mask=mask, budget=budget, device="cuda"), template, monkeypatch)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -62,12 +119,15 @@ def test_same_inputs_same_bits(template: str) -> None:
 
 
 @pytest.mark.parametrize("pooling", ["mean", "max"])
-@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
-@pytest.mark.parametrize("mask", [CAUSAL, SCALAR, PADDED, "True", DOCUMENT])
+@pytest.mark.parametrize(
+    "dtype, mask",
+    [(dtype, mask) for dtype in (*HALF, torch.float32) for mask in (CAUSAL, SCALAR, PADDED, "True", DOCUMENT)]
+    + [(torch.bfloat16, mask) for mask in (WINDOW, CHUNKED, LEFT_CHUNKED, SHIFTED, PREFIX, GIVEN, *EDGED)],
+)
 def test_selection(pooling: str, dtype: torch.dtype, mask: str) -> None:
     target = launch.target("cuda")
     for pad, blocks, dims in (("left", (128, 128), 128), ("right", (128, 64), 64), ("holes", (64, 64), 80)):
-        lengths = (3000, 3000) if mask in (CAUSAL, DOCUMENT) else (2500, 3333)
+        lengths = (3000, 3000) if mask in SQUARE else (2500, 3333)
         case = Case(
             *lengths,
             2,
@@ -90,6 +150,23 @@ def test_selection(pooling: str, dtype: torch.dtype, mask: str) -> None:
 
 
 @pytest.mark.parametrize("pooling", ["mean", "max"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_nothing_waits_for_the_device(pooling: str, mask: str) -> None:
+    case = Case(2000, 2000, 2, 4, 2, 64, 64, dtype=torch.bfloat16, mask=mask, kind=SINK, pooling=pooling, device="cuda")
+    data, target = case.inputs(), launch.target("cuda")
+    assert target is not None
+    q, k, v, extra = data["q"], data["k"], data["v"], (data["tensors"], data["scalars"])
+    kernel = target.kernel_name(q, k, v, mask, case.spec.text(), case.score)
+    for mode in ("default", "error"):  # once to compile
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            indices, counts = target.select(q, k, v, *extra, mask, 0.1, case.spec.text(), "select")
+            target.attend(q, k, v, indices, counts, *extra, mask, 0.1, case.spec.text(), kernel, score=case.score)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("lengths", [(8192, 8192), (2048, 6144)])
 def test_selection_of_whole_groups(pooling: str, dtype: torch.dtype, lengths: tuple[int, int]) -> None:
@@ -100,6 +177,16 @@ def test_selection_of_whole_groups(pooling: str, dtype: torch.dtype, lengths: tu
         gap, counts = selection_gap(case, target)
         assert counts, case
         assert gap < 2e-2, case
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+@pytest.mark.parametrize("mask", [EDGED[0], EDGED[1], EDGED[5]])
+def test_selection_leaves_out_what_lies_beyond_the_far_edge(pooling: str, mask: str) -> None:
+    """Long enough that whole tiles of scores are never written."""
+    case = Case(20_000, 20_000, 1, 2, 1, 64, 64, 64, 64, dtype=torch.bfloat16, mask=mask, pooling=pooling, budget=0.02, device="cuda")
+    gap, counts = selection_gap(case, launch.target("cuda"))
+    assert counts, case
+    assert gap < 2e-2, case
 
 
 def test_beyond_two_to_the_31_elements(monkeypatch: Any) -> None:

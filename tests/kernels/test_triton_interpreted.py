@@ -12,7 +12,31 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.kernels.kernel_cases import CAUSAL, DOCUMENT, LAST_ROWS, MASKS, PADDED, SCALAR, TOLERANCE, WINDOW, Case, attention_error, selection_gap
+from tests.kernels.kernel_cases import (
+    ALIBI,
+    BIAS,
+    CAUSAL,
+    CHUNKED,
+    DOCUMENT,
+    EDGED,
+    GIVEN,
+    LAST_ROWS,
+    LEFT_CHUNKED,
+    MASKS,
+    PADDED,
+    PREFIX,
+    SCALAR,
+    SCORES,
+    SHIFTED,
+    SINK,
+    SOFTCAP,
+    TEMPERATURE,
+    TOLERANCE,
+    WINDOW,
+    Case,
+    attention_error,
+    selection_gap,
+)  # fmt: skip
 
 pytest.importorskip("triton")
 from stem_compile.kernels.targets import cuda
@@ -22,15 +46,16 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs 
 
 @st.composite
 def cases(draw: Any) -> Case:
-    mask = draw(st.sampled_from(MASKS))
+    mask = draw(st.sampled_from([*MASKS, *EDGED]))
     q_len = draw(st.integers(1, 150))
-    extra = 0 if mask in (CAUSAL, WINDOW, DOCUMENT) else draw(st.integers(0, 100))
+    extra = 0 if mask in (CAUSAL, WINDOW, DOCUMENT, CHUNKED, LEFT_CHUNKED) else draw(st.integers(0, 100))
     key_heads = draw(st.integers(1, 2))
     return Case(
         q_len=q_len, kv_len=q_len + extra, batch=draw(st.integers(1, 2)), heads=key_heads * draw(st.integers(1, 2)), key_heads=key_heads,
         head_dim=draw(st.sampled_from([16, 32, 40])), value_dim=draw(st.sampled_from([16, 24])),
         block_q=draw(st.sampled_from([16, 32])), block_k=draw(st.sampled_from([16, 32])), dtype=draw(st.sampled_from([torch.float32, torch.float16])),
-        mask=mask, pad=draw(st.sampled_from(["left", "right", "holes"])), layout=draw(st.sampled_from(["bhnd", "bnhd", "sliced"])),
+        mask=mask, kind=draw(st.sampled_from(SCORES)),
+        pad=draw(st.sampled_from(["left", "right", "holes"])), layout=draw(st.sampled_from(["bhnd", "bnhd", "sliced"])),
         budget=draw(st.sampled_from([0.2, 0.5, 1.0])), pooling=draw(st.sampled_from(["mean", "max"])),
         metric=draw(st.sampled_from(["paper", "released"])), stride=draw(st.sampled_from([8, 16])), seed=draw(st.integers(0, 99)),
     )  # fmt: skip
@@ -40,6 +65,11 @@ def cases(draw: Any) -> Case:
 @example(Case(300, 300, budget=0.3, block_q=64, block_k=32))
 @example(Case(40, 170, 2, mask=PADDED, pad="right", block_q=16, block_k=16, budget=0.3, dtype=torch.float16))
 @example(Case(1, 97, mask=LAST_ROWS, block_q=16, block_k=32))
+@example(Case(300, 300, mask=WINDOW, kind=SOFTCAP + SINK, block_q=32, block_k=16, budget=0.3))
+@example(Case(300, 300, mask=CHUNKED, kind=ALIBI, block_q=16, block_k=32, budget=1.0))
+@example(Case(150, 150, 2, mask=LEFT_CHUNKED, kind=TEMPERATURE, block_q=32, block_k=32, budget=1.0))
+@example(Case(100, 190, 2, mask=SHIFTED, kind=BIAS, block_q=16, block_k=16, dtype=torch.float16, budget=0.3))
+@example(Case(100, 100, 2, mask=PREFIX, kind=SINK, block_q=16, block_k=16, dtype=torch.float16, budget=0.3))
 def test_attention(case: Case) -> None:
     with pytest.MonkeyPatch.context() as patch:
         error = attention_error(case, cuda, "portable", patch)
@@ -50,6 +80,10 @@ def test_attention(case: Case) -> None:
 @example(Case(400, 400, 1, 2, 1, block_q=32, block_k=32, budget=0.3, pooling="max"))
 @example(Case(400, 433, 2, 2, 2, 80, 32, 32, 32, mask=PADDED, pad="left", budget=0.3))
 @example(Case(500, 700, 1, 2, 1, block_q=64, block_k=32, mask=SCALAR, budget=0.25, pooling="max"))
+@example(Case(400, 400, 1, 2, 1, block_q=32, block_k=16, mask=WINDOW, budget=0.1))
+@example(Case(500, 500, 1, 2, 1, block_q=16, block_k=32, mask=CHUNKED, budget=0.1, pooling="max"))
+@example(Case(400, 400, 2, 2, 1, block_q=16, block_k=16, mask=LEFT_CHUNKED, budget=0.1))
+@example(Case(300, 400, 2, 2, 1, block_q=16, block_k=16, mask=GIVEN, budget=0.2))
 def test_selection(case: Case) -> None:
     gap, counts = selection_gap(case, cuda)
     assert counts

@@ -48,23 +48,37 @@ def _unread(build: Any) -> Any:
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=build(torch.arange(40)[:, None], torch.arange(40)[None, :]))
 
 
-UNREAD = {
-    "a window is not selected on yet": lambda q, k: (k <= q) & (k > q - 8),
-    "roll": lambda q, k: torch.roll(k <= q, 1, 0),
+READ = {
+    "causal & sliding window of 8": lambda q, k: (k <= q) & (k > q - 8),
+    "causal & sliding window of 9": lambda q, k: (q - k >= 0) & ((q - k) // 3 < 3),
+    "causal & chunks of 8": lambda q, k: (q // 8 == k // 8) & (k <= q),
+    "causal | [kv < 4]": lambda q, k: (k <= q) | (k < 4),
+    "causal & (sliding | sinks)": lambda q, k: (k <= q) & ((k > q - 8) | (k < 2)),
+    "[3*kv <= 3*q]": lambda q, k: k * 3 <= q * 3,
+    "given as a tensor": lambda q, k: torch.roll(k <= q, 1, 0),
     "xor of positions": lambda q, k: (q ^ k) <= q,
-    "random": lambda q, k: torch.rand(40, 40) < 0.5,
+    "random": lambda q, k: (torch.rand(40, 40) < 0.5) & (k <= q),
     "division": lambda q, k: k / 3 <= q / 3,
-    "an or": lambda q, k: (k <= q) | (k < 4),
 }
 
 
-@pytest.mark.parametrize("name", UNREAD)
-def test_what_is_not_understood_stays_dense(name: str) -> None:
+@pytest.mark.parametrize("name", READ)
+def test_masks_beyond_causal_are_rewritten_and_right(name: str) -> None:
+    inputs = _qkv()
     torch.manual_seed(0)
-    result, _ = rewritten(_unread(UNREAD[name]), _qkv())
-    assert isinstance(result.found[0], Rejected)
-    assert result.found[0].reason in (Reason.MASK, Reason.BIDIRECTIONAL)
-    assert not result.changed
+    result, out = rewritten(_unread(READ[name]), inputs)
+    assert len(result.sites) == 1
+    torch.manual_seed(0)
+    torch.testing.assert_close(out, _unread(READ[name])(*inputs), rtol=1e-4, atol=1e-5)
+
+
+NAMED = ("causal & sliding window of 8", "causal & chunks of 8", "given as a tensor")
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_masks_are_told_in_words(name: str) -> None:
+    result, _ = rewritten(_unread(READ[name]), _qkv())
+    assert [s.words for s in result.sites] == [name]
 
 
 def test_a_mask_written_in_place_is_not_believed() -> None:

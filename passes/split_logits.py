@@ -1,0 +1,126 @@
+"""Split the logits of an attention into what hides keys and what changes scores.
+
+Logits are read as one expression in ``SCORE``, the raw product q.k. However a model spells its mask (added, filled in, chosen by ``where``, multiplied),
+a hidden key's logit ends up at a very negative constant: each choice (``Where``) of the expression with such a branch is a condition of the
+mask. What is left is a scale and a ``Score``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+
+from stem_compile import symbolic
+from stem_compile.scores import Score
+from stem_compile.symbolic import KV, SCORE, Q, Where
+
+DEEP = -8000.0
+"""A constant at or below it hides a key: models write -10000, the dtype's minimum or -inf."""
+LARGE = 5000.0
+"""Factor from which a term might outweigh such a constant."""
+
+
+def split_logits(expr: Any) -> tuple[Any, float, Score]:
+    """(predicate: which keys are visible, scale: positive factor of q.k, the score) of logits in ``SCORE``.
+
+    A scale is taken out where the logits grow by a constant with the product at 0; where they do not (a learned temperature), it is 1.
+    """
+    visible, expr = hidden_conditions(expr)
+    expr = sympy.expand(expr) if not expr.atoms(sympy.tanh) else expr
+    slope = sympy.diff(expr, SCORE).subs(SCORE, 0) if not expr.atoms(Where) else sympy.Integer(0)
+    scale = float(slope) if slope.is_number and slope.is_real and slope > 0 else 1.0
+    return _in_floats(visible), scale, Score(_in_floats(_settled(expr.subs(SCORE, SCORE / sympy.Rational(scale)))))
+
+
+def hidden_conditions(expr: Any) -> tuple[Any, Any]:
+    """(conjunction under which the expression is not a hidden key's, the expression under it)."""
+    visible: Any = sympy.true
+    expr = _without_floors(expr)
+    kept: set[Any] = set()
+    while choices := [c for c in (*_masks(expr), *_choices(expr)) if c not in kept]:
+        for choice in choices:
+            # A mask that is multiplied counts its load as 1 where it keeps a key.
+            condition, yes, no = choice.args if isinstance(choice, Where) else (sympy.Ge(choice, 1), sympy.Integer(1), sympy.Integer(0))
+            on, off = expr.xreplace({choice: yes}), expr.xreplace({choice: no})
+            if is_deep(off):
+                visible, expr = sympy.And(visible, condition), on
+            elif is_deep(on) and isinstance(choice, Where):
+                visible, expr = sympy.And(visible, sympy.Not(condition)), off
+            else:
+                continue
+            break
+        else:
+            kept.update(choices)
+    for term in sympy.Add.make_args(sympy.expand(expr)):
+        # A bias that was not understood may hold the mask: its very negative entries hide.
+        factor, rest = term.as_coeff_Mul()
+        if factor > 0 and symbolic.load_index(rest) is not None and {Q, KV} <= rest.free_symbols:
+            visible = sympy.And(visible, sympy.Gt(rest, DEEP / factor))
+    return visible, expr
+
+
+def is_deep(expr: Any) -> bool:
+    """Whether the logit is that of a hidden key whatever the product is."""
+    return _highest(sympy.expand(expr)) <= DEEP
+
+
+def _highest(expr: Any) -> float:
+    """A value the expression does not exceed, products and loads of ordinary size counted as nothing beside ``DEEP``."""
+    total = 0.0
+    for term in sympy.Add.make_args(expr):
+        factor, rest = term.as_coeff_Mul()
+        if rest == 1:
+            total += float(factor)
+        elif choices := _choices(rest):
+            total += max(_highest(sympy.expand(term.xreplace({choices[0]: branch}))) for branch in choices[0].args[1:])
+        elif factor <= DEEP and _divides(rest):
+            total += float(factor)
+        elif abs(factor) >= LARGE:
+            # Only a mask of zeros and ones has such a factor.
+            total += max(float(factor), 0.0) if symbolic.load_index(rest) is not None else float("inf")
+    return total
+
+
+def _divides(rest: Any) -> bool:
+    """Whether a product is of reciprocals of loads: a scale, positive in any model that works."""
+    return all(isinstance(f, sympy.Pow) and f.exp.is_negative and symbolic.load_index(f.base) is not None for f in sympy.Mul.make_args(rest))
+
+
+def _choices(expr: Any) -> list[Any]:
+    """Choices of the expression, outermost first."""
+    return [e for e in sympy.preorder_traversal(expr) if isinstance(e, Where)]
+
+
+def _masks(expr: Any) -> list[Any]:
+    """Loads with a factor so large that 0 and 1 decide: a padding mask that was multiplied instead of compared."""
+    found = set()
+    for term in sympy.Add.make_args(sympy.expand(expr)):
+        factor, rest = term.as_coeff_Mul()
+        if abs(factor) >= LARGE and symbolic.load_index(rest) is not None:
+            found.add(rest)
+    return sorted(found, key=str)
+
+
+def _without_floors(expr: Any) -> Any:
+    """``max(x, very negative)`` is x: such clamps only keep sums of masks finite."""
+    floors = {e: sympy.Max(*kept) for e in expr.atoms(sympy.Max) if len(kept := [a for a in e.args if not (a.is_number and a <= DEEP)]) < len(e.args) and kept}
+    return expr.xreplace(floors) if floors else expr
+
+
+def _in_floats(expr: Any) -> Any:
+    """Fractions, and whole numbers that no integer type holds, as floats: what kernels compute with."""
+    numbers = {n: sympy.Float(n, 17) for n in expr.atoms(sympy.Rational) if not n.is_Integer or abs(n) >= 1 << 31}
+    powers = {e: e for e in expr.atoms(sympy.Pow)}
+    return expr.xreplace({n: f for n, f in numbers.items() if not any(n == p.exp for p in powers)})
+
+
+def _settled(expr: Any) -> Any:
+    """The score with factors that are 1 up to rounding made exactly 1, so that a plain score is plain."""
+    if not expr.has(SCORE):
+        return expr
+    terms = []
+    for term in sympy.Add.make_args(expr):
+        factor, rest = term.as_coeff_Mul()
+        terms.append(rest if rest.has(SCORE) and factor != 1 and abs(float(factor) - 1) < 1e-9 else sympy.Integer(0) if factor == 0 else term)
+    return sympy.Add(*terms)
