@@ -39,7 +39,8 @@ def check(subject: Subject, case: Case) -> Measure:
     if (expected is None and refused) or (expected is not None and len(sites) != expected):
         wanted = "all" if expected is None else expected
         reasons = "".join(f"\n  {module_path(hit.node)}: {hit.words}" for hit in refused[:8])
-        raise Violation(f"{len(sites)} of {len(run.found)} attentions were rewritten, expected {wanted}{reasons}")
+        meant = f"\n  expected={len(sites)} if that is meant" if expected is None else ""
+        raise Violation(f"{len(sites)} of {len(run.found)} attentions were rewritten, expected {wanted}{reasons}{meant}")
     if len(run.made) != len(sites):
         raise Violation(f"{len(sites)} attentions were rewritten and {len(run.made)} selected blocks when they ran")
     return Measure(facts={"rewritten": len(sites), "found": len(run.found)})
