@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -104,6 +105,8 @@ def _inserts_group(index: Any) -> bool:
 
 def mutated_between(node: fx.Node, site: fx.Node) -> bool:
     """Whether a value that may share ``node``'s memory is written between ``node`` and ``site``: then reading it later is not the same."""
+    if not _writers(node.graph):
+        return False
     aliases, frontier = {node}, [node]
     while frontier:
         current = frontier.pop()
@@ -118,6 +121,17 @@ def mutated_between(node: fx.Node, site: fx.Node) -> bool:
     )
 
 
+_seen: weakref.WeakKeyDictionary[fx.Graph, tuple[int, bool]] = weakref.WeakKeyDictionary()
+
+
+def _writers(graph: fx.Graph) -> bool:
+    """Whether anything in the graph writes in place. Asked for every tensor of every attention, so kept while the graph's size is the same."""
+    size = len(graph.nodes)
+    if _seen.get(graph, (-1, False))[0] != size:
+        _seen[graph] = size, any(normalize.mutates(n) for n in graph.nodes)
+    return _seen[graph][1]
+
+
 _VIEWS = {
     "view", "reshape", "expand", "expand_as", "getitem", "unsqueeze", "squeeze", "transpose", "permute", "t", "detach", "alias", "flatten", "unflatten",
     "contiguous", "to", "type", "float", "half", "bool", "long", "int", "double", "type_as", "chunk", "split", "unbind", "narrow", "select", "view_as",
@@ -126,6 +140,8 @@ _VIEWS = {
 
 
 def _may_alias(a: fx.Node, b: fx.Node) -> bool:
-    """Whether one of two neighbouring nodes may be a view of the other."""
+    """Whether one of two neighbouring nodes may be a view of the other. A size, which views take beside their tensor, has no memory."""
+    if any(isinstance(value(n), torch.SymInt | int | float | bool) for n in (a, b)):
+        return False
     later = b if a in b.all_input_nodes else a
     return (normalize.spelling(later) or "") in _VIEWS or normalize.mutates(later)

@@ -153,6 +153,9 @@ def check(
     option: Options = None,
     properties: Annotated[list[str] | None, typer.Option("--property", "-p", help="Property to check; may be repeated.", show_default="all")] = None,
     examples: Annotated[int | None, typer.Option(help="Examples of each property.", show_default="its own number; 2 for large models", min=1)] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Time after which each property tries one example only.", show_default="3 for large models, else no limit", min=0)
+    ] = None,
     expected: Annotated[int | None, typer.Option(help="Attentions that must be rewritten.", show_default="all")] = None,
     text: Annotated[Path | None, typer.Option(help="Text for the fidelity report.", show_default="random tokens")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the examples.")] = 0,
@@ -165,7 +168,8 @@ def check(
     from stem_compile.testing import command
 
     place, precision = _place(device, dtype)
-    arguments = {"options": backend_options(option), "properties": properties or None, "max_examples": examples, "expected": expected, "seed": seed}
+    arguments: dict[str, Any] = {"options": backend_options(option), "properties": properties or None, "max_examples": examples, "expected": expected}
+    arguments |= {"seed": seed, "seconds": None if minutes is None else 60 * minutes}
     with _progress() as bar:
         task = bar.add_task("loading", total=None)
         report = command.check(

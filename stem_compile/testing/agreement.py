@@ -45,7 +45,7 @@ def _listed(row: torch.Tensor) -> list[int]:
 def _beyond_a_tie(seen: Observed, own: torch.Tensor, want: torch.Tensor) -> tuple[int, ...] | None:
     """First row that differs by more than blocks whose scores rounding cannot tell apart; None without one."""
     q, k, v = seen.inputs
-    scores = launch.oam_scores(q, k, v, seen.tensors, seen.scalars, seen.mask, seen.scale, seen.spec)
+    scores = launch.oam_scores(q, k, v, seen.tensors, seen.scalars, seen.mask, seen.scale, seen.spec, seen.score)
     # No score exceeds the product of the norms (Cauchy-Schwarz), which is what rounding is relative to.
     largest = seen.scale * float(torch.linalg.vector_norm(q.double(), dim=-1).max() * torch.linalg.vector_norm(k.double(), dim=-1).max())
     noise = FACTOR * torch.finfo(q.dtype).eps * largest

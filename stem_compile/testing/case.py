@@ -48,7 +48,7 @@ class Inputs:
 
     def row(self, index: int, batch: int) -> Inputs:
         """One batch row alone."""
-        return self.tensors(lambda x: x[index : index + 1] if x.dim() and len(x) == batch else x)
+        return self.tensors(lambda x: packed(x[index : index + 1]) if x.dim() and len(x) == batch else x)
 
     def spliced(self, other: Inputs, at: int, length: int) -> Inputs:
         """These tokens up to ``at``, the other's from there."""
@@ -61,3 +61,8 @@ class Inputs:
 
         args, kwargs = tree_map(lambda x: joined(x) if isinstance(x, torch.Tensor) else x, (self.args, self.kwargs))
         return Inputs(args, kwargs, self.valid)
+
+
+def packed(x: torch.Tensor) -> torch.Tensor:
+    """The same in memory of its own: Dynamo would trace anew for the strides of a part, also where a size of 1 makes them meaningless."""
+    return x.clone(memory_format=torch.contiguous_format)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ from stem_compile.testing.search import Progress, attempt, search
 from stem_compile.testing.subject import Subject
 from stem_compile.testing.violation import Measure
 
+FEW, SECONDS = 2, 180.0
+"""Examples of each property, and time after which no further one is begun, for large models."""
+
 
 def check_model(
     model: torch.nn.Module,
@@ -24,6 +28,7 @@ def check_model(
     options: Mapping[str, Any] | StemConfig | None = None,
     properties: Sequence[str] | None = None,
     max_examples: int | None = None,
+    seconds: float | None = None,
     expected: int | None = None,
     text: torch.Tensor | None = None,
     bounds: Mapping[str, float] | None = None,
@@ -35,18 +40,25 @@ def check_model(
     make_inputs: a function (batch, length, seed) -> inputs, a Hypothesis strategy of inputs, or an example batch; inputs are a tensor, a tuple of
     arguments, a dict of keyword arguments, or a pair of both, in [batch, length, ...] order. None derives them from a transformers config or from forward's
     signature. options: of the backend; those not given are set small (``subject.SMALL``), so that short prompts are sparse. properties: names, None for
-    all; max_examples: of each property. expected: number of attentions that must be rewritten, None for all. text: token ids [1, N] for the fidelity
-    report; bounds: the most of its measures, such as {"nll change": 0.05}. seed: same seed, same examples. progress: told of every example.
+    all; max_examples: of each property, None for its own number (``FEW`` for large models). seconds: time after which each further property tries one
+    example only, and the report says where more were wanted; None is no limit (``SECONDS`` for large models). expected: number of attentions that must be
+    rewritten, None for all. text: token ids [1, N] for the fidelity report; bounds: the most of its measures, such as {"nll change": 0.05}. seed: same
+    seed, same examples. progress: told of every example.
 
     Raises OptionError for wrong options, NoInputs when inputs cannot be derived, ValueError for an unknown property. Dynamo is reset before and after.
     """
     chosen = [catalogue.get(name) for name in properties] if properties is not None else list(catalogue.every())
     subject = Subject(model, make_inputs, options, expected, text, bounds)
     report = Report(_settings(subject, seed, make_inputs))
+    if subject.large:
+        max_examples, seconds = max_examples or FEW, SECONDS if seconds is None else seconds
+    begun = time.monotonic()
     torch._dynamo.reset()
-    for module in chosen:
+    for number, module in enumerate(chosen):
         examples = min(module.EXAMPLES, max_examples) if max_examples is not None and module.EXAMPLES <= 2 else max_examples or module.EXAMPLES
-        report.results.append(search(subject, module, examples, seed, progress))
+        # What a property leaves of its share goes to the others.
+        share = None if seconds is None else (begun + seconds - time.monotonic()) / (len(chosen) - number)
+        report.results.append(search(subject, module, examples, seed, progress, seconds=share))
     torch._dynamo.reset()
     return report
 

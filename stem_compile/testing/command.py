@@ -18,10 +18,6 @@ from stem_compile.demo.target import load
 from stem_compile.testing import check_model
 from stem_compile.testing.inputs import NoInputs
 from stem_compile.testing.report import MARKS, Report
-from stem_compile.testing.subject import is_large
-
-FEW = 2
-"""Examples of each property for large models: minutes on a CPU, not hours."""
 
 
 def model_of(target: str, device: str, dtype: torch.dtype) -> tuple[torch.nn.Module, Any]:
@@ -72,8 +68,6 @@ def check(target: str, device: str, dtype: torch.dtype, text: Path | None, tell:
     """The report on ``target``. tell: progress. Raises Mendable for what the user can mend."""
     need("hypothesis")
     model, make_inputs = model_of(target, device, dtype)
-    if arguments.get("max_examples") is None and is_large(model):
-        arguments["max_examples"] = FEW
     try:
         report = check_model(model, make_inputs, text=_tokens(text, target) if text else None, progress=tell, **arguments)
     except (NoInputs, ValueError) as error:
@@ -114,7 +108,7 @@ def table(report: Report) -> Any:
     for r in report.results:
         remark = f"\n[dim]{r.remark.replace('[', chr(92) + '[')}[/dim]" if r.remark and r.verdict != "fail" else ""
         mark = f"[{colours[r.verdict]}]{MARKS[r.verdict]}[/]"
-        drawn.add_row(r.name, mark, str(r.examples), f"{r.worst:.2f}" if r.worst else "-", r.title + remark)
+        drawn.add_row(r.name, mark, r.tried, f"{r.worst:.2f}" if r.worst else "-", r.title + remark)
     return drawn
 
 

@@ -80,7 +80,17 @@ def _first(subject: Subject, inputs: Inputs, compared: _Compared, sites: list[At
     rows = None if inputs.valid is None else inputs.valid[:, None]
     for index, (made, site, own, golden) in enumerate(zip(compared.run.made, sites, compared.own_taps, compared.golden_taps)):
         q, k, v = made.inputs
-        chosen = (made.selection.indices, made.selection.counts, list(made.tensors), list(made.scalars), made.mask, made.scale, made.spec, site.kernel)
+        chosen = (
+            made.selection.indices,
+            made.selection.counts,
+            list(made.tensors),
+            list(made.scalars),
+            made.mask,
+            made.scale,
+            made.spec,
+            site.kernel,
+            made.score,
+        )
         out = torch.ops.stem.sparse_attention(q, k, v, *chosen)
         valid = None if rows is None or rows.shape[-1] != out.shape[2] else rows.expand(out.shape[:3])
         allowed = numerics.budget(own, golden, out.dtype, valid)

@@ -22,7 +22,7 @@ def page(report: Report) -> str:
     """The whole page."""
     kind = "pass" if report.passed else "fail"
     rows = "".join(
-        f'<tr><td>{escape(r.name)}</td><td class="{escape(r.verdict)}">{escape(r.verdict)}</td><td class="n">{r.examples}</td>'
+        f'<tr><td>{escape(r.name)}</td><td class="{escape(r.verdict)}">{escape(r.verdict)}</td><td class="n">{escape(r.tried)}</td>'
         f'<td class="n">{f"{r.worst:.2f}" if r.worst else "-"}</td><td>{escape(r.title)}<br><small>{escape(r.remark)}</small></td></tr>'
         for r in report.results
     )

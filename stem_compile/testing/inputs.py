@@ -18,7 +18,7 @@ from stem_compile.testing.case import Case, Inputs
 class Source:
     """make: Case -> Inputs. can: what cases may ask for ("batch", "length", "padding", "embeds", "positions", "cache").
 
-    longest: tokens the model has positions for. frugal: draw one batch size where any would do, as each is a trace.
+    longest: tokens the model has positions for. frugal: draw one batch size where any would do, as each is a trace, and few seeds, so that runs are shared.
     strategy: set when the user draws the inputs; then cases carry them in ``given``.
     """
 

@@ -14,7 +14,8 @@ from stem_compile.testing.violation import Inapplicable
 
 def dense(subject: Subject) -> Any:
     """From one token to a few query blocks, ragged ends included. One token is a trace of its own, left to shape-robustness for large models."""
-    return st.integers(2 if subject.large else 1, min(4 * subject.block + 3, subject.source.longest))
+    longest = min(4 * subject.block + 3, subject.source.longest)
+    return st.integers(min(2 * subject.block + 1, longest), longest) if subject.large else st.integers(1, longest)
 
 
 def bounds(subject: Subject) -> tuple[int, int]:
@@ -29,20 +30,22 @@ def bounds(subject: Subject) -> tuple[int, int]:
         raise Inapplicable(f"blocks are left out from {leaves_out} tokens on, and the model has {longest} positions")
     low = max(leaves_out, _choosing(subject, forced) * subject.key_block)
     low = low if low <= longest else leaves_out
-    return low, min(low + (1 if subject.large else 3) * subject.block, longest)
+    return low, min(low + 3 * subject.block, longest)
 
 
 def _choosing(subject: Subject, forced: int) -> int:
-    """Blocks from which on the last rows' budget is two more than what is forced."""
+    """Blocks from which on the last rows' budget is two more than what is forced, or one for large models."""
     spec = subject.config.selection
     policy = policies.get(spec.policy)
     if not policy.SCORED or spec.budget == 1:
         return 0
     budget = policy.budget(spec)
     # The row before the last: the last is whole.
-    return next((n for n in range(2, 2048) if forced + 2 <= symbolic.evaluate(budget, {ROW: n - 2, BLOCKS: n}) < n - 2), 0)
+    least = forced + (1 if subject.large else 2)
+    return next((n for n in range(2, 2048) if least <= symbolic.evaluate(budget, {ROW: n - 2, BLOCKS: n}) < n - 2), 0)
 
 
 def sparse(subject: Subject) -> Any:
-    """Lengths at which rows leave blocks out, ragged ends included."""
-    return st.integers(*bounds(subject))
+    """Lengths at which rows leave blocks out, ragged ends included. Two of them for large models, so that properties share their runs."""
+    low, high = bounds(subject)
+    return st.sampled_from(sorted({low, min(low + subject.block // 2 + 5, high)})) if subject.large else st.integers(low, high)

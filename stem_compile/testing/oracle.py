@@ -16,7 +16,7 @@ from torch import fx
 from stem_compile.config import StemConfig
 from stem_compile.passes import pipeline
 from stem_compile.selection import Observed
-from stem_compile.sites import AttentionSite
+from stem_compile.sites import AttentionSite, Mods, View
 from stem_compile.testing.case import Inputs
 from stem_compile.testing.exact import Exact, doubled
 from stem_compile.testing.traced import Traced, primary
@@ -37,15 +37,47 @@ def restricted(
     if causal:
         seen = seen.tril()
     if bias is not None:
-        # Written out by hand, a hidden key has the dtype's lowest score.
-        seen = seen & (bias > torch.finfo(torch.float16).min)
+        seen = seen & _scored(bias)
     elif mask is not None:
         seen = seen & mask.bool()
     if blocks is not None:
-        seen = seen & blocks.repeat_interleave(size[0], 2)[:, :, :q_len].repeat_interleave(size[1], 3)[..., :kv_len]
-    out = F.scaled_dot_product_attention(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), attn_mask=seen, scale=scale)
+        seen = seen & _tokens(blocks, size, q_len, kv_len)
+    shown = seen if bias is None else bias.masked_fill(~seen, -torch.inf)
+    out = F.scaled_dot_product_attention(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), attn_mask=shown, scale=scale)
     out = torch.where(seen.any(-1, keepdim=True), out, 0)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def weighted(logits: torch.Tensor, v: torch.Tensor, heads: int, blocks: torch.Tensor | None, size: tuple[int, int]) -> torch.Tensor:
+    """The same for attention written out. logits: what its softmax gets, [.., q_len, kv_len] or with one more column, the sink's."""
+    batch, (q_len, columns), kv_len = v.shape[0], logits.shape[-2:], v.shape[2]
+    logits = logits.expand(batch, heads, q_len, columns) if logits.dim() == 4 else logits.reshape(batch, heads, q_len, columns)
+    seen = _scored(logits[..., :kv_len])
+    if blocks is not None:
+        seen = seen & _tokens(blocks, size, q_len, kv_len)
+    logits = torch.cat([logits[..., :kv_len].masked_fill(~seen, -torch.inf), logits[..., kv_len:]], -1)
+    weights = logits.softmax(-1)[..., :kv_len].masked_fill(~seen, 0)
+    return weights.to(v.dtype) @ v.repeat_interleave(heads // v.shape[1], 1)
+
+
+def _scored(bias: torch.Tensor) -> torch.Tensor:
+    """Where a key is not hidden: written out by hand, a hidden one has the dtype's lowest score."""
+    return bias > torch.finfo(torch.float16).min
+
+
+def _tokens(blocks: torch.Tensor, size: tuple[int, int], q_len: int, kv_len: int) -> torch.Tensor:
+    return blocks.repeat_interleave(size[0], 2)[:, :, :q_len].repeat_interleave(size[1], 3)[..., :kv_len]
+
+
+def _modified(mods: Mods, q: torch.Tensor, k: torch.Tensor, scale: float, value: Callable[[Any], Any]) -> torch.Tensor:
+    """Scores of a flex_attention after the user's own functions."""
+    axes = [torch.arange(n, device=q.device).view([-1 if i == j else 1 for j in range(4)]) for i, n in enumerate((*q.shape[:3], k.shape[2]))]
+    scores: torch.Tensor = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2) * scale
+    if mods.score is not None:
+        scores = mods.score(scores, *axes, *(value(b) for b in mods.score_buffers))
+    if mods.mask is not None:
+        scores = scores.masked_fill(~mods.mask(*axes, *(value(b) for b in mods.mask_buffers)), -torch.inf)
+    return scores
 
 
 class _Replay(fx.Interpreter):
@@ -60,8 +92,11 @@ class _Replay(fx.Interpreter):
         site = self._sites.get(node)
         if site is None:
             return super().run_node(node)
-        mask = None if site.mask_node is None else self.env[site.mask_node]
-        return self._attend(self.env[site.q], self.env[site.k], self.env[site.v], mask, site.is_causal, site.scale)
+        out = self._attend(site, self._value)
+        return View(node, site.result).apply(out)
+
+    def _value(self, of: fx.Node | View) -> Any:
+        return of.apply(self.env[of.node]) if isinstance(of, View) else self.env[of]
 
 
 class Oracle:
@@ -75,9 +110,9 @@ class Oracle:
     def run(self, inputs: Inputs, made: Sequence[Observed] | None, config: StemConfig, exact: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """(output, each attention's output [B, H, q_len, dv]). made: the captured selections, None for all blocks; exact: in fp64. Raises Mismatch."""
         self._taps, self._next = [], iter(made or ())
-        self._dense = made is None
-        build = functools.partial(self._build, config=config, exact=exact)
-        key = ("oracle", config, exact)
+        self._dense, self._exact = made is None, exact
+        build = functools.partial(self._build, config=config)
+        key = ("oracle", config)
         try:
             result = self._traced.run(key, build, *inputs.args, **inputs.kwargs)
         except Mismatch as error:
@@ -87,24 +122,31 @@ class Oracle:
             raise Mismatch(f"{len(made or ())} selections were made for {len(self._taps)} attentions")
         return primary(result), self._taps
 
-    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, scale: float) -> torch.Tensor:
+    def _attend(self, site: AttentionSite, value: Callable[[Any], Any]) -> torch.Tensor:
         blocks, size = None, (1, 1)
         if not self._dense:
             seen = next(self._next, None)
             if seen is None:
                 raise Mismatch(f"a selection is missing for attention {len(self._taps)}")
             blocks, size = seen.selection.dense(seen.candidates), (seen.selection.block_q, seen.selection.block_k)
-        out = restricted(q, k, v, mask, causal, scale, blocks, size)
+        q, k, v = value(site.q), value(site.k), value(site.v)
+        if site.logits is not None:
+            out = weighted(value(site.logits), v, q.shape[1], blocks, size)
+        elif site.mods is not None:
+            out = weighted(_modified(site.mods, q, k, site.scale, value), v, q.shape[1], blocks, size)
+        else:
+            mask = None if site.mask_node is None else value(site.mask_node)
+            out = restricted(q, k, v, mask, site.is_causal, site.scale, blocks, size)
         self._taps.append(out)
         return out
 
-    def _build(self, module: fx.GraphModule, examples: list[Any], config: StemConfig, exact: bool) -> Callable[..., Any]:
+    def _build(self, module: fx.GraphModule, examples: list[Any], config: StemConfig) -> Callable[..., Any]:
         found = pipeline.analyze(module.graph, config)
         sites = {hit.node: hit for hit in found if isinstance(hit, AttentionSite)}
 
         def call(*args: Any) -> Any:
             replay = _Replay(module, sites, self._attend)
-            if not exact:
+            if not self._exact:
                 return replay.run(*args)
             with Exact():
                 return replay.run(*doubled(args))

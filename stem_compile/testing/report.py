@@ -30,17 +30,26 @@ class Failure:
 
 @dataclass
 class Result:
-    """One property. worst: largest error relative to its budget. facts: means over the examples. verdict: a key of ``MARKS``."""
+    """One property. worst: largest error relative to its budget. facts: means over the examples. verdict: a key of ``MARKS``.
+
+    wanted: examples that would have been tried with more time; 0 where time did not run out.
+    """
 
     name: str
     title: str
     verdict: str = "pass"
     examples: int = 0
+    wanted: int = 0
     worst: float = 0.0
     facts: dict[str, float] = field(default_factory=dict)
     reason: str = ""
     seconds: float = 0.0
     failure: Failure | None = None
+
+    @property
+    def tried(self) -> str:
+        """How many examples were tried, and of how many when time ran out."""
+        return f"{self.examples} of {self.wanted}" if self.wanted else str(self.examples)
 
     @property
     def remark(self) -> str:
@@ -77,13 +86,16 @@ class Report:
         """One sentence."""
         held = [r for r in self.results if r.verdict == "pass"]
         skipped = [r for r in self.results if r.verdict == "not applicable"]
-        rest = f"; {len(skipped)} not applicable" if skipped else ""
+        short = [r for r in self.results if r.wanted]
+        rest = (f"; {len(skipped)} not applicable" if skipped else "") + (f"; {len(short)} cut short by the time limit" if short else "")
         if self.failures:
             names = ", ".join(r.name for r in self.failures)
-            return f"FAIL: {names}. Do not use backend='stem' with this model until this is understood. {len(held)} other properties hold{rest}."
+            others = _counted(len(held), "other property holds", "other properties hold")
+            return f"FAIL: {names}. Do not use backend='stem' with this model until this is understood. {others}{rest}."
         if not held:
             return f"NOTHING CHECKED: no property applies{rest}."
-        return f"PASS: {len(held)} properties hold over {sum(r.examples for r in held)} examples{rest}."
+        examples = _counted(sum(r.examples for r in held), "example", "examples")
+        return f"PASS: {_counted(len(held), 'property holds', 'properties hold')} over {examples}{rest}."
 
     def snippet(self, result: Result) -> str:
         """Python that runs the failing example alone."""
@@ -99,7 +111,7 @@ class Report:
 
     def __str__(self) -> str:
         columns = ("property", "", "examples", "worst/budget", "what it says")
-        rows = [columns, *((r.name, MARKS[r.verdict], str(r.examples), f"{r.worst:.2f}" if r.worst else "-", r.title) for r in self.results)]
+        rows = [columns, *((r.name, MARKS[r.verdict], r.tried, f"{r.worst:.2f}" if r.worst else "-", r.title) for r in self.results)]
         widths = [max(len(r[i]) for r in rows) for i in range(len(columns))]
         lines = [self.headline, "", *("  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows), ""]
         lines += [f"{r.name}: {r.remark}" for r in self.results if r.remark and r.verdict != "fail"]
@@ -143,3 +155,7 @@ class Report:
         """Violation with the whole report when a property failed or none applies."""
         if not self.passed:
             raise Violation(f"\n{self}")
+
+
+def _counted(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"

@@ -31,14 +31,21 @@ def attempt(subject: Subject, module: ModuleType, case: Case) -> Measure:
             subject.run_eager(subject.inputs(case))
         except Exception:
             raise Inapplicable(f"the model itself raises {type(error).__name__}: {first}") from error
+        try:
+            subject.golden(case)
+        except Exception:
+            raise Inapplicable(f"the model does not run in fp64, which others are compared with: {type(error).__name__}: {first}") from error
         raise Violation(f"raises {type(error).__name__}: {first}") from error
 
 
 class _Search:
     """The state of one search: what was tried, what was learnt."""
 
-    def __init__(self, subject: Subject, module: ModuleType, progress: Callable[[int], None]) -> None:
+    def __init__(self, subject: Subject, module: ModuleType, progress: Callable[[int], None], seconds: float | None) -> None:
         self.subject, self.module, self.progress = subject, module, progress
+        self.until = time.monotonic() + (float("inf") if seconds is None else seconds)
+        self.shrinking = SHRINK_SECONDS if seconds is None else min(SHRINK_SECONDS, max(seconds, 1.0))
+        self.skipped = False
         self.measures: list[Measure] = []
         self.reason, self.tried, self.needed, self.shrinks = "", 0, 0, 0
         self.failure: tuple[Case, Violation] | None = None
@@ -52,8 +59,11 @@ class _Search:
             return
         if self.failure is not None:
             self.shrinks += 1
-            if self.shrinks > SHRINKS or time.monotonic() - self.failed_at > SHRINK_SECONDS:
+            if self.shrinks > SHRINKS or time.monotonic() - self.failed_at > self.shrinking:
                 return
+        elif self.tried and time.monotonic() > self.until:
+            self.skipped = True
+            return
         try:
             measure, violation = attempt(self.subject, self.module, case), None
         except Inapplicable as error:
@@ -79,13 +89,15 @@ class _Search:
         raise Violation(violation.message, violation.gap)
 
 
-def search(subject: Subject, module: ModuleType, examples: int, seed: int, progress: Progress | None = None, shrink: bool = True) -> Result:
-    """The result of one property on ``examples`` examples. shrink: whether to look for a smaller one that fails."""
+def search(
+    subject: Subject, module: ModuleType, examples: int, seed: int, progress: Progress | None = None, shrink: bool = True, seconds: float | None = None
+) -> Result:
+    """The result of one property on ``examples`` examples. shrink: whether to look for a smaller one that fails. seconds: no further example after these."""
     import hypothesis
 
     begun = time.monotonic()
     result = Result(module.NAME, module.TITLE)
-    state = _Search(subject, module, lambda done: progress(module.NAME, done, examples) if progress else None)
+    state = _Search(subject, module, lambda done: progress(module.NAME, done, examples) if progress else None, seconds)
     try:
         strategy = module.cases(subject)
     except Inapplicable as error:
@@ -107,6 +119,7 @@ def search(subject: Subject, module: ModuleType, examples: int, seed: int, progr
             module.finish(subject, state.measures)
     except Violation as error:
         violation = error
+    result.wanted = examples if state.skipped else 0
     result.examples, result.seconds = state.tried, time.monotonic() - begun
     result.worst = max((m.worst for m in state.measures), default=0.0)
     result.facts = _averages(state.measures)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,8 @@ SMALL = {"budget": 0.5, "block_size": 64, "key_block_size": 32, "sink_blocks": 1
 """What a check sets where the user says nothing: blocks small enough that short, quick prompts are sparse."""
 
 LARGE = 20_000_000
-"""Models with more parameters get no sinks, so that fewer tokens leave blocks to choose from, and fewer examples: minutes on a CPU, not hours."""
+"""Models with more parameters get no sinks, so that fewer tokens leave blocks to choose from, few lengths, seeds and batch sizes, so that properties share
+runs and traces, and a limit of time: minutes on a CPU, not hours."""
 
 Force = Callable[[int, Observed], BlockSelection | None]
 """(number of the attention in this call, what was selected) -> what to compute instead."""
@@ -86,9 +88,11 @@ class Subject:
         self.oracle = Oracle(self.traced)
         self._compiled: dict[Any, Any] = {}
         self._ran: list[AttentionSite | Rejected] = []
+        self._around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         self.inputs = functools.lru_cache(maxsize=64)(self.source.make)
         # Logits of a large model are hundreds of megabytes.
-        self.own = functools.lru_cache(maxsize=4 if self.large else 8)(self.run_eager)
+        self.own = functools.lru_cache(maxsize=6 if self.large else 8)(self.run_eager)
+        self._kept = functools.lru_cache(maxsize=3)(self.run)
         self.golden_of = functools.lru_cache(maxsize=3 if self.large else 8)(self._golden_of)
         self._twin = functools.cache(lambda: golden_copy(self.model))
 
@@ -149,10 +153,23 @@ class Subject:
             result = self._call(options, ran, inputs)
         return Run(primary(result), made, ran, result)
 
+    @contextlib.contextmanager
+    def within(self, around: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+        """Compiled graphs run in ``around()`` inside the ``with``."""
+        self._around = around
+        try:
+            yield
+        finally:
+            self._around = contextlib.nullcontext
+
+    def run_of(self, case: Case) -> Run:
+        """``run`` under the subject's own options, kept where runs are expensive: not for a property that compares two of them."""
+        return self._kept(case) if self.large else self.run(case)
+
     def _call(self, options: dict[str, Any], ran: list[AttentionSite | Rejected], inputs: Inputs) -> Any:
         key = tuple(sorted(options.items(), key=lambda kv: kv[0]))
         # What is built outlives this call, so it must not hold this call's list.
-        build = functools.partial(self._built, options=options, ran=lambda found: self._ran.extend(found))
+        build = functools.partial(self._built, options=options)
         self._ran = ran
         if options["inner"] == "eager":
             return self.traced.run(("stem", key), build, *inputs.args, **inputs.kwargs)
@@ -161,16 +178,16 @@ class Subject:
         with torch._dynamo.config.patch(recompile_limit=64):
             return self._compiled[key](*inputs.args, **inputs.kwargs)
 
-    @staticmethod
-    def _built(module: fx.GraphModule, examples: list[Any], options: dict[str, Any], ran: Callable[[Any], None]) -> Callable[..., Any]:
-        """Backend "stem" under ``options``; the result tells ``ran`` which attentions it holds whenever it runs."""
+    def _built(self, module: fx.GraphModule, examples: list[Any], options: dict[str, Any]) -> Callable[..., Any]:
+        """Backend "stem" under ``options``; the result tells which attentions it holds whenever it runs."""
         found: list[AttentionSite | Rejected] = []
         with backend.listen(lambda rewrite: found.extend(rewrite.found)):
             compiled = backend.stem(module, examples, options=options)
 
         def call(*args: Any) -> Any:
-            ran(found)
-            return compiled(*args)
+            self._ran.extend(found)
+            with self._around():
+                return compiled(*args)
 
         return call
 
@@ -178,3 +195,4 @@ class Subject:
         """Rewrite anew at the next call; for tests that plant faults in the passes."""
         self.traced.forget()
         self._compiled.clear()
+        self._kept.cache_clear()

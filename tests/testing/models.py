@@ -24,14 +24,15 @@ def transformer(model_type: str, **overrides: Any) -> torch.nn.Module:
 class Plain(torch.nn.Module):
     """A causal attention without transformers: token ids [batch, length] -> logits."""
 
-    def __init__(self) -> None:
+    def __init__(self, heads: int = 4) -> None:
         super().__init__()
         self.embedding = torch.nn.Embedding(50, 64)
-        self.qkv = torch.nn.Linear(64, 192)
-        self.out = torch.nn.Linear(64, 50)
+        self.heads = heads
+        self.qkv = torch.nn.Linear(64, 48 * heads)
+        self.out = torch.nn.Linear(16 * heads, 50)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        q, k, v = (x.unflatten(-1, (4, 16)).transpose(1, 2) for x in self.qkv(self.embedding(tokens)).chunk(3, -1))
+        q, k, v = (x.unflatten(-1, (self.heads, 16)).transpose(1, 2) for x in self.qkv(self.embedding(tokens)).chunk(3, -1))
         out: torch.Tensor = self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
         return out
 

@@ -79,13 +79,13 @@ def terms(patch: Patch, change: Callable[[Mask], Mask]) -> None:
 def attend(patch: Patch, **changes: Callable[[Call], Any]) -> None:
     """The attention kernel gets other arguments than it was called with."""
     right = cpu.attend
-    patch.setattr(cpu, "attend", lambda *args: right(*_changed(ATTEND, args, changes)))
+    patch.setattr(cpu, "attend", lambda *args, **rest: right(*_changed(ATTEND, args, changes), **rest))
 
 
 def select(patch: Patch, **changes: Callable[[Call], Any]) -> None:
     """So does the selection."""
     right = cpu.select
-    patch.setattr(cpu, "select", lambda *args: right(*_changed(SELECT, args, changes)))
+    patch.setattr(cpu, "select", lambda *args, **rest: right(*_changed(SELECT, args, changes), **rest))
 
 
 def _changed(names: tuple[str, ...], args: Any, changes: dict[str, Callable[[Call], Any]]) -> list[Any]:
@@ -96,19 +96,19 @@ def _changed(names: tuple[str, ...], args: Any, changes: dict[str, Callable[[Cal
 def output(patch: Patch, change: Callable[[Call, torch.Tensor], torch.Tensor]) -> None:
     """Change what the attention kernel wrote."""
     right = cpu.attend
-    patch.setattr(cpu, "attend", lambda *args: change(dict(zip(ATTEND, args, strict=True)), right(*args)))
+    patch.setattr(cpu, "attend", lambda *args, **rest: change(dict(zip(ATTEND, args, strict=True)), right(*args, **rest)))
 
 
 def lists(patch: Patch, change: Callable[[Call, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Change the block lists that were made."""
     right = cpu.select
-    patch.setattr(cpu, "select", lambda *args: change(dict(zip(SELECT, args, strict=True)), *right(*args)))
+    patch.setattr(cpu, "select", lambda *args, **rest: change(dict(zip(SELECT, args, strict=True)), *right(*args, **rest)))
 
 
 def plain(patch: Patch, weights: Callable[[torch.Tensor, torch.Tensor, Call], torch.Tensor]) -> None:
     """A kernel of ten lines in the target's place. weights: (scores, blocks computed [B, H, rows, columns], call) -> what multiplies the values."""
 
-    def kernel(*args: Any) -> torch.Tensor:
+    def kernel(*args: Any, **_: Any) -> torch.Tensor:
         call = dict(zip(ATTEND, args, strict=True))
         q, k, v = call["q"], call["k"], call["v"]
         spec, meaning, shape = selection.parse(call["spec"]), masks.decode(call["mask"]), (*q.shape[:3], k.shape[2])

@@ -1,4 +1,4 @@
-"""The test that docs/testing.md tells a user to add to CI, executed as it is written there."""
+"""The test that README.md tells a user to add to CI, executed as it is written there, and what docs/testing.md says of it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,32 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from stem_compile.testing import properties
-from tests.testing.models import plain
+from tests.testing.models import Plain
 
-TEXT = (Path(__file__).parents[2] / "docs" / "testing.md").read_text()
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs" / "testing.md").read_text()
 
 
-def test_the_documented_test_passes() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+def blocks(text: str) -> list[str]:
+    """Python code of a Markdown text that has to do with the toolkit."""
+    return [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "stem_compile.testing" in code]
+
+
+def my_model() -> torch.nn.Module:
+    """What the README's reader has: here a small one."""
+    torch.manual_seed(0)
+    return Plain(heads=2).eval()
+
+
+def test_the_readmes_test_passes() -> None:
+    (code,) = blocks((ROOT / "README.md").read_text())
     assert 'check_model(my_model(), options={"budget": 0.25}).raise_for_failures()' in code
-    space: dict[str, Any] = {"my_model": plain}
+    assert len([line for line in code.splitlines() if line.strip()]) == 3
+    assert blocks(TEXT) == [code]
+    space: dict[str, Any] = {"my_model": my_model}
     exec(code, space)
     space["test_stem"]()
 

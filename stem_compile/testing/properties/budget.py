@@ -35,7 +35,7 @@ def cases(subject: Subject) -> Any:
 
 
 def check(subject: Subject, case: Case) -> Measure:
-    run = subject.run(case)
+    run = subject.run_of(case)
     if not run.made:
         raise Inapplicable("no attention was rewritten")
     for index, seen in enumerate(run.made):

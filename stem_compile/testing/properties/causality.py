@@ -34,7 +34,7 @@ def cases(subject: Subject) -> Any:
     if subject.expected == 0:
         raise Inapplicable("no attention is expected to be rewritten")
     cuts = st.integers(1, (bounds(subject)[0] - 1) // subject.block).map(lambda n: n * subject.block)
-    return drawn(subject.source, sparse(subject), batches=(2,), pad=False, wide=False, cuts=cuts)
+    return drawn(subject.source, sparse(subject), batches=(1,) if subject.large else (2,), pad=False, wide=False, cuts=cuts)
 
 
 def check(subject: Subject, case: Case) -> Measure:

@@ -25,11 +25,11 @@ def cases(subject: Subject) -> Any:
     from stem_compile.testing.lengths import sparse
     from stem_compile.testing.strategies import cases as drawn
 
-    return drawn(subject.source, sparse(subject), wide=False)
+    return drawn(subject.source, sparse(subject), pad=not subject.large, wide=False)
 
 
 def check(subject: Subject, case: Case) -> Measure:
-    run = subject.run(case)
+    run = subject.run_of(case)
     sites = [hit for hit in run.found if isinstance(hit, AttentionSite)]
     asked = (*BENIGN, Reason.GRADIENT) if subject.options["min_length"] else tuple(r for r in BENIGN if r is not Reason.SHORT)
     refused = [hit for hit in run.found if isinstance(hit, Rejected) and hit.reason not in asked]
@@ -39,7 +39,8 @@ def check(subject: Subject, case: Case) -> Measure:
     if (expected is None and refused) or (expected is not None and len(sites) != expected):
         wanted = "all" if expected is None else expected
         reasons = "".join(f"\n  {module_path(hit.node)}: {hit.words}" for hit in refused[:8])
-        raise Violation(f"{len(sites)} of {len(run.found)} attentions were rewritten, expected {wanted}{reasons}")
+        meant = f"\n  expected={len(sites)} if that is meant" if expected is None else ""
+        raise Violation(f"{len(sites)} of {len(run.found)} attentions were rewritten, expected {wanted}{reasons}{meant}")
     if len(run.made) != len(sites):
         raise Violation(f"{len(sites)} attentions were rewritten and {len(run.made)} selected blocks when they ran")
     return Measure(facts={"rewritten": len(sites), "found": len(run.found)})

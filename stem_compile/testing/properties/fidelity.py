@@ -37,10 +37,10 @@ def check(subject: Subject, case: Case) -> Measure:
     given = subject.inputs(case) if subject.text is None else subject.text_inputs()
     leaves = [x for x in (given.kwargs.get("input_ids"), *given.args) if isinstance(x, torch.Tensor) and x.dtype == torch.long and x.dim() == 2]
     ids = leaves[0] if leaves else None
-    dense = subject.run_eager(given)
+    dense = subject.own(given)
     if ids is None or dense.dim() != 3 or dense.shape[1] != ids.shape[1] or dense.shape[2] <= int(ids.max()):
         raise Inapplicable("the output is no distribution over the next token")
-    run = subject.run(given)
+    run = subject.run_of(case) if subject.text is None else subject.run(given)
     facts = distance(dense, run.output, ids)
     facts["density"] = sum(m.density for m in run.made) / len(run.made) if run.made else 1.0
     for name, bound in subject.bounds.items():

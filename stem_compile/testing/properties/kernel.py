@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from stem_compile import scores
+from stem_compile.kernels.reference import sparse_attention
 from stem_compile.masks import decode
 from stem_compile.selection import Observed
 from stem_compile.sites import AttentionSite
@@ -37,7 +39,7 @@ def cases(subject: Subject) -> Any:
 
 
 def check(subject: Subject, case: Case) -> Measure:
-    run, inputs = subject.run(case), subject.inputs(case)
+    run, inputs = subject.run_of(case), subject.inputs(case)
     if not run.made:
         raise Inapplicable("no attention was rewritten")
     try:
@@ -60,8 +62,13 @@ def _stressed(seen: Observed, kernel: str) -> Measure:
     peak = seen.scale * float((q.double() @ k.double().repeat_interleave(group, 1).transpose(-1, -2)).abs().max())
     q = (q * (PEAK / max(peak, 1e-3))).to(q.dtype)
     chosen, mask = seen.selection, decode(seen.mask).dense(seen.shape, seen.tensors, seen.scalars, q.device)
-    operands = (chosen.indices, chosen.counts, list(seen.tensors), list(seen.scalars), seen.mask, seen.scale, seen.spec, kernel)
+    operands = (chosen.indices, chosen.counts, list(seen.tensors), list(seen.scalars), seen.mask, seen.scale, seen.spec, kernel, seen.score)
     out = torch.ops.stem.sparse_attention(q, k, v, *operands)
-    rest = (mask, False, seen.scale, chosen.dense(seen.candidates), (chosen.block_q, chosen.block_k))
-    golden, own = restricted(q.double(), k.double(), v.double(), *rest), restricted(q, k, v, *rest)
+    if seen.score:
+        # The definition that kernels are held to; SDPA has no such scores.
+        given = (chosen, decode(seen.mask), seen.tensors, seen.scalars, seen.scale, scores.decode(seen.score))
+        golden, own = sparse_attention(q.double(), k.double(), v.double(), *given), sparse_attention(q, k, v, *given)
+    else:
+        rest = (mask, False, seen.scale, chosen.dense(seen.candidates), (chosen.block_q, chosen.block_k))
+        golden, own = restricted(q.double(), k.double(), v.double(), *rest), restricted(q, k, v, *rest)
     return require(numerics.gap(out, golden, numerics.budget(own, golden, q.dtype)), f"kernel {kernel!r} is off for scores up to {PEAK:g}")

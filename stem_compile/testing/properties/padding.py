@@ -13,7 +13,7 @@ import torch
 
 from stem_compile.testing import numerics
 from stem_compile.testing.agreement import dense_of, forced
-from stem_compile.testing.case import Case, Inputs
+from stem_compile.testing.case import Case, Inputs, packed
 from stem_compile.testing.invariance import own_holds
 from stem_compile.testing.subject import Subject
 from stem_compile.testing.violation import Inapplicable, Measure, require
@@ -27,25 +27,26 @@ EXAMPLES = 10
 def cases(subject: Subject) -> Any:
     from hypothesis import strategies as st
 
-    from stem_compile.testing.lengths import bounds
-    from stem_compile.testing.strategies import SEEDS
+    from stem_compile.testing.lengths import bounds, sparse
+    from stem_compile.testing.strategies import seeds
 
     if "padding" not in subject.source.can:
         raise Inapplicable("the inputs have no padding mask")
     if subject.expected == 0:
         raise Inapplicable("no attention is expected to be rewritten")
     low, high = bounds(subject)
-    blocks = st.integers(1, 2).map(lambda n: n * subject.block)
-    left = st.builds(lambda n, pad, seed: Case(n + pad, 2, seed, pad), st.integers(low, high), blocks, SEEDS)
-    ragged = st.builds(lambda n, pad, seed: Case(n + pad, 2, seed, pad), st.integers(1, 2 * subject.block), st.integers(1, subject.block - 1), SEEDS)
-    right = st.builds(lambda n, pad, seed: Case(n + pad, 2, seed, pad, "right"), st.integers(low, high), st.integers(1, subject.block + 1), SEEDS)
+    lengths, drawn = (sparse(subject) if subject.large else st.integers(low, high)), seeds(subject.source)
+    blocks = st.integers(1, 1 if subject.large else 2).map(lambda n: n * subject.block)
+    left = st.builds(lambda n, pad, seed: Case(n + pad, 2, seed, pad), lengths, blocks, drawn)
+    ragged = st.builds(lambda n, pad, seed: Case(n + pad, 2, seed, pad), st.integers(1, 2 * subject.block), st.integers(1, subject.block - 1), drawn)
+    right = st.builds(lambda n, pad, seed: Case(n + pad, 2, seed, pad, "right"), lengths, st.integers(1, subject.block + 1), drawn)
     return st.one_of(left, ragged, right)
 
 
 def alone(inputs: Inputs, case: Case) -> Inputs:
     """The last row's own tokens. Positions stay, the mask goes: it would be all ones."""
     kept = slice(case.pad, None) if case.side == "left" else slice(0, case.length - case.pad)
-    row = inputs.row(case.batch - 1, case.batch).tensors(lambda x: x[:, kept] if x.dim() > 1 and x.shape[1] == case.length else x)
+    row = inputs.row(case.batch - 1, case.batch).tensors(lambda x: packed(x[:, kept]) if x.dim() > 1 and x.shape[1] == case.length else x)
     return Inputs(row.args, {k: v for k, v in row.kwargs.items() if k not in ("attention_mask", "position_ids")})
 
 

@@ -14,7 +14,7 @@ import torch
 
 from stem_compile.testing import numerics
 from stem_compile.testing.agreement import dense_of, forced
-from stem_compile.testing.case import Case, Inputs
+from stem_compile.testing.case import Case, Inputs, packed
 from stem_compile.testing.subject import Subject
 from stem_compile.testing.traced import primary
 from stem_compile.testing.violation import Inapplicable, Measure, require
@@ -30,21 +30,22 @@ FEWEST = 16
 def cases(subject: Subject) -> Any:
     from hypothesis import strategies as st
 
-    from stem_compile.testing.lengths import bounds
-    from stem_compile.testing.strategies import SEEDS
+    from stem_compile.testing.lengths import sparse
+    from stem_compile.testing.strategies import seeds
 
     if "cache" not in subject.source.can:
         raise Inapplicable("the model takes no cache of keys and values")
     if subject.expected == 0:
         raise Inapplicable("no attention is expected to be rewritten")
-    low, high = bounds(subject)
-    chunks = st.integers(1, 3).map(lambda n: n * subject.block)
-    made = st.builds(lambda n, chunk, seed: Case(n, 2, seed, cut=chunk), st.integers(low, high), chunks, SEEDS)
+    # Every chunk of a large model takes its weights through the processor once more.
+    chunks = st.integers(*((4, 5) if subject.large else (1, 3))).map(lambda n: n * subject.block)
+    batch = 1 if subject.large else 2
+    made = st.builds(lambda n, chunk, seed: Case(n, batch, seed, cut=chunk), sparse(subject), chunks, seeds(subject.source))
     return made.filter(lambda case: case.length % case.cut == 0 or case.length % case.cut >= FEWEST)
 
 
 def _chunk(inputs: Inputs, start: int, stop: int, cache: Any) -> Inputs:
-    kwargs = {k: v[:, start:stop] if isinstance(v, torch.Tensor) and v.dim() > 1 else v for k, v in inputs.kwargs.items()}
+    kwargs = {k: packed(v[:, start:stop]) if isinstance(v, torch.Tensor) and v.dim() > 1 else v for k, v in inputs.kwargs.items()}
     return Inputs((), kwargs | {"use_cache": True} | ({"past_key_values": cache} if cache is not None else {}))
 
 

@@ -34,7 +34,8 @@ def cases(subject: Subject) -> Any:
 
     if "length" not in subject.source.can:
         raise Inapplicable("a drawn input has the length it has")
-    return st.builds(lambda seed: Case(subject.block, 2 if "batch" in subject.source.can else 1, seed), SEEDS)
+    batch = 2 if "batch" in subject.source.can and not subject.large else 1
+    return st.builds(lambda seed: Case(subject.block, batch, seed), SEEDS)
 
 
 def lengths(block: int, large: bool = False) -> list[int]:
