@@ -51,7 +51,7 @@ def sparse_attention(
         hidden = ~(computed & mask.dense(shape, tensors, scalars, q.device, rows))
         scores = scores.masked_fill(hidden, -torch.inf)
         if sink is not None:
-            scores = torch.cat([scores, sink.expand(batch, heads, scores.shape[2], 1)], -1)
+            scores = torch.cat([scores, sink.expand(batch, heads, q_len, 1)[:, :, rows]], -1)
         weights = scores.softmax(-1)[..., :kv_len]
         out[:, :, rows] = (weights.masked_fill(hidden, 0) @ values).to(q.dtype)
     return out

@@ -91,11 +91,15 @@ def _read(site: AttentionSite, interpreter: Interpreter) -> None:
         extra = sympy.expand(as_expr(tensor.shape[-1]) - as_expr(kv_len))
         if extra == 1:
             sink = number(_at(tensor, (B, H, Q, as_expr(kv_len))))
-            if sink.has(SCORE) or sink.has(Q):
+            if sink.has(SCORE):
                 raise Unreadable("a column beside the scores that is no sink")
             score = Score(score.expr, sink)
         elif extra != 0:
             raise Unreadable(f"{site.logits.name}: {extra} columns beside the scores")
+        if site.gate is not None:
+            # out * sigmoid(logsumexp - g): the share that the keys keep beside a sink of logit g.
+            gate = interpreter.tensor(site.gate)
+            score = Score(score.expr, number(gate.at(broadcast_index((B, H, Q)[3 - len(gate.shape) :], gate.shape))))
     for node in interpreter.read_nodes:
         if mutated_between(node, site.node):
             raise Unreadable(f"{node.name} is written in place")

@@ -25,13 +25,34 @@ _ENCODER_LAYER = [
 
 def expand(graph: fx.Graph) -> bool:
     """Expand in place; whether anything changed."""
-    changed = False
+    changed = _rename_overwritten(graph)
     for node in list(graph.nodes):
         written = _written_out(node)
         if written is not None:
             _splice(graph, node, *written)
             changed = True
     return changed
+
+
+def _rename_overwritten(graph: fx.Graph) -> bool:
+    """Let what reads a value after it was written in place read the write's result: the same tensor, and now the graph says so."""
+    changed = False
+    for writer in graph.nodes:
+        target = overwritten(writer)
+        if target is None:
+            continue
+        for user in [u for u in target.users if u > writer]:
+            user.replace_input_with(target, writer)
+            changed = True
+    return changed
+
+
+def overwritten(node: fx.Node) -> fx.Node | None:
+    """The fresh tensor that an in-place method overwrites and returns; None for other nodes."""
+    if node.op != "call_method" or not normalize.mutates(node) or not isinstance(value(node), torch.Tensor):
+        return None
+    target = node.args[0]
+    return target if isinstance(target, fx.Node) and normalize.spelling(target) in normalize.FRESH else None
 
 
 def bound(node: fx.Node) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from stem_compile.config import StemConfig
 from stem_compile.passes import verify
 from stem_compile.passes.analyze_masks import analyze_masks
 from stem_compile.passes.cleanup import cleanup
-from stem_compile.passes.expand import bound, expand
+from stem_compile.passes.expand import bound, expand, overwritten
 from stem_compile.passes.insert_selection import decide, insert_selection
 from stem_compile.passes.lower import lower
 from stem_compile.passes.match import match
@@ -62,7 +62,7 @@ def analyze(graph: fx.Graph, config: StemConfig) -> list[AttentionSite | Rejecte
 
 def run(module: fx.GraphModule, config: StemConfig) -> Rewrite:
     """Rewrite ``module`` in place; a graph without a site is returned as it came."""
-    fused = any(bound(n) is not None for n in module.graph.nodes)
+    fused = any(bound(n) is not None or overwritten(n) is not None for n in module.graph.nodes)
     pristine = copied(module.graph) if fused else module.graph
     graph = module.graph
     result = Rewrite(module, analyze(graph, config))

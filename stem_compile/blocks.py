@@ -159,7 +159,9 @@ def _extremes(values: torch.Tensor, widths: Sequence[int | None]) -> Any:
         low, high = values, values
         where: list[torch.Tensor] = []
         for dim, (start, end) in enumerate(index):
-            if start is end or values.shape[dim] == 1:
+            if values.shape[dim] == 1:
+                where.append(torch.zeros((), dtype=torch.long, device=values.device))
+            elif start is end:
                 where.append(symbolic.as_tensor(start, values.device).clamp(0, values.shape[dim] - 1))
             elif isinstance(start, torch.Tensor) and isinstance(end, torch.Tensor) and (width := widths[dim]) is not None:
                 low, high = _pooled(low, dim, start, end, width, torch.amin), _pooled(high, dim, start, end, width, torch.amax)

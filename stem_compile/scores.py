@@ -76,11 +76,14 @@ class Score:
         return torch.as_tensor(value, device=scores.device).to(scores.dtype).expand(scores.shape)
 
     def sink_logits(self, shape: Sequence[int], tensors: Sequence[torch.Tensor], scalars: Sequence[int], like: torch.Tensor) -> torch.Tensor | None:
-        """Sink logit of each (batch, head, 1, 1), in ``like``'s dtype, broadcastable; None without a sink."""
+        """Sink logit of each row, in ``like``'s dtype, broadcastable to [B, H, q_len, 1]; None without a sink."""
         if self.sink is None:
             return None
         env = environment((shape[0], shape[1], shape[2], shape[3]), tensors, scalars)
-        env |= {s: torch.arange(n, device=like.device).view(*at) for s, n, at in ((B, shape[0], (-1, 1, 1, 1)), (H, shape[1], (1, -1, 1, 1)))}
+        env |= {
+            s: torch.arange(n, device=like.device).view(*at)
+            for s, n, at in ((B, shape[0], (-1, 1, 1, 1)), (H, shape[1], (1, -1, 1, 1)), (Q, shape[2], (1, 1, -1, 1)))
+        }
         value = torch.as_tensor(symbolic.evaluate(self.sink, env), device=like.device)
         return value.to(like.dtype).expand(*value.shape, *(1,) * (4 - value.dim()))
 

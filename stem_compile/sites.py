@@ -120,7 +120,8 @@ class AttentionSite:
 
     node: the node whose value it is. q: [B, H, q_len, d], k: [B, Hk, kv_len, d], v: [B, Hk, kv_len, dv] with native key heads.
     mask_node: the mask tensor of the graph, None without one. logits, product: input of the softmax and the raw q.k that it comes from, where the
-    attention is written out; mods: flex_attention's functions. result: steps that give ``node``'s layout from [B, H, q_len, dv].
+    attention is written out; gate: logit [B, H, q_len] of a sink written as a gate on the output; mods: flex_attention's functions.
+    result: steps that give ``node``'s layout from [B, H, q_len, dv].
     mask: what it means; None until analyze_masks.
     score: what happens to scaled products. tensors, scalars: graph values of T0.. and S0.. scale: float factor of q.k.
     kernel: set by lower. index: position among the graph's attentions.
@@ -134,6 +135,7 @@ class AttentionSite:
     mask_node: fx.Node | None = None
     logits: fx.Node | None = None
     product: fx.Node | None = None
+    gate: fx.Node | None = None
     mods: Mods | None = None
     result: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     mask: Mask | None = None

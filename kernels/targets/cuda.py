@@ -20,6 +20,7 @@ from stem_compile.kernels import cache, device_selection
 from stem_compile.kernels.arguments import arguments
 from stem_compile.kernels.spec import DTYPES, KernelSpec, template_of
 from stem_compile.scores import decode as decode_score
+from stem_compile.symbolic import Q
 
 HEAD_DIMS = range(16, 257)
 LOG2E = 1.4426950408889634
@@ -137,6 +138,9 @@ def _spec(template: str, dtype: str, head_dim: int, value_dim: int, mask: str, s
 def kernel_name(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: str, spec: str, score: str = "") -> str:
     """Name of the attention kernel for (fake) tensors: Hopper's where the device and the shape allow, else the portable one."""
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        return ops.REFERENCE
+    sink = decode_score(score).sink
+    if sink is not None and sink.has(Q):  # the kernels read one logit a head
         return ops.REFERENCE
     hopper = _attention_spec("hopper", q, v, mask, spec, score)
     if _capability(q.device)[0] == 9 and hopper_config(hopper) is not None:

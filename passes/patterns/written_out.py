@@ -40,14 +40,48 @@ def match(node: fx.Node) -> AttentionSite | Rejected | None:
     if len(products) > 1:
         return Rejected(node, Reason.SHAPE, f"scores add up {len(products)} products")
     product = products[0]
+    gate = None
     if escape := _escapes(product, node):
-        return Rejected(node, Reason.ESCAPES, escape.name)
+        gated = _gated(escape, logits, found)
+        if gated is None:
+            return Rejected(node, Reason.ESCAPES, escape.name)
+        gate, found = gated
     shape = value(logits).shape
     heads = shape[1] if len(shape) == 4 else None
-    left, right, last = _operands(product, heads), _values(found, heads), found
+    last = found if gate is None else _product_under(found)
+    left, right = _operands(product, heads), _values(last, heads)
     if left is None or right is None:
         return Rejected(node, Reason.SHAPE, f"{product.name} {tuple(map(str, value(product).shape))} and {last.name} {tuple(map(str, value(last).shape))}")
-    return AttentionSite(last, *left, right[0], 1.0, logits=logits, product=product, result=right[1])
+    return AttentionSite(found, *left, right[0], 1.0, logits=logits, product=product, gate=gate, result=right[1])
+
+
+def _gated(reader: fx.Node, logits: fx.Node, last: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(g, the node of ``out * sigmoid(logsumexp(logits) - g)``) where ``reader`` is that logsumexp: a sink written as a gate."""
+    op = normalize.read(reader)
+    if op is None or op.name != "logsumexp" or op["dim"] not in (-1, (-1,), [-1]) or op["keepdim"] or op["input"] is not logits:
+        return None
+    node, gate, seen = reader, None, ["logsumexp"]
+    while len(node.users) == 1:
+        user = next(iter(node.users))
+        step = normalize.read(user)
+        if step is None:
+            return None
+        if step.name == "sub" and step["input"] is node and step["alpha"] == 1 and isinstance(step["other"], fx.Node):
+            gate = step["other"]
+        elif step.name == "mul" and seen[-1] == "unsqueeze":
+            other = step["other"] if step["input"] is node else step["input"]
+            whole = gate is not None and "sigmoid" in seen and other is last and len(last.users) == 1
+            return (gate, user) if whole and gate is not None else None
+        elif step.name not in ("to", "float", "sigmoid", "unsqueeze"):
+            return None
+        if step.name in ("sub", "sigmoid", "unsqueeze"):
+            seen.append(step.name)
+        node = user
+    return None
+
+
+def _product_under(gated: fx.Node) -> fx.Node:
+    return next(n for n in gated.all_input_nodes if normalize.spelling(n) in PRODUCTS)
 
 
 def _unshifted(logits: fx.Node) -> fx.Node:
@@ -131,9 +165,32 @@ def _weighted(softmax: fx.Node) -> fx.Node | Rejected | None:
         elif op.name in _RESHAPING:
             if not _keeps_scores(node, user):
                 return None
+        elif op.name == "masked_fill" and _is_zero(op["value"]) and _fills(softmax, op["mask"]):
+            pass  # hidden keys have no weight already
         elif op.name not in _PASSING:
             return Rejected(softmax, Reason.ESCAPES, f"{user.name} changes the weights after the softmax") if _leads_on(user) else None
         node = user
+
+
+def _is_zero(number: Any) -> bool:
+    op = normalize.read(number)
+    return value(number if op is None else op.args.get("data")) == 0 if op is None or op.name in ("tensor", "scalar_tensor") else False
+
+
+def _fills(softmax: fx.Node, mask: Any) -> bool:
+    """Whether the logits were filled by the same mask."""
+    op = normalize.read(softmax)
+    op = None if op is None else normalize.read(op["input"])
+    return op is not None and op.name == "masked_fill" and _alike(op["mask"], mask)
+
+
+def _alike(a: Any, b: Any, depth: int = 4) -> bool:
+    """Whether two nodes compute the same from the same."""
+    if a is b or not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+        return bool(a is b or (not isinstance(a, fx.Node) and a == b))
+    if not depth or a.op != b.op or a.target != b.target or normalize.mutates(a) or normalize.read(a) is None or a.kwargs != b.kwargs:
+        return False
+    return len(a.args) == len(b.args) and all(_alike(x, y, depth - 1) for x, y in zip(a.args, b.args))
 
 
 def _leads_on(node: fx.Node) -> bool:
