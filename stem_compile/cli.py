@@ -17,3 +17,7 @@ def main() -> None:
     except Mendable as error:
         print(f"stem-compile: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -154,7 +154,7 @@ def check(
     properties: Annotated[list[str] | None, typer.Option("--property", "-p", help="Property to check; may be repeated.", show_default="all")] = None,
     examples: Annotated[int | None, typer.Option(help="Examples of each property.", show_default="its own number; 2 for large models", min=1)] = None,
     minutes: Annotated[
-        float | None, typer.Option(help="Time after which each property tries one example only.", show_default="3 for large models, else no limit", min=0)
+        float | None, typer.Option(help="Time for all examples but each property's first.", show_default="2.5 for large models, else no limit", min=0)
     ] = None,
     expected: Annotated[int | None, typer.Option(help="Attentions that must be rewritten.", show_default="all")] = None,
     text: Annotated[Path | None, typer.Option(help="Text for the fidelity report.", show_default="random tokens")] = None,

@@ -50,6 +50,10 @@ class Inputs:
         """One batch row alone."""
         return self.tensors(lambda x: packed(x[index : index + 1]) if x.dim() and len(x) == batch else x)
 
+    def unpadded(self) -> Inputs:
+        """Without the mask and the positions that padding needs."""
+        return Inputs(self.args, {k: v for k, v in self.kwargs.items() if k not in ("attention_mask", "position_ids")})
+
     def spliced(self, other: Inputs, at: int, length: int) -> Inputs:
         """These tokens up to ``at``, the other's from there."""
         mine, theirs = ([x for x in torch.utils._pytree.tree_leaves((i.args, i.kwargs)) if isinstance(x, torch.Tensor)] for i in (self, other))

@@ -17,8 +17,8 @@ from stem_compile.testing.search import Progress, attempt, search
 from stem_compile.testing.subject import Subject
 from stem_compile.testing.violation import Measure
 
-FEW, SECONDS = 2, 180.0
-"""Examples of each property, and time after which no further one is begun, for large models."""
+FEW, SECONDS = 2, 150.0
+"""Examples of each property, and time in which all must end but each property's first, for large models."""
 
 
 def check_model(
@@ -40,8 +40,8 @@ def check_model(
     make_inputs: a function (batch, length, seed) -> inputs, a Hypothesis strategy of inputs, or an example batch; inputs are a tensor, a tuple of
     arguments, a dict of keyword arguments, or a pair of both, in [batch, length, ...] order. None derives them from a transformers config or from forward's
     signature. options: of the backend; those not given are set small (``subject.SMALL``), so that short prompts are sparse. properties: names, None for
-    all; max_examples: of each property, None for its own number (``FEW`` for large models). seconds: time after which each further property tries one
-    example only, and the report says where more were wanted; None is no limit (``SECONDS`` for large models). expected: number of attentions that must be
+    all; max_examples: of each property, None for its own number (``FEW`` for large models). seconds: time for all that each property tries beyond its
+    first example, and the report says where more were wanted; None is no limit (``SECONDS`` for large models). expected: number of attentions that must be
     rewritten, None for all. text: token ids [1, N] for the fidelity report; bounds: the most of its measures, such as {"nll change": 0.05}. seed: same
     seed, same examples. progress: told of every example.
 

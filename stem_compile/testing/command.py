@@ -19,10 +19,13 @@ from stem_compile.testing import check_model
 from stem_compile.testing.inputs import NoInputs
 from stem_compile.testing.report import MARKS, Report
 
+WEIGHTS = (".safetensors", ".bin", ".gguf")
+
 
 def model_of(target: str, device: str, dtype: torch.dtype) -> tuple[torch.nn.Module, Any]:
     """(model, make_inputs) of a transformers id or folder, a GGUF file or a folder with one, or ``package.module:factory``.
 
+    A folder with a config.json and no weights gives random ones, the same every time.
     factory() gives a model, or (model, make_inputs) with a function or an example batch as in ``check_model``; factory(tokens) gives (model, args) or
     (model, args, kwargs), which are an example batch. Raises Mendable.
     """
@@ -34,7 +37,23 @@ def model_of(target: str, device: str, dtype: torch.dtype) -> tuple[torch.nn.Mod
         if len(files) != 1:
             raise Mendable(f"{target}: a folder with a config.json or exactly one .gguf file, not {len(files)}")
         target = str(files[0])
+    elif path.is_dir() and not any(f.suffix in WEIGHTS for f in path.iterdir()):
+        return _random(target, device, dtype), None
     return load(target, device, dtype).model, None
+
+
+def _random(folder: str, device: str, dtype: torch.dtype) -> torch.nn.Module:
+    need("transformers")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        torch.manual_seed(0)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise Mendable(f"{folder}: {str(error).splitlines()[0]}") from error
+    model.config.name_or_path = f"{folder}, random weights"
+    return model.to(device, dtype).eval()  # type: ignore[no-any-return]
 
 
 def _made(target: str, device: str, dtype: torch.dtype) -> tuple[torch.nn.Module, Any]:

@@ -32,7 +32,7 @@ class Failure:
 class Result:
     """One property. worst: largest error relative to its budget. facts: means over the examples. verdict: a key of ``MARKS``.
 
-    wanted: examples that would have been tried with more time; 0 where time did not run out.
+    note: what else its facts need to be understood. wanted: examples that would have been tried with more time; 0 where time did not run out.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Result:
     worst: float = 0.0
     facts: dict[str, float] = field(default_factory=dict)
     reason: str = ""
+    note: str = ""
     seconds: float = 0.0
     failure: Failure | None = None
 
@@ -56,7 +57,7 @@ class Result:
         """What else a reader wants to know, in a line."""
         if self.failure is not None:
             return self.failure.message.splitlines()[0]
-        return self.reason if self.verdict == "not applicable" else ", ".join(f"{k} {v:.3g}" for k, v in self.facts.items())
+        return self.reason if self.verdict == "not applicable" else ", ".join([*(f"{k} {v:.3g}" for k, v in self.facts.items()), *filter(None, [self.note])])
 
 
 @dataclass

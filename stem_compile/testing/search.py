@@ -45,7 +45,7 @@ class _Search:
         self.subject, self.module, self.progress = subject, module, progress
         self.until = time.monotonic() + (float("inf") if seconds is None else seconds)
         self.shrinking = SHRINK_SECONDS if seconds is None else min(SHRINK_SECONDS, max(seconds, 1.0))
-        self.skipped = False
+        self.skipped, self.slowest = False, 0.0
         self.measures: list[Measure] = []
         self.reason, self.tried, self.needed, self.shrinks = "", 0, 0, 0
         self.failure: tuple[Case, Violation] | None = None
@@ -61,9 +61,10 @@ class _Search:
             self.shrinks += 1
             if self.shrinks > SHRINKS or time.monotonic() - self.failed_at > self.shrinking:
                 return
-        elif self.tried and time.monotonic() > self.until:
+        elif self.tried and time.monotonic() + self.slowest > self.until:
             self.skipped = True
             return
+        begun = time.monotonic()
         try:
             measure, violation = attempt(self.subject, self.module, case), None
         except Inapplicable as error:
@@ -73,6 +74,7 @@ class _Search:
             measure, violation = None, error
         if self.failure is None:
             self.tried += 1
+            self.slowest = max(self.slowest, time.monotonic() - begun)
             self.progress(self.tried)
             if measure is not None:
                 self.measures.append(measure)
@@ -92,7 +94,8 @@ class _Search:
 def search(
     subject: Subject, module: ModuleType, examples: int, seed: int, progress: Progress | None = None, shrink: bool = True, seconds: float | None = None
 ) -> Result:
-    """The result of one property on ``examples`` examples. shrink: whether to look for a smaller one that fails. seconds: no further example after these."""
+    """The result of one property on ``examples`` examples. shrink: whether to look for a smaller one that fails. seconds: no further example that would
+    end after these."""
     import hypothesis
 
     begun = time.monotonic()
@@ -123,6 +126,7 @@ def search(
     result.examples, result.seconds = state.tried, time.monotonic() - begun
     result.worst = max((m.worst for m in state.measures), default=0.0)
     result.facts = _averages(state.measures)
+    result.note = module.note(subject) if hasattr(module, "note") else ""
     if violation is not None:
         case = state.failure[0] if state.failure is not None else None
         result.verdict = "fail"

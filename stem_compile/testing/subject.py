@@ -89,11 +89,11 @@ class Subject:
         self._compiled: dict[Any, Any] = {}
         self._ran: list[AttentionSite | Rejected] = []
         self._around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
-        self.inputs = functools.lru_cache(maxsize=64)(self.source.make)
+        self.inputs = functools.lru_cache(maxsize=64)(self._cached if self.large else self.source.make)
         # Logits of a large model are hundreds of megabytes.
         self.own = functools.lru_cache(maxsize=6 if self.large else 8)(self.run_eager)
         self._kept = functools.lru_cache(maxsize=3)(self.run)
-        self.golden_of = functools.lru_cache(maxsize=3 if self.large else 8)(self._golden_of)
+        self.golden_of = functools.lru_cache(maxsize=4 if self.large else 8)(self._golden_of)
         self._twin = functools.cache(lambda: golden_copy(self.model))
 
     @property
@@ -119,6 +119,11 @@ class Subject:
         """The model's own output, computed anew."""
         with torch.no_grad():
             return primary(self.model(*given.args, **given.kwargs))
+
+    def _cached(self, case: Case) -> Inputs:
+        """What a case makes, with the cache that chunks need, so that they share its graph."""
+        made = self.source.make(case)
+        return dataclasses.replace(made, kwargs=made.kwargs | {"use_cache": True}) if "cache" in self.source.can else made
 
     def text_inputs(self) -> Inputs:
         """The user's text."""

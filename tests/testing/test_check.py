@@ -144,6 +144,24 @@ def test_the_exit_status_is_the_verdict(factory: str, status: int, tmp_path: Pat
     assert (tmp_path / "report.html").exists()
 
 
+def test_a_folder_with_a_config_alone_gets_random_weights(tmp_path: Path) -> None:
+    typer = pytest.importorskip("typer.testing")
+    from stem_compile import commands
+
+    transformer("qwen3").config.save_pretrained(tmp_path)
+    done = typer.CliRunner().invoke(commands.app, ["check", str(tmp_path), "-p", "coverage", "--examples", "1"])
+    assert done.exit_code == 0, done.output
+    assert "PASS: 1 property holds over 1 example." in done.stdout
+    assert "random weights" in " ".join(done.stdout.split())
+
+
+def test_a_limit_of_time_is_told() -> None:
+    report = check_model(plain(), properties=CHEAP, max_examples=3, seconds=0)
+    assert report.passed
+    assert [r.tried for r in report.results] == ["1 of 3"] * 3
+    assert report.verdict == "PASS: 3 properties hold over 3 examples; 3 cut short by the time limit."
+
+
 def test_json_is_all_that_is_printed() -> None:
     typer = pytest.importorskip("typer.testing")
     from stem_compile import commands

@@ -4,6 +4,7 @@
 ``EXAMPLES``                      examples by default
 ``cases(subject) -> strategy``    what to try; raises Inapplicable when the property says nothing about the subject
 ``check(subject, case) -> Measure``   raises Violation when it does not hold, Inapplicable when the example says nothing
+``note(subject) -> str``          optional: what a reader needs to know of its facts
 ``finish(subject, measures)``     optional: what must hold over all examples together
 
 Its docstring is the definition, with the reason why one wants it to hold.

@@ -7,6 +7,7 @@ that agree up to a block's end must agree in their outputs up to there.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from stem_compile.testing import numerics
@@ -38,11 +39,12 @@ def cases(subject: Subject) -> Any:
 
 
 def check(subject: Subject, case: Case) -> Measure:
-    here = subject.inputs(case)
+    whole = dataclasses.replace(case, cut=0)
+    here = subject.inputs(whole)
     other = subject.inputs(Case(case.length, case.batch, case.seed + 1000, style=case.style))
     changed = here.spliced(other, case.cut, case.length)
-    allowed = subject.budget(case)
+    allowed = subject.budget(whole)
     own_holds(subject, here, changed, lambda x: x[:, : case.cut], lambda x: x[:, : case.cut], allowed)
-    first, second = subject.run(here).output, subject.run(changed).output
+    first, second = subject.run_of(whole).output, subject.run(changed).output
     found = numerics.gap(second[:, : case.cut], first[:, : case.cut], allowed)
     return require(found, f"tokens from {case.cut} on changed the output before them")

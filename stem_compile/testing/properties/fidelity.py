@@ -52,6 +52,10 @@ def check(subject: Subject, case: Case) -> Measure:
     return Measure(facts=facts)
 
 
+def note(subject: Subject) -> str:
+    return "on random tokens, which tell little: give a text" if subject.text is None else "on your text"
+
+
 def distance(dense: torch.Tensor, sparse: torch.Tensor, ids: torch.Tensor) -> dict[str, float]:
     """dense, sparse: logits [B, N, vocabulary]. NLLs and KL in nats a token; top-1: part of the positions where both prefer the same token."""
     p, q = (F.log_softmax(x[:, :-1].float(), -1) for x in (dense, sparse))

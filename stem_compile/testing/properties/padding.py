@@ -47,7 +47,7 @@ def alone(inputs: Inputs, case: Case) -> Inputs:
     """The last row's own tokens. Positions stay, the mask goes: it would be all ones."""
     kept = slice(case.pad, None) if case.side == "left" else slice(0, case.length - case.pad)
     row = inputs.row(case.batch - 1, case.batch).tensors(lambda x: packed(x[:, kept]) if x.dim() > 1 and x.shape[1] == case.length else x)
-    return Inputs(row.args, {k: v for k, v in row.kwargs.items() if k not in ("attention_mask", "position_ids")})
+    return row.unpadded()
 
 
 def check(subject: Subject, case: Case) -> Measure:
@@ -62,7 +62,7 @@ def check(subject: Subject, case: Case) -> Measure:
     own_holds(subject, padded, single, last, lambda x: x, allowed)
     on_grid = case.side == "right" or case.pad % subject.block == 0
     changes: dict[str, Any] = {} if on_grid else {"budget": 1.0}
-    run = subject.run(padded, **changes)
+    run = subject.run(padded, **changes) if changes else subject.run_of(case)
     wanted = [_cut(dense, subject, case) for dense in dense_of(run.made)] if on_grid else []
     what = f"the row with {case.pad} pads on the {case.side}, alone"
     lone = subject.run(single, forced(wanted, what) if on_grid else None, **changes)
