@@ -49,7 +49,8 @@ type: input dtype=None | type_as: input other
 where: condition input other | masked_fill: input mask value | tril: input diagonal=0 | triu: input diagonal=0
 cumsum: input dim dtype=None | diff: input n=1 dim=-1 prepend=None append=None | cat: tensors dim=0 | stack: tensors dim=0
 all: input dim=None keepdim=False | any: input dim=None keepdim=False | sum: input dim=None keepdim=False | size: input dim=None | numel: input
-sigmoid: input | logsumexp: input dim keepdim=False | tanh: input | exp: input | log: input | sqrt: input | rsqrt: input | flip: input *dims | select: input dim index | narrow: input dim start length
+sigmoid: input | logsumexp: input dim keepdim=False
+tanh: input | exp: input | log: input | sqrt: input | rsqrt: input | flip: input *dims | select: input dim index | narrow: input dim start length
 max: input dim=None keepdim=False | amax: input dim=None keepdim=False | nan_to_num: input nan=None posinf=None neginf=None | bfloat16: input
 matmul: input other | bmm: input other | baddbmm: input batch1 batch2 beta=1 alpha=1 | einsum: equation *operands
 softmax: input dim=None dtype=None | dropout: input p=0.5 training=True inplace=False | view_as: input other | reshape_as: input other

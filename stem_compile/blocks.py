@@ -157,18 +157,19 @@ def _extremes(values: torch.Tensor, widths: Sequence[int | None]) -> Any:
 
     def load(*index: tuple[Any, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         low, high = values, values
+        # At least one dimension each: a 0-d index would be read back to the host.
         where: list[torch.Tensor] = []
         for dim, (start, end) in enumerate(index):
             if values.shape[dim] == 1:
-                where.append(torch.zeros((), dtype=torch.long, device=values.device))
+                where.append(torch.zeros(1, dtype=torch.long, device=values.device))
             elif start is end:
-                where.append(symbolic.as_tensor(start, values.device).clamp(0, values.shape[dim] - 1))
+                where.append(torch.atleast_1d(symbolic.as_tensor(start, values.device)).clamp(0, values.shape[dim] - 1))
             elif isinstance(start, torch.Tensor) and isinstance(end, torch.Tensor) and (width := widths[dim]) is not None:
                 low, high = _pooled(low, dim, start, end, width, torch.amin), _pooled(high, dim, start, end, width, torch.amax)
                 where.append(torch.arange(start.numel(), device=values.device).view(start.shape))
             else:
                 low, high = low.amin(dim, keepdim=True), high.amax(dim, keepdim=True)
-                where.append(torch.zeros((), dtype=torch.long, device=values.device))
+                where.append(torch.zeros(1, dtype=torch.long, device=values.device))
         return _signed(low[tuple(where)]), _signed(high[tuple(where)])
 
     return load

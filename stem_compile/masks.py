@@ -97,7 +97,9 @@ def environment(shape: tuple[int, int, int, int], tensors: Sequence[torch.Tensor
 def _loader(values: torch.Tensor) -> Any:
     def load(*index: Any) -> torch.Tensor:
         # Broadcast dimensions are read at 0; out-of-range reads are another conjunct's business, so clamp like a masked load.
-        return values[tuple(symbolic.as_tensor(i, values.device).clamp(0, n - 1) for i, n in zip(index, values.shape, strict=True))]
+        # At least one dimension each: a 0-d index would be read back to the host.
+        places = (torch.atleast_1d(symbolic.as_tensor(i, values.device)) for i in index)
+        return values[tuple(i.clamp(0, n - 1) for i, n in zip(places, values.shape, strict=True))]
 
     return load
 

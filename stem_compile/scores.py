@@ -80,10 +80,8 @@ class Score:
         if self.sink is None:
             return None
         env = environment((shape[0], shape[1], shape[2], shape[3]), tensors, scalars)
-        env |= {
-            s: torch.arange(n, device=like.device).view(*at)
-            for s, n, at in ((B, shape[0], (-1, 1, 1, 1)), (H, shape[1], (1, -1, 1, 1)), (Q, shape[2], (1, 1, -1, 1)))
-        }
+        places = ((B, shape[0], (-1, 1, 1, 1)), (H, shape[1], (1, -1, 1, 1)), (Q, shape[2], (1, 1, -1, 1)))
+        env |= {s: torch.arange(n, device=like.device).view(*at) for s, n, at in places}
         value = torch.as_tensor(symbolic.evaluate(self.sink, env), device=like.device)
         return value.to(like.dtype).expand(*value.shape, *(1,) * (4 - value.dim()))
 
