@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import fx
 
 from stem_compile.passes import normalize
-from stem_compile.sites import AttentionSite, Reason, Rejected, View, value
+from stem_compile.passes.products import PRODUCTS, factors, operands, weighted_values
+from stem_compile.sites import AttentionSite, Reason, Rejected, value
 
-Steps = tuple[tuple[str, tuple[Any, ...]], ...]
-PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
 _PASSING = ("to", "type", "type_as", "float", "half", "double", "bfloat16", "contiguous", "clone", "detach", "alias", "nan_to_num")
 _RESHAPING = ("view", "reshape", "flatten", "squeeze", "unsqueeze")
 
@@ -49,7 +48,7 @@ def match(node: fx.Node) -> AttentionSite | Rejected | None:
     shape = value(logits).shape
     heads = shape[1] if len(shape) == 4 else None
     last = found if gate is None else _product_under(found)
-    left, right = _operands(product, heads), _values(last, heads)
+    left, right = operands(product, heads), weighted_values(last, heads)
     if left is None or right is None:
         return Rejected(node, Reason.SHAPE, f"{product.name} {tuple(map(str, value(product).shape))} and {last.name} {tuple(map(str, value(last).shape))}")
     return AttentionSite(found, *left, right[0], 1.0, logits=logits, product=product, gate=gate, result=right[1])
@@ -123,7 +122,7 @@ def _products(logits: fx.Node) -> list[fx.Node]:
         if op is None:
             continue
         if op.name in PRODUCTS:
-            if value(node).dim() >= 2 and str(value(node).shape[-2]) == length and all(value(n).dim() >= 2 for n in _factors(op)):
+            if value(node).dim() >= 2 and str(value(node).shape[-2]) == length and all(value(n).dim() >= 2 for n in factors(op)):
                 found.append(node)
             continue
         if op.name in readers():
@@ -131,15 +130,6 @@ def _products(logits: fx.Node) -> list[fx.Node]:
             seen.update(inputs)
             frontier.extend(inputs)
     return sorted(found)
-
-
-def _factors(op: normalize.Op) -> tuple[fx.Node, fx.Node]:
-    if op.name == "einsum":
-        operands = op["operands"]
-        return (operands[0], operands[1]) if len(operands) == 2 else (operands[0], operands[0])
-    if op.name == "baddbmm":
-        return op["batch1"], op["batch2"]
-    return op["input"], op["other"]
 
 
 def _weighted(softmax: fx.Node) -> fx.Node | Rejected | None:
@@ -158,7 +148,7 @@ def _weighted(softmax: fx.Node) -> fx.Node | Rejected | None:
             if op["p"] and op["training"]:
                 return Rejected(softmax, Reason.DROPOUT, f"p={op['p']}")
         elif op.name in PRODUCTS:
-            return user if _factors(op)[0] is node else None
+            return user if factors(op)[0] is node else None
         elif op.name == "getitem":
             if not _drops_last(op["index"], value(node), value(user)):
                 return None
@@ -238,85 +228,6 @@ def _reads_shape(user: fx.Node, node: fx.Node) -> bool:
     """Whether ``user`` takes only shape, dtype or device from ``node``."""
     op = normalize.read(user)
     return op is not None and op.name in normalize.LIKE and ("other" not in op.args or op["input"] is not node)
-
-
-def _operands(product: fx.Node, heads: Any) -> tuple[View, View] | None:
-    """(queries [B, H, q_len, d], keys [B, Hk, kv_len, d]) of the scores' product."""
-    op = normalize.read(product)
-    assert op is not None
-    first, second = _factors(op)
-    if op.name == "einsum":
-        letters = _letters(op)
-        if letters is None:
-            return None
-        a, b, out = letters
-        if out[-2] not in a:
-            first, second, a, b = second, first, b, a
-        inner = [c for c in a if c in b and c not in out]
-        orders = [_order(side, [*out[:-2], end, *inner]) for side, end in ((a, out[-2]), (b, out[-1]))]
-        if len(inner) != 1 or None in orders:
-            return None
-        made = [View(n, () if o == tuple(range(len(o))) else (("permute", (o,)),)) for n, o in zip((first, second), orders) if o is not None]
-    else:
-        made = [View(first), View(second, (("transpose", (-1, -2)),))]
-    q, k = (_in_four(x, value(x.node).dim(), heads) for x in made)
-    return None if q is None or k is None else (q, k)
-
-
-def _values(last: fx.Node, heads: Any) -> tuple[View, Steps] | None:
-    """(values [B, Hk, kv_len, dv], steps from [B, H, q_len, dv] to the product's own layout)."""
-    op = normalize.read(last)
-    assert op is not None
-    second, rank = _factors(op)[1], value(last).dim()
-    steps: Steps = ()
-    made = View(second)
-    if op.name == "baddbmm":
-        return None
-    if op.name == "einsum":
-        letters = _letters(op)
-        if letters is None:
-            return None
-        a, b, out = letters
-        width = [c for c in b if c not in a]
-        order, back = _order(b, [*a[:-2], a[-1], *width]), _order([*a[:-1], *width], list(out))
-        if len(width) != 1 or order is None or back is None:
-            return None
-        made = View(second, () if order == tuple(range(len(order))) else (("permute", (order,)),))
-        steps = () if back == tuple(range(len(back))) else (("permute", (back,)),)
-    values = _in_four(made, value(second).dim(), heads)
-    if values is None:
-        return None
-    if rank == 3:
-        steps = ((("flatten", (0, 1)),) if heads is not None else (("squeeze", (0,)),)) + steps
-    elif rank == 2:
-        steps = (("squeeze", (0,)), ("squeeze", (0,)), *steps)
-    return values, steps
-
-
-def _letters(op: normalize.Op) -> tuple[list[str], list[str], list[str]] | None:
-    equation = str(op["equation"]).replace(" ", "")
-    left, arrow, out = equation.partition("->")
-    sides = left.split(",")
-    if not arrow or "." in equation or len(sides) != 2 or len(op["operands"]) != 2 or any(len(set(s)) != len(s) for s in (*sides, out)):
-        return None
-    return list(sides[0]), list(sides[1]), list(out)
-
-
-def _order(have: list[str], want: list[str]) -> tuple[int, ...] | None:
-    return tuple(have.index(c) for c in want) if sorted(have) == sorted(want) else None
-
-
-def _in_four(view: View, rank: int, heads: Any) -> View | None:
-    """The view as [B, H, N, d]. Three dimensions are (batch * heads, N, d) where the logits had four, else heads alone."""
-    if rank == 4:
-        return view
-    if rank == 3 and heads is not None:
-        return View(view.node, (("unflatten", (0, (-1, int(heads)))), *view.steps))
-    if rank == 3:
-        return View(view.node, (*view.steps, ("unsqueeze", (0,))))
-    if rank == 2 and heads is None:
-        return View(view.node, (*view.steps, ("unsqueeze", (0,)), ("unsqueeze", (0,))))
-    return None
 
 
 def _qkv(heads: int = 4, kv_heads: int = 4, n: int = 70) -> tuple[torch.Tensor, ...]:
