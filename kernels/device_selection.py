@@ -12,7 +12,7 @@ import torch
 
 from stem_compile import ops, selection
 from stem_compile.blocks import candidates, causal_offset, cdiv, first_visible, key_visible, split, unbanded
-from stem_compile.kernels import cache
+from stem_compile.kernels import cache, device
 from stem_compile.kernels.arguments import arguments
 from stem_compile.kernels.spec import DTYPES, KernelSpec
 from stem_compile.masks import decode
@@ -195,7 +195,7 @@ class _KeySide:
                 last.append(_slots(copy, stride, tile, config["STEP"]))
             sides.append(described or last[side])
             last += [described] * (side + 1 - len(last))
-        module.peak[(min(items, _multiprocessors(q.device)),)](
+        module.peak[(min(items, device.multiprocessors(q.device)),)](
             *sides, *last, self.value, scores, items, tiles, row_tiles, column_tiles, *tails, *sizes, RAGGED=ragged, **config
         )
 
@@ -212,7 +212,7 @@ RAGGED_PEAKS = {"CONSUMERS": 2, "COLUMNS": 256, "STEP": 64, "STAGES": 4, "num_wa
 def cell_config(q: torch.Tensor, k: torch.Tensor, visible: torch.Tensor | None, stride: int) -> dict[str, Any]:
     """Launch configuration of the cell scores: tiles by TMA (Hopper and later) where every group of tokens is whole and visible."""
     whole = visible is None and q.shape[2] % stride == 0 and k.shape[2] % stride == 0
-    bulk = whole and q.element_size() == 2 and q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device)[0] >= 9
+    bulk = whole and q.element_size() == 2 and device.capability(q.device)[0] >= 9
     if bulk and all(x.data_ptr() % 16 == 0 and all(step % 8 == 0 and step > 0 for step in x.stride()[:3]) for x in (q, k)):
         return {**CELLS, "BULK": True}
     tile, inner = (128, 64) if q.element_size() == 2 else (64, 32)
@@ -228,19 +228,9 @@ def _groups(x: torch.Tensor, stride: int, groups: int, columns: int) -> Any:
     return TensorDescriptor(x, [batch, heads, length // stride, stride, width], [b, h, n * stride, n, 1], [1, 1, groups, 1, columns])
 
 
-@functools.cache
-def _hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def peaks_on_hopper(q: torch.Tensor, k: torch.Tensor, visible: torch.Tensor | None) -> bool:
     """Whether the Hopper template scores cells: 16-bit tensors that TMA can address, no key hidden by padding."""
-    if visible is not None or q.element_size() != 2 or q.shape[-1] % 8 or not _hopper(q.device):
+    if visible is not None or q.element_size() != 2 or q.shape[-1] % 8 or device.capability(q.device)[0] != 9:
         return False
     return all(x.data_ptr() % 16 == 0 and all(step % 8 == 0 and step > 0 for step in x.stride()[:3]) for x in (q, k))
 

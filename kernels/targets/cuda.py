@@ -16,7 +16,7 @@ from triton.runtime.errors import OutOfResources
 
 from stem_compile import ops, selection
 from stem_compile.blocks import cdiv
-from stem_compile.kernels import cache, device_selection
+from stem_compile.kernels import cache, device, device_selection
 from stem_compile.kernels.arguments import arguments
 from stem_compile.kernels.spec import DTYPES, KernelSpec, template_of
 from stem_compile.scores import decode as decode_score
@@ -32,18 +32,13 @@ select = device_selection.select
 
 @dataclass(frozen=True)
 class Config:
-    """Launch configuration: keys a tile, pipeline stages, warps; portable template: queries a program (0: a whole block), TMA."""
+    """Launch configuration: keys a tile, pipeline stages, warps. Portable template: queries a program (0: a whole block), TMA."""
 
     tile: int
     stages: int
     warps: int
     rows: int = 0
     bulk: bool = False
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.hip is None else (0, 0)
 
 
 def _padded(dim: int) -> int:
@@ -56,7 +51,7 @@ def hopper_config(spec: KernelSpec) -> Config | None:
     d, dv = _padded(spec.head_dim), _padded(spec.value_dim)
     if spec.dtype == "fp32" or spec.block_q not in (64, 128) or max(d, dv) > 256 or spec.head_dim % 8 or spec.value_dim % 8 or spec.block_k < 32:
         return None
-    tile = min(spec.block_k, 128 if max(d, dv) <= 128 else 64)
+    tile = 128 if max(d, dv) <= 128 else 64  # several blocks side by side where they are smaller
     # Beside the tiles: barriers, and scratch in which a consumer turns its output into rows.
     free = SHARED_BYTES - 1024 - max(1 << 14, 64 * dv * 2) - spec.block_q * d * 2
     stages = min(4, free // (tile * (d + dv) * 2))
@@ -106,7 +101,7 @@ def _launch_portable(
     for place in range(start, len(configs)):
         c = configs[place]
         rows = c.rows or chosen.block_q
-        bulk = c.bulk and _capability(q.device)[0] >= 9 and _describable(k) and _describable(v)
+        bulk = c.bulk and device.capability(q.device)[0] >= 9 and _describable(k) and _describable(v)
         keys = (_plain_descriptor(k, c.tile), _plain_descriptor(v, c.tile)) if bulk else (k, v)
         grid = (cdiv(q.shape[2], chosen.block_q) * (chosen.block_q // rows), q.shape[0] * q.shape[1])
         try:
@@ -143,7 +138,7 @@ def kernel_name(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: str, sp
     if sink is not None and sink.has(Q):  # the kernels read one logit a head
         return ops.REFERENCE
     hopper = _attention_spec("hopper", q, v, mask, spec, score)
-    if _capability(q.device)[0] == 9 and hopper_config(hopper) is not None:
+    if device.capability(q.device)[0] == 9 and hopper_config(hopper) is not None:
         return hopper.name
     return replace(hopper, template="portable").name
 
@@ -156,7 +151,7 @@ def select_name(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: str, sp
 
 
 @functools.lru_cache(maxsize=64)
-def _tile_layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
+def _box_layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
     from triton.experimental.gluon import language as gl
 
     return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], gl.bfloat16 if dtype is torch.bfloat16 else gl.float16)
@@ -175,12 +170,14 @@ def _describable(x: torch.Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and all(size == 1 or (step % unit == 0 and step > 0) for size, step in zip(x.shape[:-1], x.stride()))
 
 
-def _descriptor(x: torch.Tensor, rows: int) -> Any:
+def _descriptor(x: torch.Tensor, rows: int, columns: int = 0) -> Any:
+    """Gluon descriptor of x [B, H, n, d] in boxes of ``rows`` tokens, and of the whole padded width or ``columns`` of it."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    columns = _padded(x.shape[-1])
-    strides = [x.stride(i) if x.shape[i] > 1 else x.shape[-2] * columns for i in range(3)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, columns], _tile_layout(rows, columns, x.dtype))
+    width = _padded(x.shape[-1])
+    columns = columns or width
+    strides = [x.stride(i) if x.shape[i] > 1 else x.shape[-2] * width for i in range(3)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, columns], _box_layout(rows, columns, x.dtype))
 
 
 def attend(
@@ -209,10 +206,10 @@ def attend(
     if template == "hopper":
         config = config or hopper_config(chosen)
         assert config is not None, f"no hopper configuration for {chosen}"
-        descriptors = (_descriptor(q, 64), _descriptor(k, config.tile), _descriptor(v, config.tile))
-        # One program a row: a persistent grid measured slower (docs/performance.md).
+        # A tile of several blocks comes in boxes as wide as one swizzle.
+        box = (chosen.block_k, min(64, _padded(chosen.head_dim), _padded(chosen.value_dim))) if chosen.block_k < config.tile else (config.tile, 0)
         module.attend[(items,)](
-            *descriptors, out, lse, indices, counts, out.stride()[:3], items, rows, *runtime,
+            _descriptor(q, 64), _descriptor(k, *box), _descriptor(v, *box), out, lse, indices, counts, out.stride()[:3], rows, *runtime,
             TILE=config.tile, STAGES=config.stages, LSE=lse is not None, num_warps=config.warps,
         )  # fmt: skip
     else:

@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from stem_compile.kernels import device_selection
+from stem_compile.kernels import device
 from stem_compile.kernels.targets import cuda
 from stem_compile.selection import SelectionSpec
 
@@ -68,8 +68,8 @@ def main() -> None:
         return kernel
 
     JITFunction.run = warm_up
-    device_selection._hopper = lambda device: True
-    device_selection._multiprocessors = lambda device: 132
+    device.capability = lambda device: (9, 0)
+    device.multiprocessors = lambda device: 132
     pad, head = torch.ones(1, 8192, dtype=torch.bool), torch.ones(2)
     padded, window, left = "(kv <= q + S0) & Ne(T0(b, kv), 0)", "(kv <= q) & (kv > q - 1024)", "Eq(FloorDiv(q - T0(b), 2048), FloorDiv(kv - T0(b), 2048))"
     softcap, bias = "50.0*tanh(0.02*s)", torch.ones(1, 2, 64, 64, dtype=torch.bfloat16)

@@ -47,7 +47,10 @@ TOLERANCE = {torch.bfloat16: 2 * 2.0**-9, torch.float16: 2 * 2.0**-12, torch.flo
 
 @dataclass(frozen=True)
 class Case:
-    """One attention with a random selection. layout: how q, k and v lie in memory. pad: "left", "right" or "holes" under PADDED. kind: of SCORES."""
+    """One attention with a random selection. layout: how q, k and v lie in memory. pad: "left", "right" or "holes" under PADDED. kind: of SCORES.
+
+    rise: how many times larger the scores of the first keys are than those of the last.
+    """
 
     q_len: int = 300
     kv_len: int = 300
@@ -68,6 +71,7 @@ class Case:
     metric: str = "paper"
     stride: int = 16
     prompt_length: int = 0
+    rise: float = 1.0
     seed: int = 0
     device: str = "cpu"
 
@@ -101,6 +105,7 @@ class Case:
         generator = torch.Generator().manual_seed(self.seed)
         q = self._tensor(generator, self.heads, self.q_len, self.head_dim)
         k = self._tensor(generator, self.key_heads, self.kv_len, self.head_dim)
+        k *= torch.linspace(self.rise, 1.0, self.kv_len, device=self.device)[:, None].to(self.dtype)
         v = self._tensor(generator, self.key_heads, self.kv_len, self.value_dim, 2.0)
         tensors: list[torch.Tensor] = []
         if "Ne(T0(b, kv), 0)" in self.mask:
@@ -161,6 +166,11 @@ def attention_error(case: Case, target: Any, kernel: str, monkeypatch: Any) -> f
     blind = (lse == -torch.inf) | bool(decode_score(case.score).sink is not None)
     assert blind[empty].all(), said + places(~blind & empty) + " (log-sum-exp without a visible key)"
     assert lse[~empty].isfinite().all(), said + places(~lse.isfinite() & ~empty) + " (log-sum-exp)"
+    if case.mask == CAUSAL and not case.kind:
+        seen = chosen.dense(case.candidates(*extra)).repeat_interleave(case.block_q, 2).repeat_interleave(case.block_k, 3)[..., : case.q_len, : case.kv_len]
+        logits = q.double() @ k.double().repeat_interleave(case.heads // case.key_heads, 1).mT * scale
+        want = logits.masked_fill(~(seen & torch.ones_like(seen).tril()), -torch.inf).logsumexp(-1)
+        assert (lse - want).abs().max() <= 1e-2 + 1e-5 * want.abs().max(), said + places((lse - want).abs() > 1e-2) + " (log-sum-exp)"
     if error >= TOLERANCE[case.dtype]:
         per_row = (out.double() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
         print(said + places(per_row > 4 * TOLERANCE[case.dtype]))

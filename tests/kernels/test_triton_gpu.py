@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stem_compile import ops
-from stem_compile.kernels import launch
+from stem_compile.kernels import device, launch
 from tests.kernels.kernel_cases import (
     ALIBI,
     BIAS,
@@ -40,6 +40,12 @@ TEMPLATES = ("portable", "hopper")
 HALF = (torch.bfloat16, torch.float16)
 SQUARE = (CAUSAL, WINDOW, DOCUMENT, CHUNKED, LEFT_CHUNKED)
 """Masks that count queries and keys alike."""
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: Any) -> None:
+    """Persistent kernels take several rows each, as they do at real sizes."""
+    monkeypatch.setattr(device, "multiprocessors", lambda _: 5)
 
 
 def check(case: Case, template: str, monkeypatch: Any) -> None:
@@ -106,6 +112,15 @@ def test_edges_cut_blocks_of_every_size(template: str, blocks: tuple[int, int], 
 @pytest.mark.parametrize("layout", ["bhnd", "bnhd", "sliced"])
 def test_blocks_and_layouts(template: str, blocks: tuple[int, int], layout: str, monkeypatch: Any) -> None:
     check(Case(900, 1100, 1, 8, 2, 64, 64, *blocks, dtype=torch.float16, mask=SCALAR, layout=layout, device="cuda"), template, monkeypatch)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128), (256, 256)])
+@pytest.mark.parametrize("dtype", HALF)
+def test_peaks_that_rise(template: str, dims: tuple[int, int], dtype: torch.dtype, monkeypatch: Any) -> None:
+    """Lists are walked from their ends: scores that grow towards the first keys raise each row's peak again and again."""
+    for rise, block_k in ((4.0, 128), (40.0, 128), (40.0, 64)):
+        check(Case(1500, 1500, 1, 4, 2, *dims, block_k=block_k, dtype=dtype, rise=rise, budget=0.6, device="cuda"), template, monkeypatch)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
