@@ -1,7 +1,7 @@
 """Turn a row of block scores into its list (``tpd.py``): budget in integers, threshold by bisection over the scores' bits, no sort.
 
-A float's bits, with the sign folded, order as unsigned integers. The largest threshold that at least ``limit`` blocks reach is found bit by
-bit; ties at the threshold go to the earlier blocks, and a prefix sum writes the chosen ones in ascending order.
+A float's bits, with the sign folded, order as unsigned integers. Between the lowest and the highest score a threshold is sought that exactly
+``limit`` blocks reach; where ties leave none, those at the threshold go to the earlier blocks. A prefix sum writes the chosen in ascending order.
 """
 
 import triton
@@ -34,6 +34,21 @@ def row_budget(row, blocks):
 
 
 # generated: end
+GUESSES = tl.constexpr(16)  # halvings between scores, which lie close to evenly, before those between their bits, which end
+
+
+@triton.jit
+def _key(score):
+    """uint32 that orders like ``score``."""
+    bits = score.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _score(key):
+    """The float of ``_key``."""
+    bits = key.to(tl.int32, bitcast=True)
+    return (bits ^ ((~bits >> 31) | -2147483648)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -102,19 +117,29 @@ def select(
             score = tl.where(score == 0.0, 0.0, score)  # -0.0 ties with 0.0
         else:
             score = tl.zeros([NB], tl.float32)
-        bits = score.to(tl.int32, bitcast=True)
-        key = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
-        key = tl.where(forced, 0xFFFFFFFF, tl.where(candidate, tl.maximum(key, 1), 0)).to(tl.uint32)
-        threshold = tl.full([], 0, tl.uint32)
-        bit = tl.full([], 0x80000000, tl.uint32)
-        for _ in tl.range(0, 32):
-            trial = threshold | bit
-            bit = bit >> 1
-            enough = tl.sum((key >= trial).to(tl.int32), 0) >= limit
-            threshold = tl.where(enough, trial, threshold)
-        above = key > threshold
-        tie = candidate & (key == threshold)
-        spare = limit - tl.sum(above.to(tl.int32), 0)
-        chosen = above | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= spare))
+        key = tl.minimum(tl.maximum(_key(score), 1), 0xFFFFFFFE)
+        free = candidate & (forced == 0)
+        wanted = limit - tl.sum(forced.to(tl.int32), 0)
+        key = tl.where(free, key, 0)
+        # At least ``wanted`` keys reach low, fewer reach high.
+        low = tl.min(tl.where(free, key, 0xFFFFFFFF), 0)
+        high = tl.max(key, 0) + 1
+        reached = tl.sum(free.to(tl.int32), 0)
+        step = 0
+        while (reached != wanted) & (high - low > 1):
+            middle = low + (high - low) // 2
+            if step < GUESSES:
+                guess = _key(0.5 * _score(low) + 0.5 * _score(high))
+                middle = tl.where((guess > low) & (guess < high), guess, middle)
+            found = tl.sum((key >= middle).to(tl.int32), 0)
+            enough = found >= wanted
+            low = tl.where(enough, middle, low)
+            reached = tl.where(enough, found, reached)
+            high = tl.where(enough, high, middle)
+            step += 1
+        above = key > low
+        tie = free & (key == low)
+        spare = wanted - tl.sum(above.to(tl.int32), 0)
+        chosen = forced | above | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= spare))
         place = tl.cumsum(chosen.to(tl.int32), 0) - 1
         tl.store(indices_ptr + where * width + place, j, mask=chosen & (place < width))
