@@ -49,7 +49,10 @@ def _chosen(hides: list[Hide], hidden: tuple[bool, ...]) -> dict[Any, Any]:
 
 def _lowest_entries(load: Any, logits: Any, dtype: torch.dtype, dtypes: list[torch.dtype]) -> Any:
     """The same for a bias that was not understood and holds the mask: its entries must be the lowest of its dtype."""
-    lowest = sympy.Rational(torch.finfo(dtypes[symbolic.load_index(load) or 0]).min)
+    stored = dtypes[symbolic.load_index(load) or 0]
+    if not stored.is_floating_point:
+        return None
+    lowest = sympy.Rational(torch.finfo(stored).min)
     level = _level(logits.xreplace({load: lowest}), dtype)
     return None if level in (None, -torch.inf) else in_floats(sympy.Ne(load, lowest))
 

@@ -219,6 +219,19 @@ def test_a_mask_from_outside(fill: str) -> None:
     torch.testing.assert_close(out, eager if fill == "lowest" else eager.nan_to_num(0.0), rtol=1e-4, atol=1e-5)
 
 
+def test_a_bias_of_integers_has_no_lowest_entry_that_means_hidden() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return (q @ k.mT * 0.25 + bias).softmax(-1) @ v
+
+    q, _, _, padding = inputs()
+    shown = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril() & padding[:, None, None, :]
+    bias = torch.where(shown, 0, -1_000_000_000)
+    result, out = rewritten(attention, (q, q, q, bias))
+    assert len(result.sites) == 1
+    assert count(result, ops.BLIND_ROWS) == 0
+    torch.testing.assert_close(out[1], attention(q, q, q, bias)[1], rtol=1e-4, atol=1e-5)
+
+
 def test_a_sink_takes_what_hidden_keys_had() -> None:
     def attention(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, sink: Tensor) -> Tensor:
         rows = torch.arange(q.shape[2])
