@@ -36,7 +36,6 @@ def totals(records: Iterable[Record]) -> dict[str, Any]:
         "rewritten": sum(r["rewritten"] for r in ok),
         "kept": sum(r.get("kept", 0) for r in ok),
         "differ": sum(not r["verdict"].startswith("equal") for r in ok),
-        "equal without padding only": sum(r["verdict"] == "equal without padding" for r in ok),
         "N x N left": sum(r["quadratic"] for r in ok),
         "graphs grew": sum(isinstance(r["plain_graphs"], int) and r["graphs"] > r["plain_graphs"] for r in ok),
     }
@@ -118,8 +117,6 @@ def markdown(records: list[Record]) -> str:
         "A model has every kind of layer of its type once, sliding windows and chunks of 64 tokens, head dims of 16 or 32 and weights scaled so that",
         "scores are of order one. The input is two rows of 200 tokens, the first padded on the left by 45; outputs are compared at the real positions.",
         "*Equal* means an error against fp64 of at most 4 times the error that the model's own eager fp32 run has there, plus 8 units in the last place.",
-        "*Equal without padding* is a model that lets padded tokens reach real positions by itself (changing them changes its eager logits): what a row gives",
-        "that sees no key at all then matters, and additive masks, SDPA and this backend each have their own answer; it is compared on an unpadded batch.",
         "*Not seen* are softmaxes between two products that are neither rewritten nor rejected, counted without the backend's patterns; *N x N left* counts",
         "tensors of tokens x tokens above rewritten attentions whose mask was recovered, *kept* the attentions that read such a tensor because their mask or",
         "their bias is data. Real models may have larger head dims than these (Gemma 4's full layers: 512).",

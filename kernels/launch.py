@@ -21,7 +21,7 @@ from types import ModuleType
 
 import torch
 
-from stem_compile import oam, ops, scores, selection, tpd
+from stem_compile import blind, oam, ops, scores, selection, tpd
 from stem_compile.blocks import candidates, cdiv, key_visible, split, unbanded
 from stem_compile.kernels import reference
 from stem_compile.masks import decode, environment
@@ -117,5 +117,11 @@ def sparse_attention(
     return reference.sparse_attention(q, k, v, made, decode(mask), tensors, scalars, scale, scores.decode(score))
 
 
-for _name in ("oam_scores", "tpd_select", "select", "sparse_attention"):
+def blind_rows(q: torch.Tensor, k: torch.Tensor, tensors: Tensors, scalars: Sequence[int], mask: str) -> torch.Tensor:
+    """stem::blind_rows."""
+    shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    return blind.blind_rows(decode(mask), shape, tensors, scalars, q.device).contiguous()
+
+
+for _name in ("oam_scores", "tpd_select", "select", "sparse_attention", "blind_rows"):
     ops.LIBRARY.impl(_name, globals()[_name], "CompositeExplicitAutograd")

@@ -1,7 +1,8 @@
 """The oracle: block-sparse attention in plain torch, one query block at a time, exact in fp64.
 
 It defines what every kernel must compute: softmax over exactly the visible keys of the selected blocks, with the scores modified and the sink
-joined where the attention has them; a row without any visible key gives 0.
+joined where the attention has them; a row without any visible key gives 0. (What a softmax over equal hidden scores gives it instead is added behind
+the operator, by ``passes/average_blind.py``, the same for all kernels.)
 """
 
 from __future__ import annotations

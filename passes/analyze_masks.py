@@ -9,12 +9,14 @@ import torch
 from torch import fx
 
 from stem_compile import masks, symbolic
+from stem_compile.blind import can_be_blind
 from stem_compile.config import StemConfig
 from stem_compile.masks import And, Causal, Given, Mask, Opaque, Or
 from stem_compile.passes import normalize
 from stem_compile.passes.interpret import Interpreter, SymTensor, Unreadable, as_expr, boolean, broadcast_index, number, same
 from stem_compile.passes.split_logits import split_logits
 from stem_compile.passes.trace_back import mutated_between
+from stem_compile.passes.weigh_hidden import evenly_hidden
 from stem_compile.scores import Score
 from stem_compile.sites import AttentionSite, Reason, Rejected, value
 from stem_compile.symbolic import KV, KV_LEN, Q_LEN, SCORE, B, H, Q
@@ -68,6 +70,7 @@ def _read(site: AttentionSite, interpreter: Interpreter) -> None:
     """Set what the site means. Raises Unreadable."""
     q, k = value(site.q), value(site.k)
     heads, q_len, kv_len = q.shape[1], q.shape[2], k.shape[2]
+    logits, dtype = None, torch.float32
     interpreter.focus({}, {H: heads, Q: q_len, KV: kv_len, B: q.shape[0]})
     if site.mods is not None:
         mods = site.mods
@@ -82,12 +85,14 @@ def _read(site: AttentionSite, interpreter: Interpreter) -> None:
         if tensor.kind == "bool":
             predicate, scale, score = boolean(expr), site.scale, Score()
         else:
-            predicate, scale, score = split_logits(SCORE * sympy.Float(site.scale) + number(expr))
+            logits = SCORE * sympy.Float(site.scale) + number(expr)
+            predicate, scale, score = split_logits(logits)
     else:
         assert site.product is not None
         interpreter.focus({site.product: _product(site.product, heads, q_len, interpreter)}, interpreter.extents)
         tensor = interpreter.tensor(site.logits)
-        predicate, scale, score = split_logits(number(_at(tensor, (B, H, Q, KV))))
+        logits, dtype = number(_at(tensor, (B, H, Q, KV))), value(site.logits).dtype
+        predicate, scale, score = split_logits(logits)
         extra = sympy.expand(as_expr(tensor.shape[-1]) - as_expr(kv_len))
         if extra == 1:
             sink = number(_at(tensor, (B, H, Q, as_expr(kv_len))))
@@ -103,14 +108,30 @@ def _read(site: AttentionSite, interpreter: Interpreter) -> None:
     for node in interpreter.read_nodes:
         if mutated_between(node, site.node):
             raise Unreadable(f"{node.name} is written in place")
-    parts = [predicate, score.expr, *([score.sink] if score.sink is not None else [])]
+    lit = None
+    # A sink takes all that hidden keys have.
+    if logits is not None and score.sink is None and not site.cleared:
+        lit = evenly_hidden(logits, dtype, [value(t).dtype for t in interpreter.leaves])
+    if lit is not None and not _may_be_blind(predicate, q_len, kv_len):
+        lit = None
+    parts = [predicate, score.expr, *(e for e in (score.sink, lit) if e is not None)]
     parts = [_in_lengths(sympy.sympify(p), q_len, kv_len) for p in parts]
     parts, tensors = _renumbered(parts, interpreter.leaves)
     parts, scalars = _with_scalars(parts, site.node.graph)
     if any(value(t).dim() == 0 and not value(t).is_floating_point() and value(t).dtype == torch.bool for t in tensors):
         raise Unreadable("a condition without dimensions, known only at run time")
     site.mask, site.score = masks.predicate(parts[0]), Score(parts[1], parts[2] if score.sink is not None else None)
+    site.average = None if lit is None else masks.predicate(parts[-1])
     site.scale, site.tensors, site.scalars = scale, tensors, scalars
+
+
+def _may_be_blind(predicate: Any, q_len: Any, kv_len: Any) -> bool:
+    """Whether a row may see no key. Comparing symbolic lengths that differ installs a guard."""
+    before, kv = as_expr(kv_len) - as_expr(q_len), as_expr(kv_len)
+    if kv.is_Symbol and not before.is_number and kv_len >= q_len:
+        before = sympy.Dummy(integer=True, nonnegative=True)
+        predicate = predicate.subs(kv, as_expr(q_len) + before)
+    return can_be_blind(predicate, before)
 
 
 def _at(tensor: SymTensor, index: tuple[Any, ...]) -> Any:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
 
-import torch
 from torch import fx
 
 from stem_compile import masks, ops
 from stem_compile.config import StemConfig
 from stem_compile.kernels import crossover
 from stem_compile.passes import normalize
+from stem_compile.passes.average_blind import average_blind
+from stem_compile.passes.call import call
 from stem_compile.sites import AttentionSite, Reason, Rejected, View, value
 
 
@@ -50,6 +50,7 @@ def insert_selection(graph: fx.Graph, sites: list[AttentionSite], config: StemCo
     """Rewrite ``graph`` in place; ``site.node`` becomes the sparse_attention node."""
     spec = config.selection.text()
     replaced: dict[fx.Node, fx.Node] = {}
+    blind: dict[str, fx.Node] = {}
     for site in sites:
         assert site.mask is not None
         with graph.inserting_before(site.node):
@@ -61,9 +62,10 @@ def insert_selection(graph: fx.Graph, sites: list[AttentionSite], config: StemCo
             parts = [call(graph, operator.getitem, (selected, i), site.node) for i in range(2)]
             arguments = (site.q, site.k, site.v, *parts, *mask, site.scale, spec, ops.REFERENCE, site.score.text)
             attention = call(graph, ops.SPARSE_ATTENTION, arguments, site.node)
-            result = View(attention, site.result).emit(graph)
+            whole = attention if site.average is None else average_blind(attention, site, blind)
+            result = View(whole, site.result).emit(graph)
         site.node.replace_all_uses_with(result)
-        relax_views(attention)
+        relax_views(whole)
         graph.erase_node(site.node)
         replaced[site.node] = result
         site.node = attention
@@ -73,20 +75,6 @@ def _placed(x: fx.Node | View, graph: fx.Graph, replaced: dict[fx.Node, fx.Node]
     if isinstance(x, View):
         return View(replaced.get(x.node, x.node), x.steps).emit(graph)
     return replaced.get(x, x)
-
-
-def call(graph: fx.Graph, target: Any, arguments: tuple[Any, ...], origin: fx.Node) -> fx.Node:
-    """Insert a call with the shapes and the place in the model that later passes and tools read."""
-    node = graph.call_function(target, arguments)
-    node.meta = {k: v for k, v in origin.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")}
-    examples = fx.node.map_arg(arguments, value)
-    tensors = [e for e in examples if isinstance(e, torch.Tensor) and hasattr(e, "fake_mode")]
-    if tensors:
-        with tensors[0].fake_mode:
-            node.meta["example_value"] = target(*examples)
-    elif isinstance(examples[0], tuple):
-        node.meta["example_value"] = target(*examples)
-    return node
 
 
 def relax_views(attention: fx.Node) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,8 +26,9 @@ from stem_compile.passes import normalize
 from stem_compile.sites import value
 from stem_compile.symbolic import Where
 
-HIDDEN = -1.0e38
-"""What -inf is read as: a number that arithmetic survives. Floats are read as the fractions they are: -1e4 beside it must not be rounded away."""
+HIDDEN = -1.0e39
+"""What -inf is read as: a number that arithmetic survives, below every finite fp32. Floats are read as the fractions they are: -1e4 beside it must not be
+rounded away."""
 
 
 class Unreadable(Exception):
@@ -71,14 +73,12 @@ def as_expr(number: Any) -> Any:
         # Under dynamic=True Dynamo passes a module's float attributes as inputs; reading one guards on its value.
         number = float(number)
     if isinstance(number, float):
-        return sympy.Rational(max(min(number, -HIDDEN), HIDDEN)) if number == number else _nan()
+        if number != number:
+            raise Unreadable("NaN")
+        return sympy.Rational(number if abs(number) <= torch.finfo(torch.float32).max else math.copysign(HIDDEN, number))
     if isinstance(number, int):
         return sympy.Integer(number)
     raise Unreadable(f"scalar of type {type(number).__name__}")
-
-
-def _nan() -> Any:
-    raise Unreadable("NaN")
 
 
 def boolean(expr: Any) -> Any:

@@ -8,7 +8,7 @@ from torch import fx
 
 from stem_compile import ops
 from stem_compile.kernels import launch
-from stem_compile.passes.insert_selection import call
+from stem_compile.passes.call import call
 from stem_compile.sites import AttentionSite, value
 
 

@@ -7,6 +7,7 @@ mask. What is left is a scale and a ``Score``.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -19,6 +20,8 @@ DEEP = -8000.0
 """A constant at or below it hides a key: models write -10000, the dtype's minimum or -inf."""
 LARGE = 5000.0
 """Factor from which a term might outweigh such a constant."""
+LARGEST = 1e38
+"""Largest number left in a score: kernels multiply by log2(e) in fp32."""
 
 
 def split_logits(expr: Any) -> tuple[Any, float, Score]:
@@ -26,38 +29,55 @@ def split_logits(expr: Any) -> tuple[Any, float, Score]:
 
     A scale is taken out where the logits grow by a constant with the product at 0; where they do not (a learned temperature), it is 1.
     """
-    visible, expr = hidden_conditions(expr)
+    hides, expr = hidden_conditions(expr)
+    visible = sympy.And(*(h.visible for h in hides))
     expr = sympy.expand(expr) if not expr.atoms(sympy.tanh) else expr
     slope = sympy.diff(expr, SCORE).subs(SCORE, 0) if not expr.atoms(Where) else sympy.Integer(0)
     scale = float(slope) if slope.is_number and slope.is_real and slope > 0 else 1.0
-    return _in_floats(visible), scale, Score(_in_floats(_settled(expr.subs(SCORE, SCORE / sympy.Rational(scale)))))
+    return in_floats(visible), scale, Score(in_floats(_settled(expr.subs(SCORE, SCORE / sympy.Rational(scale))), LARGEST))
 
 
-def hidden_conditions(expr: Any) -> tuple[Any, Any]:
-    """(conjunction under which the expression is not a hidden key's, the expression under it)."""
-    visible: Any = sympy.true
+@dataclass(frozen=True)
+class Hide:
+    """One reason to hide a key. visible: where it does not. shown, hidden: what the logits' choices are replaced by where it does not and where it does.
+
+    A load that hides by its own very negative entries replaces nothing: then both are None.
+    """
+
+    visible: Any
+    shown: dict[Any, Any] | None = None
+    hidden: dict[Any, Any] | None = None
+
+
+def hidden_conditions(expr: Any) -> tuple[list[Hide], Any]:
+    """(what hides keys, the expression where nothing does)."""
+    hides: list[Hide] = []
     expr = _without_floors(expr)
     kept: set[Any] = set()
     while choices := [c for c in (*_masks(expr), *_choices(expr)) if c not in kept]:
         for choice in choices:
-            # A mask that is multiplied counts its load as 1 where it keeps a key.
-            condition, yes, no = choice.args if isinstance(choice, Where) else (sympy.Ge(choice, 1), sympy.Integer(1), sympy.Integer(0))
-            on, off = expr.xreplace({choice: yes}), expr.xreplace({choice: no})
-            if is_deep(off):
-                visible, expr = sympy.And(visible, condition), on
-            elif is_deep(on) and isinstance(choice, Where):
-                visible, expr = sympy.And(visible, sympy.Not(condition)), off
-            else:
-                continue
-            break
+            ways = [(choice.args[0], True), (choice.args[0], False)] if isinstance(choice, Where) else [(choice, True)]
+            found = next((h for h in (_hide(*way) for way in ways) if is_deep(expr.xreplace(h.hidden or {}))), None)
+            if found is not None:
+                hides.append(found)
+                expr = expr.xreplace(found.shown or {})
+                break
         else:
             kept.update(choices)
     for term in sympy.Add.make_args(sympy.expand(expr)):
         # A bias that was not understood may hold the mask: its very negative entries hide.
         factor, rest = term.as_coeff_Mul()
         if factor > 0 and symbolic.load_index(rest) is not None and {Q, KV} <= rest.free_symbols:
-            visible = sympy.And(visible, sympy.Gt(rest, DEEP / factor))
-    return visible, expr
+            hides.append(Hide(sympy.Gt(rest, DEEP / factor)))
+    return hides, expr
+
+
+def _hide(condition: Any, shows: bool) -> Hide:
+    """Hide of a choice's condition, which holds where keys are visible (``shows``) or hidden, or of a load that a mask multiplies: 1 keeps a key."""
+    if symbolic.load_index(condition) is not None:
+        return Hide(sympy.Ge(condition, 1), {condition: sympy.Integer(1)}, {condition: sympy.Integer(0)})
+    yes, no = ({condition: truth, sympy.Not(condition): sympy.Not(truth)} for truth in (sympy.true, sympy.false))
+    return Hide(condition, yes, no) if shows else Hide(sympy.Not(condition), no, yes)
 
 
 def is_deep(expr: Any) -> bool:
@@ -108,9 +128,10 @@ def _without_floors(expr: Any) -> Any:
     return expr.xreplace(floors) if floors else expr
 
 
-def _in_floats(expr: Any) -> Any:
-    """Fractions, and whole numbers that no integer type holds, as floats: what kernels compute with."""
-    numbers = {n: sympy.Float(n, 17) for n in expr.atoms(sympy.Rational) if not n.is_Integer or abs(n) >= 1 << 31}
+def in_floats(expr: Any, largest: float | None = None) -> Any:
+    """Fractions, and whole numbers that no integer type holds, as floats: what kernels compute with, none of them beyond ``largest``."""
+    wide = [n for n in expr.atoms(sympy.Rational) if not n.is_Integer or abs(n) >= 1 << 31]
+    numbers = {n: sympy.Float(n if largest is None else min(max(n, -largest), largest), 17) for n in wide}
     powers = {e: e for e in expr.atoms(sympy.Pow)}
     return expr.xreplace({n: f for n, f in numbers.items() if not any(n == p.exp for p in powers)})
 

@@ -9,6 +9,7 @@ from torch import fx
 
 from stem_compile import ops
 from stem_compile.masks import Opaque
+from stem_compile.passes.average_blind import averaged
 from stem_compile.passes.interpret import as_expr
 from stem_compile.sites import AttentionSite, Rejected, value
 
@@ -30,10 +31,11 @@ def after_analyze(found: list[AttentionSite | Rejected]) -> None:
 
 
 def after_insert(graph: fx.Graph, sites: list[AttentionSite]) -> None:
-    """Every site is a sparse_attention fed by a selection."""
+    """Every site is a sparse_attention fed by a selection, whose rows without a key are the mean of all values where they were."""
     graph.lint()
     for site in sites:
         _require(site.node.target is ops.SPARSE_ATTENTION, f"{site.node.name} was not rewritten")
+        _require(averaged(site.node) == (site.average is not None), f"{site.node.name}: rows that see no key give something else than they did")
 
 
 def after_lower(graph: fx.Graph, sites: list[AttentionSite]) -> None:

@@ -65,12 +65,12 @@ class Mask:
         tensors: Sequence[torch.Tensor] = (),
         scalars: Sequence[int] = (),
         device: torch.device | str = "cpu",
-        rows: slice = slice(None),
+        rows: slice | torch.Tensor = slice(None),
     ) -> torch.Tensor:
         """Bool tensor broadcastable to ``shape`` = (batch, heads, q_len, kv_len); True is visible.
 
         tensors: the site's mask tensors, indexed as the predicate indexes them. scalars: values of S0, S1, ...
-        rows: query rows wanted; the third dimension of the answer is theirs.
+        rows: query rows wanted, or their numbers; the third dimension of the answer is theirs.
         """
         axes = [torch.arange(n, device=device) for n in shape]
         index = [a.view([-1 if i == j else 1 for j in range(4)]) for i, a in enumerate(axes)]

@@ -1,8 +1,9 @@
 """The ``stem::`` operators: schemas and shapes. ``kernels/launch.py`` implements them; nothing here imports triton or kernels.
 
 A graph after insert_selection holds ``oam_scores -> tpd_select -> sparse_attention``; lowering fuses the first two into ``select`` where the
-device has a kernel for it. Masks, scores and selections travel as text (``masks.encode``, ``Score.text``, ``SelectionSpec.text``), their runtime
-parts as ``tensors`` (T0, T1, ... of mask and score) and ``scalars`` (S0, S1, ...).
+device has a kernel for it. ``blind_rows`` is there where rows without a visible key are not to give 0. Masks, scores and selections travel as
+text (``masks.encode``, ``Score.text``, ``SelectionSpec.text``), their runtime parts as ``tensors`` (T0, T1, ... of mask and score) and ``scalars``
+(S0, S1, ...).
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import Any
 
 import torch
 
-from stem_compile import selection, tpd
+from stem_compile import masks, selection, tpd
 from stem_compile.blocks import cdiv
+from stem_compile.symbolic import H
 
 LIBRARY = torch.library.Library("stem", "DEF")
 REFERENCE = "reference"
@@ -28,11 +30,13 @@ LIBRARY.define(
     f"sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, {_MASK}, float scale, str spec, str kernel, str score='') -> Tensor",
     tags=_TAGS,
 )
+LIBRARY.define(f"blind_rows(Tensor q, Tensor k, {_MASK}) -> Tensor")
 
 OAM_SCORES = torch.ops.stem.oam_scores.default
 TPD_SELECT = torch.ops.stem.tpd_select.default
 SELECT = torch.ops.stem.select.default
 SPARSE_ATTENTION = torch.ops.stem.sparse_attention.default
+BLIND_ROWS = torch.ops.stem.blind_rows.default
 
 
 def attention_output(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -84,6 +88,12 @@ def _(
     score: str = "",
 ) -> torch.Tensor:
     return attention_output(q, v)
+
+
+@_fake("blind_rows")  # type: ignore[untyped-decorator]
+def _(q: torch.Tensor, k: torch.Tensor, tensors: Any, scalars: Any, mask: str) -> torch.Tensor:
+    heads = q.shape[1] if H in masks.decode(mask).predicate.free_symbols else 1
+    return q.new_empty(q.shape[0], heads, q.shape[2], 1, dtype=torch.bool)
 
 
 def _lists(like: torch.Tensor, blocks: Any, spec: selection.SelectionSpec) -> tuple[torch.Tensor, torch.Tensor]:

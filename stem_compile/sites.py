@@ -120,9 +120,11 @@ class AttentionSite:
 
     node: the node whose value it is. q: [B, H, q_len, d], k: [B, Hk, kv_len, d], v: [B, Hk, kv_len, dv] with native key heads.
     mask_node: the mask tensor of the graph, None without one. logits, product: input of the softmax and the raw q.k that it comes from, where the
-    attention is written out; gate: logit [B, H, q_len] of a sink written as a gate on the output; mods: flex_attention's functions.
+    attention is written out; gate: logit [B, H, q_len] of a sink written as a gate on the output; cleared: whether hidden keys' weights are set to 0
+    after the softmax; mods: flex_attention's functions.
     result: steps that give ``node``'s layout from [B, H, q_len, dv].
     mask: what it means; None until analyze_masks.
+    average: mask whose blind rows are the mean of all values, as a softmax over equal scores makes them; None: they give 0, or there are none.
     score: what happens to scaled products. tensors, scalars: graph values of T0.. and S0.. scale: float factor of q.k.
     kernel: set by lower. index: position among the graph's attentions.
     """
@@ -136,9 +138,11 @@ class AttentionSite:
     logits: fx.Node | None = None
     product: fx.Node | None = None
     gate: fx.Node | None = None
+    cleared: bool = False
     mods: Mods | None = None
     result: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     mask: Mask | None = None
+    average: Mask | None = None
     is_causal: bool = False
     tensors: list[fx.Node] = field(default_factory=list)
     scalars: list[Any] = field(default_factory=list)

@@ -20,7 +20,7 @@ LAYERS = (
     ("masks",),
     ("selection", "scores"),
     ("blocks", "config", "policies"),
-    ("oam", "tpd", "sites", "ops"),
+    ("oam", "tpd", "blind", "sites", "ops"),
     ("kernels",),
     ("passes",),
     ("backend",),

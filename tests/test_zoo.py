@@ -83,6 +83,15 @@ def test_a_type(model_type: str, implementation: str) -> None:
         assert record["square"] == 0
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_rows_that_see_no_key_give_what_eager_gives(implementation: str) -> None:
+    """blt lets padded tokens reach real ones, and its masks written out make them the mean of all values, SDPA's 0."""
+    record = zoo.measure("blt", implementation)
+    assert record["verdict"] == "equal", {k: record[k] for k in ("eager_error", "stem_error", "ratio", "where")}
+    assert record["rewritten"] == record["found"] == 10
+    assert record["graphs"] == record["plain_graphs"]
+
+
 def test_all_types_are_known() -> None:
     """A recipe for a type that transformers does not list is a misspelling."""
     names: set[str] = {*EXPECTED, *zoo_models.OVERRIDES, *zoo_models.UNBUILT, *zoo_models.PART}

@@ -51,7 +51,7 @@ def match(node: fx.Node) -> AttentionSite | Rejected | None:
     left, right = operands(product, heads), weighted_values(last, heads)
     if left is None or right is None:
         return Rejected(node, Reason.SHAPE, f"{product.name} {tuple(map(str, value(product).shape))} and {last.name} {tuple(map(str, value(last).shape))}")
-    return AttentionSite(found, *left, right[0], 1.0, logits=logits, product=product, gate=gate, result=right[1])
+    return AttentionSite(found, *left, right[0], 1.0, logits=logits, product=product, gate=gate, cleared=_cleared(node, last), result=right[1])
 
 
 def _gated(reader: fx.Node, logits: fx.Node, last: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -160,6 +160,17 @@ def _weighted(softmax: fx.Node) -> fx.Node | Rejected | None:
         elif op.name not in _PASSING:
             return Rejected(softmax, Reason.ESCAPES, f"{user.name} changes the weights after the softmax") if _leads_on(user) else None
         node = user
+
+
+def _cleared(softmax: fx.Node, last: fx.Node) -> bool:
+    """Whether hidden keys' weights are set to 0 on the way that ``_weighted`` found."""
+    node = softmax
+    while node is not last:
+        op = normalize.read(node) or normalize.functional(node)
+        if op is not None and op.name == "masked_fill":
+            return True
+        node = next(u for u in node.users if isinstance(value(u), torch.Tensor))
+    return False
 
 
 def _is_zero(number: Any) -> bool:

@@ -29,7 +29,10 @@ class Mismatch(AssertionError):
 def restricted(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, scale: float, blocks: torch.Tensor | None, size: tuple[int, int]
 ) -> torch.Tensor:
-    """Dense attention over the visible keys of ``blocks`` (bool [B, H, rows, columns] of ``size`` tokens; None is all); 0 where a row sees none."""
+    """Dense attention over the visible keys of ``blocks`` (bool [B, H, rows, columns] of ``size`` tokens; None is all).
+
+    A row whose mask shows it no key, whatever the blocks, weighs hidden keys by their finite scores; else a row that sees none is 0.
+    """
     q_len, kv_len = q.shape[2], k.shape[2]
     group = q.shape[1] // k.shape[1]
     bias = mask if mask is not None and mask.is_floating_point() else None
@@ -40,21 +43,30 @@ def restricted(
         seen = seen & _scored(bias)
     elif mask is not None:
         seen = seen & mask.bool()
+    blind = None if bias is None else _blind(seen, bias)
     if blocks is not None:
         seen = seen & _tokens(blocks, size, q_len, kv_len)
+    if blind is not None:
+        seen = seen | blind
     shown = seen if bias is None else bias.masked_fill(~seen, -torch.inf)
     out = F.scaled_dot_product_attention(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), attn_mask=shown, scale=scale)
     out = torch.where(seen.any(-1, keepdim=True), out, 0)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def weighted(logits: torch.Tensor, v: torch.Tensor, heads: int, blocks: torch.Tensor | None, size: tuple[int, int]) -> torch.Tensor:
-    """The same for attention written out. logits: what its softmax gets, [.., q_len, kv_len] or with one more column, the sink's."""
+def weighted(logits: torch.Tensor, v: torch.Tensor, heads: int, blocks: torch.Tensor | None, size: tuple[int, int], cleared: bool = False) -> torch.Tensor:
+    """The same for attention written out. logits: what its softmax gets, [.., q_len, kv_len] or with one more column, the sink's.
+
+    cleared: whether the weights of hidden keys are set to 0 after it.
+    """
     batch, (q_len, columns), kv_len = v.shape[0], logits.shape[-2:], v.shape[2]
     logits = logits.expand(batch, heads, q_len, columns) if logits.dim() == 4 else logits.reshape(batch, heads, q_len, columns)
     seen = _scored(logits[..., :kv_len])
+    blind = _blind(seen, logits[..., :kv_len])
     if blocks is not None:
         seen = seen & _tokens(blocks, size, q_len, kv_len)
+    if not cleared:
+        seen = seen | blind
     logits = torch.cat([logits[..., :kv_len].masked_fill(~seen, -torch.inf), logits[..., kv_len:]], -1)
     weights = logits.softmax(-1)[..., :kv_len].masked_fill(~seen, 0)
     return weights.to(v.dtype) @ v.repeat_interleave(heads // v.shape[1], 1)
@@ -63,6 +75,11 @@ def weighted(logits: torch.Tensor, v: torch.Tensor, heads: int, blocks: torch.Te
 def _scored(bias: torch.Tensor) -> torch.Tensor:
     """Where a key is not hidden: written out by hand, a hidden one has the dtype's lowest score."""
     return bias > torch.finfo(torch.float16).min
+
+
+def _blind(seen: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Rows in which no key is seen, but some have a finite score: [.., q_len, 1]."""
+    return ~seen.any(-1, keepdim=True) & (scores > -torch.inf).any(-1, keepdim=True)
 
 
 def _tokens(blocks: torch.Tensor, size: tuple[int, int], q_len: int, kv_len: int) -> torch.Tensor:
@@ -131,7 +148,7 @@ class Oracle:
             blocks, size = seen.selection.dense(seen.candidates), (seen.selection.block_q, seen.selection.block_k)
         q, k, v = value(site.q), value(site.k), value(site.v)
         if site.logits is not None:
-            out = weighted(value(site.logits), v, q.shape[1], blocks, size)
+            out = weighted(value(site.logits), v, q.shape[1], blocks, size, site.cleared)
         elif site.mods is not None:
             out = weighted(_modified(site.mods, q, k, site.scale, value), v, q.shape[1], blocks, size)
         else:

@@ -36,15 +36,13 @@ def test_recovered_masks_are_right(program: Program) -> None:
 @settings(max_examples=60)
 @given(programs(wide=True))
 def test_wider_masks_are_right_and_leave_no_square(program: Program) -> None:
-    """Rows that see nothing apart: a written-out softmax over hidden keys alone is an average, an attention over none is 0."""
+    """Rows that see no key too: the mean of all values where hidden scores are finite, 0 where they are -inf or there is a Boolean mask."""
     inputs = program.inputs()
     result, out = rewritten(program, inputs, dynamic=False)
     hit = result.found[0]
     assert isinstance(hit, AttentionSite), f"{program}: {hit.words}"
     assert not any(sum(n > 1 for n in value(t).shape[1:]) > 1 for t in hit.tensors), hit.words
-    mask = program.mask(inputs[3], program.q_len, program.q_len + program.prefix)
-    seen = (mask if mask.dtype == torch.bool else mask > -1e6).any(-1).expand(program.batch, 2, program.q_len)
-    torch.testing.assert_close(out[seen], program(*inputs)[seen], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out, program(*inputs), rtol=1e-4, atol=1e-5)
 
 
 @settings(max_examples=25)
@@ -52,9 +50,7 @@ def test_wider_masks_are_right_and_leave_no_square(program: Program) -> None:
 def test_wider_masks_are_right_for_symbolic_sizes(program: Program) -> None:
     inputs = program.inputs()
     result, out = rewritten(program, inputs, dynamic=True)
-    mask = program.mask(inputs[3], program.q_len, program.q_len + program.prefix)
-    seen = (mask if mask.dtype == torch.bool else mask > -1e6).any(-1).expand(program.batch, 2, program.q_len)
-    torch.testing.assert_close(out[seen], program(*inputs)[seen], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out, program(*inputs), rtol=1e-4, atol=1e-5)
     assert isinstance(result.found[0], AttentionSite) or result.found[0].reason is Reason.MASK
 
 

@@ -76,10 +76,13 @@ class Spelling:
     softmax: str = "function"
     weights: str = "matmul"
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None) -> Tensor:
         rows = torch.arange(q.shape[2])
+        mask = rows[None, :] <= rows[:, None]
+        if padding is not None:
+            mask = mask & padding[:, None, None, :]
         scores = SCALES[self.scale](q, k, PRODUCTS[self.product])
-        weights = SOFTMAXES[self.softmax](MASKS[self.mask](scores, rows[None, :] <= rows[:, None]))
+        weights = SOFTMAXES[self.softmax](MASKS[self.mask](scores, mask))
         return WEIGHTS[self.weights](weights, v)
 
 
@@ -101,3 +104,15 @@ def test_every_spelling_of_a_part_is_the_same_site(part: str, name: str) -> None
 @given(st.builds(Spelling, **{part: st.sampled_from(sorted(table)) for part, table in TABLES.items()}), st.booleans())
 def test_any_spelling_is_the_same_site(spelling: Spelling, dynamic: bool) -> None:
     _same(spelling, dynamic)
+
+
+@settings(max_examples=30)
+@given(st.builds(Spelling, **{part: st.sampled_from(sorted(table)) for part, table in TABLES.items()}), st.booleans())
+def test_any_spelling_keeps_what_rows_without_a_key_give(spelling: Spelling, dynamic: bool) -> None:
+    """The mean of all values under any finite score for hidden keys; 0 where the spelling itself gives NaN."""
+    padding = torch.ones(2, 40, dtype=torch.bool)
+    padding[0, :11] = False
+    inputs = tuple(torch.randn(2, 3, 40, d, generator=torch.Generator().manual_seed(d)) for d in (16, 16, 24))
+    result, out = rewritten(spelling, (*inputs, padding), dynamic=dynamic)
+    assert [s.words for s in result.sites] == ["causal & padding"]
+    torch.testing.assert_close(out, spelling(*inputs, padding).nan_to_num(0.0), rtol=1e-4, atol=1e-5)
