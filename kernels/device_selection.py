@@ -75,9 +75,11 @@ def select(
     # Where the forced blocks are not simply the last before the diagonal, or that is known on the device only, every score is written.
     plain = not explicit and not _reads_offset(mask)
     before = causal_offset(decode(mask), shape, (), scalars) if plain else None
-    keys = _KeySide(k, v, visible, before, plain, chosen, module("summaries")) if scored else None
+    keys = _KeySide(q, k, v, visible, before, plain, chosen, module) if scored else None
     nb = 1 << (columns - 1).bit_length() if columns > 1 else 2
     bytes_a_row = batch * heads * (4 * columns + (2 * chosen.stride * head_dim if chosen.pooling == "mean" else 0))
+    if keys is not None and keys.scaled is not None:
+        bytes_a_row += batch * heads * chosen.block_q * keys.scaled[0].shape[-1]
     step = min(rows, max(1, SCORE_BYTES // bytes_a_row // CHUNK_UNIT) * CHUNK_UNIT) if scored else rows
     for start in range(0, rows, step):
         chunk = min(step, rows - start)
@@ -113,13 +115,16 @@ class _KeySide:
     """What one pass over K and V leaves for all row chunks: summaries, presence counts, value terms."""
 
     def __init__(
-        self, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None, before: int | None, plain: bool, chosen: SelectionSpec, module: Any
-    ) -> None:
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None, before: int | None, plain: bool, chosen: SelectionSpec,
+        module: Any,
+    ) -> None:  # fmt: skip
         batch, key_heads, kv_len, head_dim = k.shape
         columns = cdiv(kv_len, chosen.block_k)
         stride = min(chosen.stride, chosen.block_q, chosen.block_k)
-        self.k, self.stride, self.kv_len, self.before, self.plain = k, stride, kv_len, before, plain
+        self.k, self.stride, self.kv_len, self.before = k, stride, kv_len, before
         self.mean = chosen.pooling == "mean"
+        self.hopper = not self.mean and plain and peaks_on_hopper(q, k, visible)
+        self.scaled = _quantized(k, chosen.block_k, 0, columns, module) if self.hopper and chosen.score_dtype == "fp8" else None
         self.dtype = torch.float32 if k.dtype == torch.float32 else torch.float16
         self.visible = None if visible is None else visible.contiguous().view(torch.uint8)
         self.visible_stride = kv_len if visible is not None and visible.shape[0] > 1 else 0
@@ -128,7 +133,7 @@ class _KeySide:
         self.held = torch.empty(batch, size, stride, dtype=torch.float16, device=k.device)
         self.value = torch.empty(batch, key_heads, columns, dtype=torch.float32, device=k.device)
         released = chosen.metric == "released"
-        module.keys[(columns, batch * key_heads)](
+        module("summaries").keys[(columns, batch * key_heads)](
             k, v, self.visible, self.sums, self.held, self.value, k.stride()[:3], v.stride()[:3], self.visible_stride, key_heads, kv_len, chosen.beta,
             PADDED=visible is not None, RAW=released, SUMS=self.mean, num_warps=4,
         )  # fmt: skip
@@ -156,8 +161,8 @@ class _KeySide:
         """Scores by cells (max pooling)."""
         chunk, columns = scores.shape[2:]
         cells_q, cells_k = chosen.block_q // self.stride, chosen.block_k // self.stride
-        if self.plain and peaks_on_hopper(q, self.k, self.visible):
-            self._hopper_peaks(q, scores, sizes, chosen, module("peaks_hopper"))
+        if self.hopper:
+            self._hopper_peaks(q, scores, sizes, chosen, module)
             return
         config = cell_config(q, self.k, self.visible, self.stride)
         sides = (q, self.k)
@@ -168,13 +173,16 @@ class _KeySide:
             PADDED=self.visible is not None, **config,
         )  # fmt: skip
 
-    def _hopper_peaks(self, q: torch.Tensor, scores: torch.Tensor, sizes: tuple[Any, ...], chosen: SelectionSpec, module: ModuleType) -> None:
+    def _hopper_peaks(self, q: torch.Tensor, scores: torch.Tensor, sizes: tuple[Any, ...], chosen: SelectionSpec, module: Any) -> None:
         """The same on Hopper: persistent programs over the tiles that hold a score which is read."""
         stride = self.stride
         (batch, heads, chunk, columns), q_len, kv_len = scores.shape, q.shape[2], self.kv_len
         start = sizes[3]
         ragged = bool(q_len % chosen.block_q or kv_len % chosen.block_k)
         config = RAGGED_PEAKS if ragged else PEAKS
+        scaled = self.scaled is not None
+        if scaled:
+            config = {**config, "STEP": 128}
         height, width = 64 * config["CONSUMERS"], config["COLUMNS"]
         row_tiles, column_tiles = cdiv(chunk * chosen.block_q // stride, height), cdiv(columns * chosen.block_k // stride, width)
         tiles = row_tiles * column_tiles
@@ -186,17 +194,23 @@ class _KeySide:
         if not items:
             return
         sides, last, tails = [], [], [1 << 30, 1 << 30]
-        for side, (x, tile) in enumerate(((q, 64), (self.k, width))):
-            described = _slots(x, stride, tile, config["STEP"]) if x.shape[2] >= stride else None
-            if x.shape[2] % stride:
-                # The groups of the last tile, copied, with zeros past the end.
-                tails[side] = x.shape[2] // (stride * tile) * tile
-                copy = torch.nn.functional.pad(x[:, :, tails[side] * stride :], (0, 0, 0, -x.shape[2] % stride))
-                last.append(_slots(copy, stride, tile, config["STEP"]))
-            sides.append(described or last[side])
-            last += [described] * (side + 1 - len(last))
-        module.peak[(min(items, device.multiprocessors(q.device)),)](
-            *sides, *last, self.value, scores, items, tiles, row_tiles, column_tiles, *tails, *sizes, RAGGED=ragged, **config
+        scales = (self.value, self.value)
+        if self.scaled is not None:
+            copy, q_scale = _quantized(q, chosen.block_q, start, chunk, module)
+            sides = last = [_slots(copy, stride, 64, config["STEP"]), _slots(self.scaled[0], stride, width, config["STEP"])]
+            scales = (q_scale, self.scaled[1])
+        else:
+            for side, (x, tile) in enumerate(((q, 64), (self.k, width))):
+                described = _slots(x, stride, tile, config["STEP"]) if x.shape[2] >= stride else None
+                if x.shape[2] % stride:
+                    # The groups of the last tile, copied, with zeros past the end.
+                    tails[side] = x.shape[2] // (stride * tile) * tile
+                    copy = torch.nn.functional.pad(x[:, :, tails[side] * stride :], (0, 0, 0, -x.shape[2] % stride))
+                    last.append(_slots(copy, stride, tile, config["STEP"]))
+                sides.append(described or last[side])
+                last += [described] * (side + 1 - len(last))
+        module("peaks_hopper").peak[(min(items, device.multiprocessors(q.device)),)](
+            *sides, *last, self.value, *scales, scores, items, tiles, row_tiles, column_tiles, *tails, *sizes, RAGGED=ragged, SCALED=scaled, **config
         )
 
 
@@ -245,11 +259,22 @@ def _slots(x: torch.Tensor, stride: int, rows: int, columns: int) -> Any:
     return TensorDescriptor(x, [batch, heads, stride, length // stride, width], [b, h, n, n * stride, 1], block, _slot_layout(rows, columns, x.dtype))
 
 
+def _quantized(x: torch.Tensor, block: int, first: int, blocks: int, module: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(e4m3 copy [B, H, blocks * block, d to a multiple of 16] of the blocks from ``first`` on, zeros past the end; fp32 scales [B, H, blocks])."""
+    batch, heads, length, head_dim = x.shape
+    width = cdiv(head_dim, 16) * 16
+    copy = torch.empty(batch, heads, blocks * block, width, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(batch, heads, blocks, dtype=torch.float32, device=x.device)
+    module("quantize").quantize[(blocks, batch * heads)](x, copy, scale, x.stride()[:3], heads, length, first, BLOCK=block, WIDTH=width, num_warps=8)
+    return copy, scale
+
+
 @functools.lru_cache(maxsize=64)
 def _slot_layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
     from triton.experimental.gluon import language as gl
 
-    return gl.NVMMASharedLayout.get_default_for([1, 1, 1, rows, columns], gl.bfloat16 if dtype is torch.bfloat16 else gl.float16)
+    names = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
+    return gl.NVMMASharedLayout.get_default_for([1, 1, 1, rows, columns], names[dtype])
 
 
 def _released(peak: torch.Tensor) -> torch.Tensor:

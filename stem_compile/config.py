@@ -17,6 +17,7 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 FALLBACK = ("dense", "error")
 METRICS = ("paper", "released")
 POOLINGS = ("mean", "max")
+SCORE_DTYPES = ("native", "fp8")
 QUERY_BLOCKS = (64, 128)
 KEY_BLOCKS = (32, 64, 128)
 
@@ -35,6 +36,8 @@ class StemConfig:
     metric: "paper" is Eq. 7; "released" z-scores the norms over the sequence, as the authors' code does (later tokens are seen).
     pooling: "mean" over the anti-diagonal cells of a block pair (published, cheap) or their "max" (selects better, costs more). None: "mean"
     under the published schedule, "max" with ``budget=``; docs/design.md says what was measured.
+    score_dtype: "fp8" computes the block scores of max pooling from e4m3 copies of q and k where the GPU has such matrix units (Hopper; elsewhere
+    it changes nothing): about 40% less time, nearly the same blocks. The attention itself stays in the model's dtype.
     stride: tokens a group in the pooling. block_size: queries a row block. key_block_size: keys a block; None is block_size.
     sink_blocks, local_blocks: first and last blocks of a row that are always computed, in units of block_size. None: the published 4 and 4
     under the published schedule, 1 and 2 with ``budget=``, where fixed blocks would eat what is asked for.
@@ -52,6 +55,7 @@ class StemConfig:
     beta: float = 0.2
     metric: str = "paper"
     pooling: str | None = None
+    score_dtype: str = "native"
     stride: int = 16
     block_size: int = 128
     key_block_size: int | None = None
@@ -73,6 +77,7 @@ class StemConfig:
         _one_of("metric", self.metric, METRICS)
         if self.pooling is not None:
             _one_of("pooling", self.pooling, POOLINGS)
+        _one_of("score_dtype", self.score_dtype, SCORE_DTYPES)
         _one_of("inner", self.inner, INNER)
         _one_of("fallback", self.fallback, FALLBACK)
         if self.mode is not None:
@@ -125,6 +130,7 @@ class StemConfig:
             metric=self.metric,
             pooling=pooling if self.pooling is None else self.pooling,
             stride=self.stride,
+            score_dtype=self.score_dtype,
             block_q=self.block_size,
             block_k=self.key_block_size or self.block_size,
             sink_blocks=sinks if self.sink_blocks is None else self.sink_blocks,

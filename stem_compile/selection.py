@@ -24,6 +24,7 @@ class SelectionSpec:
 
     budget: fraction of the visible block pairs, None for the published schedule. mu, beta: Eq. 3 and Eq. 7. metric: "paper" (Eq. 7)
     or "released" (z-scored norms). pooling: "mean" (linear summaries) or "max" over anti-diagonal cells. stride: tokens a group.
+    score_dtype: "native", or "fp8" for max pooling where the device has such matrix units.
     sink_blocks, local_blocks: always kept, in blocks of ``block_q``. prompt_length: full length when the prompt arrives in chunks, 0 = this call's.
     """
 
@@ -34,6 +35,7 @@ class SelectionSpec:
     metric: str = "paper"
     pooling: str = "mean"
     stride: int = 16
+    score_dtype: str = "native"
     block_q: int = 128
     block_k: int = 128
     sink_blocks: int = 4

@@ -5,7 +5,7 @@ and multiplies both operands from shared memory, asynchronously. The programs ar
 a block pair, the others and the producer are at work on what follows. A tile of 192 x 256 cells reads less from the L2 cache than 128 x 256
 (which 132 multiprocessors at full rate would exhaust). Only tiles that hold a block pair whose score is read are visited: those below the causal
 line, less the local blocks that are kept whatever their score. They are numbered in bands of row tiles, column after column, so that programs that
-run at the same time read the same tiles.
+run at the same time read the same tiles. Under SCALED the operands are the fp8 copies of ``quantize.py``, at twice the matrix rate.
 """
 
 from triton.experimental import gluon
@@ -87,7 +87,7 @@ def _load(desc, last, b, h, slot, first, chunk, tail, ready, place, RAGGED: gl.c
 @gluon.jit
 def _produce(
     q_desc, k_desc, q_last, k_last, q_ring, k_ring, ready, free, items, tiles, heads, group, first_row, row_tiles, column_tiles, q_tail, k_tail,
-    q_len, before, CONSUMERS: gl.constexpr, COLUMNS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, RAGGED: gl.constexpr,
+    q_len, before, CONSUMERS: gl.constexpr, COLUMNS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, RAGGED: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     HEIGHT: gl.constexpr = ROWS * CONSUMERS
     CHUNKS: gl.constexpr = (HEAD_DIM + STEP - 1) // STEP
@@ -96,7 +96,9 @@ def _produce(
         head_row = item // tiles
         b, h = head_row // heads, head_row % heads
         row_tile, column_tile = _tile(item % tiles, first_row, q_len, before, row_tiles, column_tiles, HEIGHT, COLUMNS)
-        m, n = first_row * CELLS_Q + row_tile * HEIGHT, column_tile * COLUMNS
+        m, n = row_tile * HEIGHT, column_tile * COLUMNS
+        if not SCALED:  # a copy holds this call's rows
+            m += first_row * CELLS_Q
         for i in range(STRIDE * CHUNKS):
             slot = i // CHUNKS
             chunk = (i % CHUNKS) * STEP
@@ -104,8 +106,8 @@ def _produce(
             mbarrier.expect(ready.index(stage), q_desc.block_type.nbytes * CONSUMERS + k_desc.block_type.nbytes)
             for c in gl.static_range(CONSUMERS):
                 group_q = m + c * ROWS
-                _load(q_desc, q_last, b, h, slot, group_q, chunk, q_tail, ready.index(stage), q_ring.index(stage * CONSUMERS + c), RAGGED)
-            _load(k_desc, k_last, b, h // group, STRIDE - 1 - slot, n, chunk, k_tail, ready.index(stage), k_ring.index(stage), RAGGED)
+                _load(q_desc, q_last, b, h, slot, group_q, chunk, q_tail, ready.index(stage), q_ring.index(stage * CONSUMERS + c), RAGGED and not SCALED)
+            _load(k_desc, k_last, b, h // group, STRIDE - 1 - slot, n, chunk, k_tail, ready.index(stage), k_ring.index(stage), RAGGED and not SCALED)
             stage += 1
             if stage == STAGES:
                 stage = 0
@@ -114,12 +116,14 @@ def _produce(
 
 @gluon.jit
 def _consume(
-    consumer, q_ring, k_ring, ready, free, value_ptr, scores_ptr, items, tiles, heads, group, rows, first_row, columns, row_tiles, column_tiles,
+    consumer, q_ring, k_ring, ready, free, value_ptr, q_scale_ptr, k_scale_ptr, scores_ptr, items, tiles, heads, group, rows, first_row, columns,
+    row_tiles, column_tiles,
     q_len, kv_len, before, scale, CONSUMERS: gl.constexpr, COLUMNS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, RAGGED: gl.constexpr,
+    SCALED: gl.constexpr,
 ):  # fmt: skip
     HEIGHT: gl.constexpr = ROWS * CONSUMERS
     STEPS: gl.constexpr = STRIDE * ((HEAD_DIM + STEP - 1) // STEP)
-    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, min(COLUMNS, 128), 16])
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, min(COLUMNS, 128), 32 if SCALED else 16])
     HIGH: gl.constexpr = ROWS // CELLS_Q
     WIDE: gl.constexpr = COLUMNS // CELLS_K
     store_layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
@@ -160,21 +164,28 @@ def _consume(
         row = row_tile * (HEIGHT // CELLS_Q) + consumer * HIGH + gl.arange(0, HIGH, gl.SliceLayout(1, store_layout))
         block = column_tile * WIDE + gl.arange(0, WIDE, gl.SliceLayout(0, store_layout))
         b, h = head_row // heads, head_row % heads
-        value = gl.load(value_ptr + (b * (heads // group) + h // group) * columns + block, mask=block < columns, other=0.0)
+        key_block = (b * (heads // group) + h // group) * columns + block
+        value = gl.load(value_ptr + key_block, mask=block < columns, other=0.0)
+        if SCALED:
+            q_scale = gl.load(q_scale_ptr + head_row * rows + row, mask=row < rows, other=0.0)
+            k_scale = gl.load(k_scale_ptr + key_block, mask=block < columns, other=0.0)
+            best = best * q_scale[:, None] * k_scale[None, :]
         out = scores_ptr + (head_row.to(gl.int64) * rows + row)[:, None] * columns + block[None, :]
         gl.store(out, best * (scale * share) + value[None, :], mask=(row < rows)[:, None] & (block < columns)[None, :])
 
 
 @gluon.jit(do_not_specialize=["items", "tiles", "rows", "first_row", "columns", "row_tiles", "column_tiles", "q_len", "kv_len", "q_tail", "k_tail"])
 def peak(
-    q_desc, k_desc, q_last, k_last, value_ptr, scores_ptr, items, tiles, row_tiles, column_tiles, q_tail, k_tail,
+    q_desc, k_desc, q_last, k_last, value_ptr, q_scale_ptr, k_scale_ptr, scores_ptr, items, tiles, row_tiles, column_tiles, q_tail, k_tail,
     heads, group, rows, first_row, columns, q_len, kv_len, scale, tensors, layouts, scalars,
-    CONSUMERS: gl.constexpr, COLUMNS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, RAGGED: gl.constexpr, num_warps: gl.constexpr,
+    CONSUMERS: gl.constexpr, COLUMNS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, RAGGED: gl.constexpr, SCALED: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """Grid (at most items,), items = tiles * B * H, tiles those of one head. scores: fp32 [B, H, rows, columns] from ``first_row`` on.
 
     q_desc, k_desc: descriptors of [B, H or Hk, STRIDE, groups, d] with [1, 1, 1, 64 or COLUMNS, STEP] tiles. RAGGED: some group is cut by the end;
-    q_last and k_last then describe copies of the groups from q_tail and k_tail on, with zeros past the end.
+    q_last and k_last then describe copies of the groups from q_tail and k_tail on, with zeros past the end. SCALED: q_desc describes an fp8 copy of
+    the rows from ``first_row`` on and k_desc one of all keys, both whole, with fp32 scales [B, H, rows] and [B, Hk, columns].
     """
     q_ring = gl.allocate_shared_memory(q_desc.dtype, [STAGES * CONSUMERS, 1, 1, 1, ROWS, STEP], q_desc.layout)
     k_ring = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, 1, COLUMNS, STEP], k_desc.layout)
@@ -188,21 +199,21 @@ def peak(
 
     if CONSUMERS == 3:
         gl.warp_specialize([
-            (_consume, (0, q_ring, k_ring, ready, free, value_ptr, scores_ptr, items, tiles, heads, group, rows, first_row, columns, row_tiles,
-                        column_tiles, q_len, kv_len, before, scale, CONSUMERS, COLUMNS, STEP, STAGES, RAGGED)),
-            (_consume, (1, q_ring, k_ring, ready, free, value_ptr, scores_ptr, items, tiles, heads, group, rows, first_row, columns, row_tiles,
-                        column_tiles, q_len, kv_len, before, scale, CONSUMERS, COLUMNS, STEP, STAGES, RAGGED)),
-            (_consume, (2, q_ring, k_ring, ready, free, value_ptr, scores_ptr, items, tiles, heads, group, rows, first_row, columns, row_tiles,
-                        column_tiles, q_len, kv_len, before, scale, CONSUMERS, COLUMNS, STEP, STAGES, RAGGED)),
+            (_consume, (0, q_ring, k_ring, ready, free, value_ptr, q_scale_ptr, k_scale_ptr, scores_ptr, items, tiles, heads, group, rows,
+                        first_row, columns, row_tiles, column_tiles, q_len, kv_len, before, scale, CONSUMERS, COLUMNS, STEP, STAGES, RAGGED, SCALED)),
+            (_consume, (1, q_ring, k_ring, ready, free, value_ptr, q_scale_ptr, k_scale_ptr, scores_ptr, items, tiles, heads, group, rows,
+                        first_row, columns, row_tiles, column_tiles, q_len, kv_len, before, scale, CONSUMERS, COLUMNS, STEP, STAGES, RAGGED, SCALED)),
+            (_consume, (2, q_ring, k_ring, ready, free, value_ptr, q_scale_ptr, k_scale_ptr, scores_ptr, items, tiles, heads, group, rows,
+                        first_row, columns, row_tiles, column_tiles, q_len, kv_len, before, scale, CONSUMERS, COLUMNS, STEP, STAGES, RAGGED, SCALED)),
             (_produce, (q_desc, k_desc, q_last, k_last, q_ring, k_ring, ready, free, items, tiles, heads, group, first_row, row_tiles, column_tiles,
-                        q_tail, k_tail, q_len, before, CONSUMERS, COLUMNS, STEP, STAGES, RAGGED)),
+                        q_tail, k_tail, q_len, before, CONSUMERS, COLUMNS, STEP, STAGES, RAGGED, SCALED)),
         ], [4, 4, 1], [160, 160, 32])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (0, q_ring, k_ring, ready, free, value_ptr, scores_ptr, items, tiles, heads, group, rows, first_row, columns, row_tiles,
-                        column_tiles, q_len, kv_len, before, scale, CONSUMERS, COLUMNS, STEP, STAGES, RAGGED)),
-            (_consume, (1, q_ring, k_ring, ready, free, value_ptr, scores_ptr, items, tiles, heads, group, rows, first_row, columns, row_tiles,
-                        column_tiles, q_len, kv_len, before, scale, CONSUMERS, COLUMNS, STEP, STAGES, RAGGED)),
+            (_consume, (0, q_ring, k_ring, ready, free, value_ptr, q_scale_ptr, k_scale_ptr, scores_ptr, items, tiles, heads, group, rows,
+                        first_row, columns, row_tiles, column_tiles, q_len, kv_len, before, scale, CONSUMERS, COLUMNS, STEP, STAGES, RAGGED, SCALED)),
+            (_consume, (1, q_ring, k_ring, ready, free, value_ptr, q_scale_ptr, k_scale_ptr, scores_ptr, items, tiles, heads, group, rows,
+                        first_row, columns, row_tiles, column_tiles, q_len, kv_len, before, scale, CONSUMERS, COLUMNS, STEP, STAGES, RAGGED, SCALED)),
             (_produce, (q_desc, k_desc, q_last, k_last, q_ring, k_ring, ready, free, items, tiles, heads, group, first_row, row_tiles, column_tiles,
-                        q_tail, k_tail, q_len, before, CONSUMERS, COLUMNS, STEP, STAGES, RAGGED)),
+                        q_tail, k_tail, q_len, before, CONSUMERS, COLUMNS, STEP, STAGES, RAGGED, SCALED)),
         ], [4, 1], [240, 40])  # fmt: skip

@@ -98,6 +98,7 @@ def main() -> None:
             indices, counts = cuda.select(q, k, v, *extra, mask, 0.1, spec, "select")
             if pooling == "max":
                 cuda.select(q[:, :, :8100], k, v, *extra, mask, 0.1, spec, "select")  # its last row of blocks is cut short
+                cuda.select(q, k, v, *extra, mask, 0.1, f"{spec},score_dtype=fp8", "select")
         cuda.attend(q, k, v, indices, counts, *extra, mask, 0.1, spec, template, score=score)
 
 

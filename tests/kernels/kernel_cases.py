@@ -70,6 +70,7 @@ class Case:
     pooling: str = "mean"
     metric: str = "paper"
     stride: int = 16
+    score_dtype: str = "native"
     prompt_length: int = 0
     rise: float = 1.0
     seed: int = 0
@@ -79,7 +80,7 @@ class Case:
     def spec(self) -> SelectionSpec:
         return SelectionSpec(
             budget=self.budget, pooling=self.pooling, metric=self.metric, stride=self.stride, block_q=self.block_q, block_k=self.block_k,
-            sink_blocks=1, local_blocks=1, prompt_length=self.prompt_length,
+            sink_blocks=1, local_blocks=1, prompt_length=self.prompt_length, score_dtype=self.score_dtype,
         )  # fmt: skip
 
     @property
@@ -177,6 +178,13 @@ def attention_error(case: Case, target: Any, kernel: str, monkeypatch: Any) -> f
     return error
 
 
+def rounded_to_fp8(x: torch.Tensor, block: int) -> torch.Tensor:
+    """fp64 values of e4m3 with one fp32 scale for ``block`` tokens of x [B, H, n, d]."""
+    blocks = torch.nn.functional.pad(x.float(), (0, 0, 0, -x.shape[2] % block)).unflatten(2, (-1, block))
+    scale = blocks.abs().amax((-1, -2), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 448.0
+    return ((blocks / scale).to(torch.float8_e4m3fn).double() * scale.double()).flatten(2, 3)[:, :, : x.shape[2]]
+
+
 def places(wrong: torch.Tensor) -> str:
     """Where a [B, H, rows] mask is set, for a message."""
     return f"{int(wrong.sum())} of {wrong.numel()}, first (batch, head, row) {wrong.nonzero()[:6].tolist()}"
@@ -188,7 +196,8 @@ def selection_gap(case: Case, target: Any) -> tuple[float, bool]:
     q, k, v = (data[x] for x in "qkv")
     extra = (data["tensors"], data["scalars"])
     scale, spec = case.head_dim**-0.5, case.spec
-    scores = launch.oam_scores(q.double(), k.double(), v.double(), *extra, case.mask, scale, spec.text())
+    scored = (rounded_to_fp8(q, case.block_q), rounded_to_fp8(k, case.block_k)) if case.score_dtype == "fp8" else (q.double(), k.double())
+    scores = launch.oam_scores(*scored, v.double(), *extra, case.mask, scale, spec.text())
     lists = launch.tpd_select(scores, q, k, *extra, case.mask, spec.text())
     expected = BlockSelection(*lists, case.block_q, case.block_k, cdiv(case.kv_len, case.block_k))
     indices, counts = target.select(q, k, v, *extra, case.mask, scale, spec.text(), "select")

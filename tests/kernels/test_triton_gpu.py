@@ -221,6 +221,22 @@ def test_max_pooling_of_ragged_lengths(dtype: torch.dtype, lengths: tuple[int, i
             assert gap < 2e-2, case
 
 
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="block scores in fp8 are Hopper's")
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("lengths", [(8192, 8192), (2048, 6144), (4099, 6001), (1, 3000)])
+@pytest.mark.parametrize("layout", ["bhnd", "sliced"])
+def test_block_scores_in_fp8(dtype: torch.dtype, lengths: tuple[int, int], layout: str) -> None:
+    """Against fp64 scores of operands rounded the same way."""
+    for blocks, dims, stride in (((128, 128), 128, 16), ((128, 64), 80, 16), ((64, 32), 96, 8), ((64, 64), 256, 16)):
+        case = Case(
+            *lengths, 1, 4, 2, dims, dims, *blocks, dtype=dtype, mask=LAST_ROWS, pooling="max", layout=layout, stride=stride, score_dtype="fp8",
+            budget=0.2, device="cuda",
+        )  # fmt: skip
+        gap, counts = selection_gap(case, launch.target("cuda"))
+        assert counts, case
+        assert gap < 2e-2, case
+
+
 def test_beyond_two_to_the_31_elements(monkeypatch: Any) -> None:
     """Token strides of a fused projection: element offsets pass 2^31 within one head."""
     n, width = 140_000, 20_000
