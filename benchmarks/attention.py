@@ -2,11 +2,13 @@
 
     python benchmarks/attention.py                                # 8K to 128K, published schedule
     python benchmarks/attention.py --lengths 131072 --budgets none,0.125 --poolings mean,max
+    python benchmarks/attention.py --lengths 131072 --budgets 0.125,0.25 --poolings max --score-dtypes native,fp8
     python benchmarks/attention.py --million                      # 1,048,576 tokens, 4 query heads, 1 KV head: correctness, time, memory
     python benchmarks/attention.py --plot out/attention.json      # only draw the chart of an earlier run
 
 Times are medians with the 20th and 80th percentile, milliseconds, of one process on one device. A contender that is not within the error
 budget of fp64 under the same selection, on sampled query blocks, is reported as wrong and never timed. TFLOP/s count computed block pairs.
+Sink and local blocks are StemConfig's: 4 and 4 under the published schedule, 1 and 2 with a budget.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from stem_compile.blocks import candidates, cdiv
+from stem_compile.config import StemConfig
 from stem_compile.kernels import launch
 from stem_compile.masks import decode
 from stem_compile.selection import BlockSelection, SelectionSpec
@@ -170,7 +173,15 @@ def compare(n: int, spec: SelectionSpec, options: argparse.Namespace, with_dense
                 entries.append(row(f"SDPA {backend}", problem, functools.partial(problem.dense, backend), options, dense_flop, dense=True))
         if "fa4" in options.against:
             entries.append(_flash4(problem, options, dense_flop))
-    return {"length": n, "budget": spec.budget, "pooling": spec.pooling, "blocks": [spec.block_q, spec.block_k], "density": problem.density, "entries": entries}
+    return {
+        "length": n,
+        "budget": spec.budget,
+        "pooling": spec.pooling,
+        "scores": spec.score_dtype,
+        "blocks": [spec.block_q, spec.block_k],
+        "density": problem.density,
+        "entries": entries,
+    }
 
 
 def _flash4(problem: Problem, options: argparse.Namespace, flop: float) -> dict[str, Any]:
@@ -187,9 +198,13 @@ def _flash4(problem: Problem, options: argparse.Namespace, flop: float) -> dict[
     return row("flash-attn-4", problem, run, options, flop, dense=True)
 
 
+def pooling_of(result: dict[str, Any]) -> str:
+    return str(result["pooling"]) + ("" if result["scores"] == "native" else f" ({result['scores']})")
+
+
 def table(result: dict[str, Any], reference: float | None, ceiling: float) -> str:
     """Text of one comparison. reference: ms of the fastest dense SDPA at this length."""
-    head = f"\n{result['length']} tokens, budget {result['budget']}, {result['pooling']} pooling, blocks {result['blocks']}, density {result['density']:.3f}"
+    head = f"\n{result['length']} tokens, budget {result['budget']}, {pooling_of(result)} pooling, blocks {result['blocks']}, density {result['density']:.3f}"
     lines = [head]
     for e in result["entries"]:
         if "ms" not in e:
@@ -204,32 +219,39 @@ def table(result: dict[str, Any], reference: float | None, ceiling: float) -> st
     return "\n".join(lines)
 
 
+def specs(budget: float | None, options: argparse.Namespace) -> Iterator[SelectionSpec]:
+    """Selections asked for at one budget."""
+    for pooling in options.poolings.split(","):
+        for scores in options.score_dtypes.split(",") if pooling == "max" else ["native"]:
+            for blocks in options.blocks.split(","):
+                bq, bk = map(int, blocks.split("x"))
+                yield StemConfig(budget=budget, pooling=pooling, score_dtype=scores, block_size=bq, key_block_size=bk).selection
+
+
 def million(options: argparse.Namespace) -> int:
     """One attention of 2^20 tokens: sampled query blocks against fp64, milliseconds, device memory beyond inputs and output."""
     wrong = 0
-    for pooling in options.poolings.split(","):
-        for blocks in options.blocks.split(","):
-            bq, bk = map(int, blocks.split("x"))
-            spec = SelectionSpec(pooling=pooling, block_q=bq, block_k=bk)
-            problem = Problem(1 << 20, 4, 1, options.head_dim, getattr(torch, options.dtype), spec)
-            kernel = "hopper" if torch.cuda.get_device_capability()[0] == 9 else "portable"
-            del problem.indices, problem.counts
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            out = problem.whole(kernel)
-            torch.cuda.synchronize()
-            extra = torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()
-            error = problem.error(out)
-            wrong += not error < TOLERANCE[options.dtype]
-            del out
-            chosen, whole = measure(problem.select, options.milliseconds), measure(functools.partial(problem.whole, kernel), options.milliseconds)
-            rate = problem.flop / (whole["ms"] - chosen["ms"]) / 1e9
-            print(
-                f"1M tokens, {pooling} pooling, blocks {blocks}, density {problem.density:.3f}: {kernel} + selection {whole['ms']:.1f} ms, selection "
-                f"{chosen['ms']:.1f} ms, {rate:.0f} TFLOP/s, error {error:.1e}, {extra / 1e9:.2f} GB beyond inputs and output",
-                flush=True,
-            )
+    for spec in specs(None, options):
+        problem = Problem(1 << 20, 4, 1, options.head_dim, getattr(torch, options.dtype), spec)
+        kernel = "hopper" if torch.cuda.get_device_capability()[0] == 9 else "portable"
+        del problem.indices, problem.counts
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        out = problem.whole(kernel)
+        torch.cuda.synchronize()
+        extra = torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()
+        error = problem.error(out)
+        wrong += not error < TOLERANCE[options.dtype]
+        del out
+        chosen, whole = measure(problem.select, options.milliseconds), measure(functools.partial(problem.whole, kernel), options.milliseconds)
+        rate = problem.flop / (whole["ms"] - chosen["ms"]) / 1e9
+        print(
+            f"1M tokens, {spec.pooling} pooling, {spec.score_dtype} scores, blocks {spec.block_q}x{spec.block_k}, density {problem.density:.3f}: "
+            f"{kernel} + selection {whole['ms']:.1f} ms, selection {chosen['ms']:.1f} ms, {rate:.0f} TFLOP/s, error {error:.1e}, "
+            f"{extra / 1e9:.2f} GB beyond inputs and output",
+            flush=True,
+        )
     return int(wrong > 0)
 
 
@@ -250,7 +272,7 @@ def plot(data: dict[str, Any], path: Path) -> None:
             for e in result["entries"]:
                 if "tflops" not in e or dense is None or (by_budget and e["name"].startswith(("SDPA", "flash"))):
                     continue
-                what = f"{result['pooling']} pooling" + ("" if by_budget else f", {result['budget'] or 'published schedule'}")
+                what = f"{pooling_of(result)} pooling" + ("" if by_budget else f", {result['budget'] or 'published schedule'}")
                 what += "" if result["blocks"] == [128, 128] else f", blocks {result['blocks'][0]}x{result['blocks'][1]}"
                 name = e["name"] if e["name"].startswith(("SDPA", "flash")) else f"{e['name']} ({what})"
                 at = result["density"] if by_budget else result["length"]
@@ -281,6 +303,7 @@ def main() -> int:
     parser.add_argument("--lengths", default="8192,16384,32768,65536,131072")
     parser.add_argument("--budgets", default="none", help="comma-separated fractions; none is the published schedule")
     parser.add_argument("--poolings", default="mean,max")
+    parser.add_argument("--score-dtypes", default="native", help="of max pooling: native, fp8")
     parser.add_argument("--blocks", default="128x128", help="comma-separated query x key block sizes")
     parser.add_argument("--against", default="fa2,cudnn,flex,fa4")
     parser.add_argument("--heads", type=int, default=32)
@@ -307,18 +330,15 @@ def main() -> int:
     for n in map(int, options.lengths.split(",")):
         with_dense = True
         for budget in options.budgets.split(","):
-            for pooling in options.poolings.split(","):
-                for blocks in options.blocks.split(","):
-                    bq, bk = map(int, blocks.split("x"))
-                    spec = SelectionSpec(budget=None if budget == "none" else float(budget), pooling=pooling, block_q=bq, block_k=bk)
-                    result = compare(n, spec, options, with_dense)
-                    times = [e["ms"] for e in result["entries"] if e["name"].startswith("SDPA") and "ms" in e]
-                    if times:
-                        data["dense_ms"][str(n)] = min(times)
-                    with_dense = False
-                    data["results"].append(result)
-                    wrong |= any(e.get("wrong") for e in result["entries"])
-                    print(table(result, data["dense_ms"].get(str(n)), limits["matrix"]), flush=True)
+            for spec in specs(None if budget == "none" else float(budget), options):
+                result = compare(n, spec, options, with_dense)
+                times = [e["ms"] for e in result["entries"] if e["name"].startswith("SDPA") and "ms" in e]
+                if times:
+                    data["dense_ms"][str(n)] = min(times)
+                with_dense = False
+                data["results"].append(result)
+                wrong |= any(e.get("wrong") for e in result["entries"])
+                print(table(result, data["dense_ms"].get(str(n)), limits["matrix"]), flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(data, indent=1))
     try:

@@ -61,9 +61,15 @@ def _before_last(row, first, q_len, kv_len, before):
 
 
 @triton.jit
-def _reach(row, first, q_len, kv_len, before):
+def _reach(row, first, q_len, kv_len, before, PADDED: tl.constexpr):
     """How many blocks ``row`` would see without the mask's far edges."""
-    return tl.sum(_before_last(row, first, q_len, kv_len, before).to(tl.int32), 0)
+    if PADDED:
+        return tl.sum(_before_last(row, first, q_len, kv_len, before).to(tl.int32), 0)
+    else:
+        end = kv_len
+        if CAUSAL:
+            end = tl.maximum(tl.minimum(tl.minimum((row + 1) * BLOCK_Q, q_len) + before, kv_len), 0)
+        return tl.cdiv(end, BLOCK_K)
 
 
 @triton.jit(do_not_specialize=["first_row", "rows", "columns", "width", "q_len", "kv_len", "first_stride"])
@@ -94,22 +100,24 @@ def select(
             first = tl.load(first_ptr + b * first_stride + j, mask=j < columns, other=2147483647)
         before = offset(q_len, kv_len, tensors, layouts, scalars)
         candidate = _before_last(row, first, q_len, kv_len, before)
-        reach = tl.sum(candidate.to(tl.int32), 0)
+        reach = _reach(row, first, q_len, kv_len, before, PADDED)
         seen = reach
         if BANDED:
             candidate = candidate & ((j + 1) * BLOCK_K > lowest(head_row // heads, row * BLOCK_Q, q_len, kv_len, tensors, layouts, scalars))
             seen = tl.sum(candidate.to(tl.int32), 0)
         # Sight grows from row to row: the last row's is the longest.
-        total = tl.maximum(_reach(rows - 1, first, q_len, kv_len, before), PROMPT_BLOCKS)
-        earlier = tl.where(row >= SLACK, _reach(tl.maximum(row - SLACK, 0), first, q_len, kv_len, before), 0)
-        later = _reach(tl.minimum(row + SLACK, rows - 1), first, q_len, kv_len, before)
+        total = tl.maximum(_reach(rows - 1, first, q_len, kv_len, before, PADDED), PROMPT_BLOCKS)
+        earlier = tl.where(row >= SLACK, _reach(tl.maximum(row - SLACK, 0), first, q_len, kv_len, before, PADDED), 0)
+        later = _reach(tl.minimum(row + SLACK, rows - 1), first, q_len, kv_len, before, PADDED)
         budget = row_budget(tl.maximum(reach - 1, 0).to(tl.int64), tl.maximum(total, 1).to(tl.int64))
         limit = tl.minimum(tl.maximum(budget, SINKS + LOCALS), seen).to(tl.int32)
         # The row computes all it sees: within budget, or the prompt's end, where the question is (tpd.full_rows).
         full = ((limit >= seen) | ((earlier < reach) & (later <= reach) & (reach >= PROMPT_BLOCKS))) & (seen > 0)
     tl.store(counts_ptr + where, tl.where(full, -1, limit))
     if not full:
-        rank = tl.cumsum(candidate.to(tl.int32), 0)
+        rank = j + 1
+        if EXPLICIT or PADDED or BANDED:
+            rank = tl.cumsum(candidate.to(tl.int32), 0)
         forced = candidate & ((rank <= SINKS) | (rank > seen - LOCALS))
         if SCORED:
             chunk_row = head_row.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
@@ -137,9 +145,11 @@ def select(
             reached = tl.where(enough, found, reached)
             high = tl.where(enough, high, middle)
             step += 1
-        above = key > low
-        tie = free & (key == low)
-        spare = wanted - tl.sum(above.to(tl.int32), 0)
-        chosen = forced | above | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= spare))
+        chosen = forced | (free & (key >= low))
+        if reached != wanted:
+            above = key > low
+            tie = free & (key == low)
+            spare = wanted - tl.sum(above.to(tl.int32), 0)
+            chosen = forced | above | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= spare))
         place = tl.cumsum(chosen.to(tl.int32), 0) - 1
         tl.store(indices_ptr + where * width + place, j, mask=chosen & (place < width))
