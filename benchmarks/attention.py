@@ -6,7 +6,8 @@
     python benchmarks/attention.py --million                      # 1,048,576 tokens, 4 query heads, 1 KV head: correctness, time, memory
     python benchmarks/attention.py --plot out/attention.json      # only draw the chart of an earlier run
 
-Times are medians with the 20th and 80th percentile, milliseconds, of one process on one device. A contender that is not within the error
+Times are medians with the 20th and 80th percentile, milliseconds, of one process on one device. Contenders take turns, so that the clocks that the
+device lowers under load, and whatever else it does, meet them alike. A contender that is not within the error
 budget of fp64 under the same selection, on sampled query blocks, is reported as wrong and never timed. TFLOP/s count computed block pairs.
 Sink and local blocks are StemConfig's: 4 and 4 under the published schedule, 1 and 2 with a budget.
 """
@@ -20,6 +21,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +39,36 @@ TOLERANCE = {"bfloat16": 8e-3, "float16": 2e-3}
 """Relative error of a query block: two to three roundings of the working type."""
 
 
-def measure(run: Callable[[], Any], budget_ms: float) -> dict[str, float]:
-    """Median and percentiles of ``run`` in ms: about ``budget_ms`` of runs, at least 5, on warm code, with events around each."""
-    run()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    rounds = min(200, max(5, int(budget_ms / 1e3 / max(1e-5, time.perf_counter() - start))))
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
-    for begin, end in events:
-        begin.record()
+TURNS = 6
+
+
+def measure(runs: dict[str, Callable[[], Any]], milliseconds: float) -> dict[str, dict[str, float]]:
+    """Median and percentiles of each run in ms: about ``milliseconds`` of each, in ``TURNS`` turns, on warm code, with events around each."""
+    turns: dict[str, int] = {}
+    for name, run in runs.items():
         run()
-        end.record()
-    torch.cuda.synchronize()
-    times = sorted(a.elapsed_time(b) for a, b in events)
-    return {"ms": times[rounds // 2], "low": times[rounds // 5], "high": times[rounds * 4 // 5], "rounds": rounds}
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        turns[name] = min(40, max(1, round(milliseconds / 1e3 / TURNS / max(1e-5, time.perf_counter() - start))))
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(TURNS):
+        for name, run in runs.items():
+            run()
+            events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(turns[name])]
+            for begin, end in events:
+                begin.record()
+                run()
+                end.record()
+            torch.cuda.synchronize()
+            times[name] += [a.elapsed_time(b) for a, b in events]
+    found = {}
+    for name, taken in times.items():
+        taken.sort()
+        n = len(taken)
+        found[name] = {"ms": taken[n // 2], "low": taken[n // 5], "high": taken[n * 4 // 5], "rounds": n}
+    return found
 
 
 def ceilings() -> dict[str, float]:
@@ -61,7 +77,7 @@ def ceilings() -> dict[str, float]:
     b = torch.randn_like(a)
     big = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     other = torch.empty_like(big)
-    product, copy = measure(lambda: a @ b, 300), measure(lambda: other.copy_(big), 100)
+    product, copy = measure({"": lambda: a @ b}, 300)[""], measure({"": lambda: other.copy_(big)}, 100)[""]
     return {"matrix": 2 * 8192**3 / product["ms"] / 1e9, "copy": 2 * big.numel() / copy["ms"] / 1e9}
 
 
@@ -136,66 +152,81 @@ class Problem:
         return worst
 
 
-def row(label: str, problem: Problem, run: Callable[[], torch.Tensor], options: argparse.Namespace, flop: float, dense: bool = False) -> dict[str, Any]:
-    """Gate, then time."""
-    entry: dict[str, Any] = {"name": label}
+@dataclass(frozen=True)
+class Contender:
+    """Something to time. flop: what it computes, None where a rate means nothing. dense: whether it attends to everything, None: no output to check."""
+
+    name: str
+    run: Callable[[], Any]
+    flop: float | None = None
+    dense: bool | None = False
+
+
+def gate(contender: Contender, problem: Problem, options: argparse.Namespace) -> dict[str, Any]:
+    """Its line of the table so far: name, error against fp64, and whether that is too much or it does not run at all."""
+    entry: dict[str, Any] = {"name": contender.name}
     try:
-        error = problem.error(run(), dense)
-        entry["error"] = error
-        if not error < TOLERANCE[options.dtype]:
-            return entry | {"wrong": True}
-        entry |= measure(run, options.milliseconds)
-        entry["tflops"] = flop / entry["ms"] / 1e9
+        out = contender.run()
+        if contender.dense is not None:
+            entry["error"] = problem.error(out, contender.dense)
+            if not entry["error"] < TOLERANCE[options.dtype]:
+                entry["wrong"] = True
     except Exception as failure:  # a missing backend is a line of the table, not the end of the run
         entry["failed"] = f"{type(failure).__name__}: {str(failure).splitlines()[0][:160] if str(failure) else ''}"
     return entry
 
 
-def compare(n: int, spec: SelectionSpec, options: argparse.Namespace, with_dense: bool) -> dict[str, Any]:
-    """All contenders at one length and selection."""
-    problem = Problem(n, options.heads, options.key_heads, options.head_dim, getattr(torch, options.dtype), spec)
-    dense_flop = 4.0 * n * n / 2 * options.heads * options.head_dim
-    kernels = ["hopper"] if torch.cuda.get_device_capability()[0] == 9 else []
-    entries = []
-    for kernel in [*kernels, "portable"]:
-        entries.append(row(kernel, problem, functools.partial(problem.attend, kernel), options, problem.flop))
-    best = [*kernels, "portable"][0]
-    entries.append({"name": "selection", **measure(problem.select, options.milliseconds / 2)})
-    entries.append(row(f"{best} + selection", problem, functools.partial(problem.whole, best), options, problem.flop))
+def contenders(problem: Problem, spec: SelectionSpec, options: argparse.Namespace, with_dense: bool) -> Iterator[Contender]:
+    """All that take part at one length and selection."""
+    dense_flop = 4.0 * problem.n**2 / 2 * options.heads * options.head_dim
+    kernels = [*(["hopper"] if torch.cuda.get_device_capability()[0] == 9 else []), "portable"]
+    for kernel in kernels:
+        yield Contender(kernel, functools.partial(problem.attend, kernel), problem.flop)
+    yield Contender("selection", problem.select, dense=None)
+    yield Contender(f"{kernels[0]} + selection", functools.partial(problem.whole, kernels[0]), problem.flop)
     if "flex" in options.against and spec.pooling == "mean":
-        try:
-            entries.append(row("FlexAttention, same blocks", problem, problem.flex(), options, problem.flop))
-        except Exception as failure:
-            entries.append({"name": "FlexAttention, same blocks", "failed": repr(failure)[:200]})
+        yield Contender("FlexAttention, same blocks", _once(problem.flex), problem.flop)
     if with_dense:
         for backend in ("FA2", "cuDNN"):
             if backend.lower() in options.against:
-                entries.append(row(f"SDPA {backend}", problem, functools.partial(problem.dense, backend), options, dense_flop, dense=True))
+                yield Contender(f"SDPA {backend}", functools.partial(problem.dense, backend), dense_flop, dense=True)
         if "fa4" in options.against:
-            entries.append(_flash4(problem, options, dense_flop))
+            yield Contender("flash-attn-4", _once(functools.partial(_flash4, problem)), dense_flop, dense=True)
+
+
+def _once(build: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
+    """What ``build`` returns, built at the first call, where it may fail."""
+    built = functools.cache(build)
+    return lambda: built()()
+
+
+def compare(n: int, spec: SelectionSpec, options: argparse.Namespace, with_dense: bool) -> dict[str, Any]:
+    """All contenders at one length and selection: gate, then time."""
+    problem = Problem(n, options.heads, options.key_heads, options.head_dim, getattr(torch, options.dtype), spec)
+    taking_part = list(contenders(problem, spec, options, with_dense))
+    entries = [gate(c, problem, options) for c in taking_part]
+    sound = [(c, e) for c, e in zip(taking_part, entries, strict=True) if "failed" not in e and not e.get("wrong")]
+    times = measure({c.name: c.run for c, _ in sound}, options.milliseconds)
+    for contender, entry in sound:
+        entry |= times[contender.name]
+        if contender.flop is not None:
+            entry["tflops"] = contender.flop / entry["ms"] / 1e9
     return {
-        "length": n,
-        "budget": spec.budget,
-        "pooling": spec.pooling,
-        "scores": spec.score_dtype,
-        "blocks": [spec.block_q, spec.block_k],
-        "density": problem.density,
-        "entries": entries,
-    }
+        "length": n, "budget": spec.budget, "pooling": spec.pooling, "scores": spec.score_dtype, "blocks": [spec.block_q, spec.block_k],
+        "density": problem.density, "entries": entries,
+    }  # fmt: skip
 
 
-def _flash4(problem: Problem, options: argparse.Namespace, flop: float) -> dict[str, Any]:
-    try:
-        from flash_attn.cute import flash_attn_func
-    except ImportError:
-        return {"name": "flash-attn-4", "failed": "not installed"}
+def _flash4(problem: Problem) -> Callable[[], torch.Tensor]:
+    from flash_attn.cute import flash_attn_func
+
     q, k, v = (x.transpose(1, 2) for x in (problem.q, problem.k, problem.v))
 
     def run() -> torch.Tensor:
         out = flash_attn_func(q, k, v, causal=True)
         return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)  # type: ignore[no-any-return]
 
-    return row("flash-attn-4", problem, run, options, flop, dense=True)
+    return run
 
 
 def pooling_of(result: dict[str, Any]) -> str:
@@ -244,7 +275,8 @@ def million(options: argparse.Namespace) -> int:
         error = problem.error(out)
         wrong += not error < TOLERANCE[options.dtype]
         del out
-        chosen, whole = measure(problem.select, options.milliseconds), measure(functools.partial(problem.whole, kernel), options.milliseconds)
+        times = measure({"selection": problem.select, "whole": functools.partial(problem.whole, kernel)}, options.milliseconds)
+        chosen, whole = times["selection"], times["whole"]
         rate = problem.flop / (whole["ms"] - chosen["ms"]) / 1e9
         print(
             f"1M tokens, {spec.pooling} pooling, {spec.score_dtype} scores, blocks {spec.block_q}x{spec.block_k}, density {problem.density:.3f}: "
