@@ -39,6 +39,7 @@ from tests.kernels.kernel_cases import (
 )  # fmt: skip
 
 pytest.importorskip("triton")
+from stem_compile.kernels import launch
 from stem_compile.kernels.targets import cuda
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the compiled kernels")
@@ -88,6 +89,23 @@ def test_selection(case: Case) -> None:
     gap, counts = selection_gap(case, cuda)
     assert counts
     assert gap < (1e-4 if case.dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("mask", [CAUSAL, WINDOW])
+@pytest.mark.parametrize("loud", [0, 3])
+def test_equal_scores_go_to_the_earlier_blocks(loud: int, mask: str) -> None:
+    """Keys that say nothing, of which ``loud`` blocks have larger values."""
+    case = Case(400, 400, 1, 2, 1, 16, 16, 16, 16, budget=0.3, mask=mask)
+    data = case.inputs()
+    q, k, v = data["q"], torch.zeros_like(data["k"]), torch.ones_like(data["v"])
+    v[:, :, 64 : 64 + 16 * loud] = 9.0
+    arguments = ([], [], mask, 0.25, case.spec.text())
+    indices, counts = cuda.select(q, k, v, *arguments, "select")
+    scores = launch.oam_scores(q, k, v, *arguments)
+    expected, expected_counts = launch.tpd_select(scores, q, k, [], [], mask, case.spec.text())
+    listed = torch.arange(indices.shape[-1]) < counts.unsqueeze(-1)
+    assert torch.equal(counts, expected_counts)
+    assert torch.equal(indices[listed], expected[..., : indices.shape[-1]][listed])
 
 
 def test_scores_in_row_chunks_are_the_same(monkeypatch: Any) -> None:
