@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from html import escape
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from stem_compile.testing.report import Report
+from typing import Any
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; background: #fff }
@@ -18,19 +15,24 @@ pre { background: #f3f5f7; padding: .8rem; overflow-x: auto } .verdict { font-si
 """
 
 
-def page(report: Report) -> str:
-    """The whole page."""
-    kind = "pass" if report.passed else "fail"
+def _ratio(worst: float) -> str:
+    return f"{worst:.2f}" if worst else "-"
+
+
+def page(report: dict[str, Any]) -> str:
+    """The whole page. report: ``Report.to_dict``."""
+    results = report["results"]
     rows = "".join(
-        f'<tr><td>{escape(r.name)}</td><td class="{escape(r.verdict)}">{escape(r.verdict)}</td><td class="n">{escape(r.tried)}</td>'
-        f'<td class="n">{f"{r.worst:.2f}" if r.worst else "-"}</td><td>{escape(r.title)}<br><small>{escape(r.remark)}</small></td></tr>'
-        for r in report.results
+        f'<tr><td>{escape(r["name"])}</td><td class="{escape(r["verdict"])}">{escape(r["verdict"])}</td><td class="n">{escape(r["tried"])}</td>'
+        f'<td class="n">{_ratio(r["worst"])}</td><td>{escape(r["title"])}<br><small>{escape(r["remark"])}</small></td></tr>'
+        for r in results
     )
     failures = "".join(
-        f"<h2>{escape(r.name)}</h2><p>{escape(r.failure.message)}</p><pre>{escape(report.snippet(r))}</pre>" for r in report.failures if r.failure is not None
+        f"<h2>{escape(r['name'])}</h2><p>{escape(r['failure']['message'])}</p><pre>{escape(r['failure']['snippet'])}</pre>" for r in results if r["failure"]
     )
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>stem-compile check</title>'
-        f'<style>{_STYLE}</style><h1>stem-compile check</h1><p class="verdict {kind}">{escape(report.verdict)}</p><p>{escape(report.headline)}</p>'
+        f'<style>{_STYLE}</style><h1>stem-compile check</h1><p class="verdict {"pass" if report["passed"] else "fail"}">{escape(report["verdict"])}</p>'
+        f"<p>{escape(report['headline'])}</p>"
         f"<table><tr><th>property</th><th>verdict</th><th>examples</th><th>worst error / budget</th><th>what it says</th></tr>{rows}</table>{failures}</html>\n"
     )

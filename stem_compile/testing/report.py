@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stem_compile.testing.case import Case
+from stem_compile.testing.html import page
 from stem_compile.testing.numerics import Gap
 from stem_compile.testing.subject import brief
 from stem_compile.testing.violation import Violation
@@ -139,18 +140,16 @@ class Report:
         """Everything, as plain data."""
         results = []
         for r in self.results:
-            plain = asdict(r)
+            plain = asdict(r) | {"tried": r.tried, "remark": r.remark}
             if r.failure is not None:
                 plain["failure"] |= {"case": repr(r.failure.case), "snippet": self.snippet(r), "gap": asdict(r.failure.gap) if r.failure.gap else None}
             results.append(plain)
-        return {"verdict": self.verdict, "passed": self.passed, "settings": self.settings, "results": results}
+        return {"headline": self.headline, "verdict": self.verdict, "passed": self.passed, "settings": self.settings, "results": results}
 
     def write(self, path: str | Path) -> None:
         """As JSON, or as a page of HTML for a path that ends in .html."""
-        from stem_compile.testing.html import page
-
         path = Path(path)
-        path.write_text(page(self) if path.suffix == ".html" else json.dumps(self.to_dict(), indent=2, default=str) + "\n")
+        path.write_text(page(self.to_dict()) if path.suffix == ".html" else json.dumps(self.to_dict(), indent=2, default=str) + "\n")
 
     def raise_for_failures(self) -> None:
         """Violation with the whole report when a property failed or none applies."""
