@@ -24,6 +24,10 @@ from stem_compile.symbolic import Q
 
 HEAD_DIMS = range(16, 257)
 LOG2E = 1.4426950408889634
+MARKED_ROWS = 64
+"""Query rows that one mark of the Hopper template speaks of."""
+SHARE = 64
+"""Marks that one program looks through."""
 SHARED_BYTES = 227 * 1024
 """Shared memory a Hopper block may use."""
 
@@ -120,6 +124,24 @@ def _launch_portable(
         return
 
 
+def attend_marked(
+    marks: torch.Tensor, chosen: KernelSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
+    lse: torch.Tensor | None, indices: torch.Tensor, counts: torch.Tensor, runtime: tuple[Any, ...],
+) -> None:  # fmt: skip
+    """Compute the marked rows of ``out`` and ``lse`` again with the portable template. marks: int32 [B, H, query blocks, block_q / 64]."""
+    spec = replace(chosen, template="portable")
+    # Small: it rarely runs, and is never short of registers.
+    tile = min(64 if _padded(max(chosen.head_dim, chosen.value_dim)) <= 128 else 32, chosen.block_k)
+    config = Config(tile, 2, 8, MARKED_ROWS, chosen.dtype != "fp32")
+    bulk = config.bulk and device.capability(q.device)[0] >= 9 and _describable(k) and _describable(v)
+    keys = (_plain_descriptor(k, config.tile), _plain_descriptor(v, config.tile)) if bulk else (k, v)
+    strides = (q.stride()[:3], k.stride()[:3], v.stride()[:3], out.stride()[:3])
+    cache.load(spec).attend_marked[(cdiv(marks.numel(), SHARE),)](
+        marks, marks.numel(), q, *keys, out, lse, indices, counts, *strides, *runtime, SHARE=SHARE, ROWS=MARKED_ROWS, TILE=config.tile,
+        STAGES=config.stages, LSE=lse is not None, BULK=bulk, num_warps=config.warps,
+    )  # fmt: skip
+
+
 def _attention_spec(template: str, q: torch.Tensor, v: torch.Tensor, mask: str, spec: str, score: str = "") -> KernelSpec:
     return _spec(template, DTYPES[q.dtype], q.shape[-1], v.shape[-1], mask, spec, score)
 
@@ -206,12 +228,16 @@ def attend(
     if template == "hopper":
         config = config or hopper_config(chosen)
         assert config is not None, f"no hopper configuration for {chosen}"
+        # Uninitialised: the kernel writes every mark, or none is read.
+        marks = counts.new_empty(batch, heads, rows, chosen.block_q // MARKED_ROWS)
         # A tile of several blocks comes in boxes as wide as one swizzle.
         box = (chosen.block_k, min(64, _padded(chosen.head_dim), _padded(chosen.value_dim))) if chosen.block_k < config.tile else (config.tile, 0)
         module.attend[(items,)](
-            _descriptor(q, 64), _descriptor(k, *box), _descriptor(v, *box), out, lse, indices, counts, out.stride()[:3], rows, *runtime,
+            _descriptor(q, 64), _descriptor(k, *box), _descriptor(v, *box), out, lse, marks, indices, counts, out.stride()[:3], rows, *runtime,
             TILE=config.tile, STAGES=config.stages, LSE=lse is not None, num_warps=config.warps,
         )  # fmt: skip
+        if module.FIXED.value:
+            attend_marked(marks, chosen, q, k, v, out, lse, indices, counts, runtime)
     else:
         _launch_portable(module, chosen, config, q, k, v, out, lse, indices, counts, runtime)
     return out

@@ -4,12 +4,13 @@ A producer warp walks the row's list from its end and fills rings of K and V til
 the next tile's Q K^T and the product of the last weights with V, and turns scores into weights while the second runs. A tile is TILE keys: part
 of a key block, or several blocks of the list side by side. The tiles that the causal line cuts are the last of the list, hence the first visited;
 later tiles skip the mask, unless it is more than causal (GENERAL); of those, tiles between the two edges of a band skip it too (EDGES).
-A row's peak follows its scores only where they rise far: below that sums and output stay in range, and most tiles leave the output as it is.
+Nothing waits for a tile's largest score. Weights of bfloat16 have the exponents of float32: their row keeps the peak of its first tile (FIXED), and
+a row whose sum leaves the range for which that serves is marked, to be computed again by ``portable.py``. Weights of float16 follow the peak, but
+only where scores rise far (the lazy peak of FlashAttention-4): below that, sums and output stay in range and most tiles leave the output as it is.
 Neighbouring rows run at the same time and walk their lists in step, so that they meet in the L2 cache.
 
 Tensors as in ``portable.py``; q, k, v arrive as rank-4 TMA descriptors (any 16-byte aligned strides; head dims are zero-filled to a power of
-two). Rows that saw no key give 0 and a log-sum-exp of -inf. The structure follows FlashAttention-3 (arXiv 2407.08608), the lazy peak
-FlashAttention-4.
+two). Rows that saw no key give 0 and a log-sum-exp of -inf. The structure follows FlashAttention-3 (arXiv 2407.08608).
 """
 
 import triton
@@ -28,6 +29,7 @@ BANDED = gl.constexpr(False)
 EDGES = gl.constexpr(False)
 MODIFIED = gl.constexpr(False)
 SINK = gl.constexpr(False)
+FIXED = gl.constexpr(True)
 
 
 @gluon.jit
@@ -67,6 +69,11 @@ DV = gl.constexpr(triton.next_power_of_2(VALUE_DIM.value))
 BOX = gl.constexpr(min(D.value, DV.value, 64))  # columns of a box where a tile is several blocks: one swizzle
 NOWHERE = gl.constexpr(1 << 20)  # a block past every sequence: TMA fills zeros, the mask hides them
 RISE = gl.constexpr(8.0)  # how far (log2) scores may exceed a row's peak before the peak follows: weights stay below 2^8
+# FIXED: the first tile's largest score stands SHIFT (log2) below the peak. Sums in [LEAST, MOST] mean scores between 2^-58 and 2^96 times that one's
+# weight, with room in float32 for what falls 2^-36 below them and for values from 2^-90 to 2^62.
+SHIFT = gl.constexpr(32.0)
+LEAST = gl.constexpr(2.0**-90)
+MOST = gl.constexpr(2.0**64)
 # A thread holds DV / 2 values of the output: two of one row, two of another, in turn. Operands: results, values, factors.
 HELD = gl.constexpr(DV.value // 2)
 RESCALE = gl.constexpr(
@@ -198,12 +205,19 @@ def _hides(i, row, consumer, q_len, kv_len, terms, TILE: gl.constexpr):
 
 
 @gluon.jit
-def _logits(scores, i, row, consumer, q_len, kv_len, scale, terms, layout: gl.constexpr, TILE: gl.constexpr):
-    """Products of the i-th tile as what enters the softmax, over the factor that is left; what the mask hides, and keys past the end, at -inf."""
+def _modified(scores, i, row, consumer, q_len, kv_len, scale, terms, layout: gl.constexpr, TILE: gl.constexpr):
+    """Products of the i-th tile as what enters the softmax, over the factor that is left."""
     b, h, first, _, walk = row
     if MODIFIED:
         q = (first + consumer * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout)))[:, None]
         scores = score(scores * scale, b, h, q, _keys(walk, i, layout, TILE), q_len, kv_len, terms[0], terms[1], terms[2])
+    return scores
+
+
+@gluon.jit
+def _hidden(scores, i, row, consumer, q_len, kv_len, terms, layout: gl.constexpr, TILE: gl.constexpr):
+    """Scores of the i-th tile with what the mask hides, and keys past the end, at -inf."""
+    b, h, first, _, walk = row
     if _hides(i, row, consumer, q_len, kv_len, terms, TILE):
         q = (first + consumer * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout)))[:, None]
         kv = _keys(walk, i, layout, TILE)
@@ -219,8 +233,14 @@ def _rescale(acc, shrink):
 
 
 @gluon.jit
+def _partial(weights):
+    """Sums of [ROWS, TILE] over the columns that one thread holds: [ROWS, 4], so that threads exchange theirs once a row."""
+    return gl.sum(gl.sum(weights.reshape([weights.shape[0], weights.shape[1] // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
 def _consume(
-    consumer, q_tiles, q_ready, apart, rings, o_ptr, lse_ptr, o_strides, row, heads, q_len, kv_len, scale, terms,
+    consumer, q_tiles, q_ready, apart, rings, o_ptr, lse_ptr, marks_ptr, o_strides, row, heads, q_len, kv_len, scale, terms,
     TILE: gl.constexpr, STAGES: gl.constexpr, LSE: gl.constexpr,
 ):  # fmt: skip
     score_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE, 16])
@@ -231,6 +251,7 @@ def _consume(
     store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (DV // 8) if DV < 256 else 1, min(DV // 8, 32)], [4, 1], [1, 0])
     k_ring, v_ring, k_ready, k_free, v_ready, v_free = rings
     b, h, first, _, walk = row
+    marks_ptr += ((b * heads + h).to(gl.int64) * gl.cdiv(q_len, BLOCK_Q) + first // BLOCK_Q) * CONSUMERS + consumer
     first += consumer * ROWS
     tiles = walk[3]
     factor = scale
@@ -251,11 +272,19 @@ def _consume(
     scores = warpgroup_mma(q, k_ring.index(0).reshape([TILE, D]).permute((1, 0)), blank, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, [scores])
     mbarrier.arrive(k_free.index(0), count=1)
-    scores = _logits(scores, 0, row, consumer, q_len, kv_len, scale, terms, score_layout, TILE)
-    higher = gl.maximum(peak, gl.max(scores, 1) * factor)
-    fresh = gl.exp2(scores * factor - higher[:, None])
-    total = total * gl.exp2(peak - higher) + gl.sum(fresh, 1)
-    peak = higher
+    scores = _modified(scores, 0, row, consumer, q_len, kv_len, scale, terms, score_layout, TILE)
+    if FIXED:
+        # Hidden scores count: a row may see no key of this tile, and they are as large as others.
+        peak = gl.maximum(peak, gl.max(scores, 1) * factor) + SHIFT
+        scores = _hidden(scores, 0, row, consumer, q_len, kv_len, terms, score_layout, TILE)
+        fresh = gl.exp2(scores * factor - peak[:, None])
+        total = _partial(fresh)
+    else:
+        scores = _hidden(scores, 0, row, consumer, q_len, kv_len, terms, score_layout, TILE)
+        higher = gl.maximum(peak, gl.max(scores, 1) * factor)
+        fresh = gl.exp2(scores * factor - higher[:, None])
+        total = total * gl.exp2(peak - higher) + gl.sum(fresh, 1)
+        peak = higher
     weights = gl.convert_layout(fresh.to(v_ring.dtype), weight_layout)
     # One loop: where two follow each other the weights between them are unpacked and packed again in every tile.
     for i in range(1, tiles):
@@ -269,25 +298,37 @@ def _consume(
         product = warpgroup_mma(weights, v_ring.index(done).reshape([TILE, DV]), acc, is_async=True)
         scores = warpgroup_mma_wait(1, [scores])
         mbarrier.arrive(k_free.index(stage), count=1)
-        scores = _logits(scores, i, row, consumer, q_len, kv_len, scale, terms, score_layout, TILE)
-        higher = gl.maximum(peak, gl.max(scores, 1) * factor)
-        higher = gl.where(higher - peak > RISE, higher, peak)
-        shrink = gl.exp2(peak - higher)
-        fresh = gl.exp2(scores * factor - higher[:, None])
-        total = total * shrink + gl.sum(fresh, 1)
-        peak = higher
+        scores = _modified(scores, i, row, consumer, q_len, kv_len, scale, terms, score_layout, TILE)
+        scores = _hidden(scores, i, row, consumer, q_len, kv_len, terms, score_layout, TILE)
+        if FIXED:
+            fresh = gl.exp2(scores * factor - peak[:, None])
+            total += _partial(fresh)
+        else:
+            higher = gl.maximum(peak, gl.max(scores, 1) * factor)
+            higher = gl.where(higher - peak > RISE, higher, peak)
+            shrink = gl.exp2(peak - higher)
+            fresh = gl.exp2(scores * factor - higher[:, None])
+            total = total * shrink + gl.sum(fresh, 1)
+            peak = higher
         # Nobody waits for it: the branch keeps the softmax and the wait in two basic blocks. In one, the assembler waits first.
         if i + 1 == tiles:
             mbarrier.arrive(apart, count=1)
         acc = warpgroup_mma_wait(0, [product])
         mbarrier.arrive(v_free.index(done), count=1)
-        acc = _rescale(acc, gl.convert_layout(shrink, row_layout))
+        if not FIXED:
+            acc = _rescale(acc, gl.convert_layout(shrink, row_layout))
         weights = gl.convert_layout(fresh.to(v_ring.dtype), weight_layout)
     stage = (tiles - 1) % STAGES
     mbarrier.wait(v_ready.index(stage), ((tiles - 1) // STAGES) & 1)
     acc = warpgroup_mma(weights, v_ring.index(stage).reshape([TILE, DV]), acc, is_async=True)
     acc = warpgroup_mma_wait(0, [acc])
 
+    if FIXED:
+        total = gl.convert_layout(gl.sum(total, 1), stat_layout)
+        if SINK:
+            total += gl.exp2(sink(b, h, terms[0], terms[1], terms[2]) * LOG2E - peak)
+        # NaN and 0 are marked too.
+        gl.store(marks_ptr, gl.max(gl.where((total >= LEAST) & (total <= MOST), 0, 1), 0))
     # total is 0 where nothing was visible, and NaN where the input was: that one must show.
     acc = acc * gl.convert_layout(gl.where(total == 0.0, 0.0, 1.0 / total), row_layout)[:, None]
     result = gl.convert_layout(acc.to(o_ptr.dtype.element_ty), store_layout)
@@ -310,13 +351,14 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["rows", "q_len", "kv_len", "width"])
 def attend(
-    q_desc, k_desc, v_desc, o_ptr, lse_ptr, indices_ptr, counts_ptr, o_strides, rows,
+    q_desc, k_desc, v_desc, o_ptr, lse_ptr, marks_ptr, indices_ptr, counts_ptr, o_strides, rows,
     heads, group, q_len, kv_len, width, scale, tensors, layouts, scalars,
     TILE: gl.constexpr, STAGES: gl.constexpr, LSE: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Grid (rows * B * H,). scale: softmax scale, times log2(e) unless MODIFIED; positive. o_strides: (batch, head, token).
 
     k_desc, v_desc: boxes of [TILE, whole width], or of [BLOCK_K, BOX] where a tile is several blocks. lse: fp32 [B, H, q_len], natural log.
+    marks: int32 [B, H, rows, CONSUMERS], written under FIXED: 1 where the output of 64 query rows is not to be used.
     """
     terms = (tensors, layouts, scalars)
     row = _row(rows, heads, q_len, kv_len, width, indices_ptr, counts_ptr, terms, TILE)
@@ -333,12 +375,12 @@ def attend(
 
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (_consume, (0, q_tiles, q_ready, apart, rings, o_ptr, lse_ptr, o_strides, row, heads, q_len, kv_len, scale, terms, TILE, STAGES, LSE)),
-            (_consume, (1, q_tiles, q_ready, apart, rings, o_ptr, lse_ptr, o_strides, row, heads, q_len, kv_len, scale, terms, TILE, STAGES, LSE)),
+            (_consume, (0, q_tiles, q_ready, apart, rings, o_ptr, lse_ptr, marks_ptr, o_strides, row, heads, q_len, kv_len, scale, terms, TILE, STAGES, LSE)),
+            (_consume, (1, q_tiles, q_ready, apart, rings, o_ptr, lse_ptr, marks_ptr, o_strides, row, heads, q_len, kv_len, scale, terms, TILE, STAGES, LSE)),
             (_produce, (k_desc, v_desc, rings, group, row, TILE, STAGES)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (0, q_tiles, q_ready, apart, rings, o_ptr, lse_ptr, o_strides, row, heads, q_len, kv_len, scale, terms, TILE, STAGES, LSE)),
+            (_consume, (0, q_tiles, q_ready, apart, rings, o_ptr, lse_ptr, marks_ptr, o_strides, row, heads, q_len, kv_len, scale, terms, TILE, STAGES, LSE)),
             (_produce, (k_desc, v_desc, rings, group, row, TILE, STAGES)),
         ], [1], [24])  # fmt: skip

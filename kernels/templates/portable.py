@@ -128,22 +128,17 @@ def _sweep(
     return acc, peak, total
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "width", "batch_width"])
-def attend(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, indices_ptr, counts_ptr,
+@triton.jit
+def _attend(
+    part, head_row, q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, indices_ptr, counts_ptr,
     q_strides, k_strides, v_strides, o_strides,
     heads, group, q_len, kv_len, width, scale, tensors, layouts, scalars,
     ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, LSE: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows * BLOCK_Q / ROWS, B * H). scale: softmax scale, times log2(e) unless MODIFIED. strides: (batch, head, token).
-
-    lse: fp32 [B, H, q_len], natural log. BULK: k_ptr and v_ptr are tensor descriptors of [1, 1, TILE, D or DV] tiles.
-    """
+    """ROWS query rows, the ``part``-th of their head. Arguments as ``attend``'s."""
     PARTS: tl.constexpr = BLOCK_Q // ROWS
-    part = tl.num_programs(0) - 1 - tl.program_id(0)  # heavy rows first
     row = part // PARTS
     part_row = part * ROWS
-    head_row = tl.program_id(1)
     b, h = head_row // heads, head_row % heads
     bi, hi, hk = b.to(tl.int64), h.to(tl.int64), h // group
     rows = part_row + tl.arange(0, ROWS)
@@ -164,7 +159,7 @@ def attend(
         whole = tl.minimum(kv_len, row * BLOCK_Q + 1 + before)
     reach = tl.cdiv(tl.maximum(reach, 0), BLOCK_K)
     whole = tl.maximum(whole, 0) // BLOCK_K
-    where = head_row.to(tl.int64) * (tl.num_programs(0) // PARTS) + row
+    where = head_row.to(tl.int64) * tl.cdiv(q_len, BLOCK_Q) + row
     count = tl.load(counts_ptr + where)
     index_ptr = indices_ptr + where * width
     listed = count >= 0
@@ -211,3 +206,44 @@ def attend(
     tl.store(o_tile + lane[:, None] * o_strides[2] + column, acc.to(o_ptr.dtype.element_ty), mask=inside[:, None] & (column < VALUE_DIM))
     if LSE:
         tl.store(lse_ptr + head_row.to(tl.int64) * q_len + rows, (peak + tl.log2(total)) * 0.6931471805599453, mask=inside)
+
+
+@triton.jit(do_not_specialize=["q_len", "kv_len", "width"])
+def attend(
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, indices_ptr, counts_ptr,
+    q_strides, k_strides, v_strides, o_strides,
+    heads, group, q_len, kv_len, width, scale, tensors, layouts, scalars,
+    ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, LSE: tl.constexpr, BULK: tl.constexpr,
+):  # fmt: skip
+    """Grid (rows * BLOCK_Q / ROWS, B * H). scale: softmax scale, times log2(e) unless MODIFIED. strides: (batch, head, token).
+
+    lse: fp32 [B, H, q_len], natural log. BULK: k_ptr and v_ptr are tensor descriptors of [1, 1, TILE, D or DV] tiles.
+    """
+    _attend(
+        tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1),  # heavy rows first
+        q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, indices_ptr, counts_ptr, q_strides, k_strides, v_strides, o_strides,
+        heads, group, q_len, kv_len, width, scale, tensors, layouts, scalars, ROWS, TILE, STAGES, LSE, BULK,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["marks", "q_len", "kv_len", "width"])
+def attend_marked(
+    marks_ptr, marks, q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, indices_ptr, counts_ptr,
+    q_strides, k_strides, v_strides, o_strides,
+    heads, group, q_len, kv_len, width, scale, tensors, layouts, scalars,
+    SHARE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, LSE: tl.constexpr, BULK: tl.constexpr,
+):  # fmt: skip
+    """``attend`` for the parts that ``marks_ptr`` (int32 [B, H, parts], ``marks`` in all) marks; the others keep what they have.
+
+    Grid (marks / SHARE,): as a rule no part is marked, and a program ends after one look at its share.
+    """
+    first = tl.program_id(0) * SHARE
+    lane = first + tl.arange(0, SHARE)
+    if tl.max(tl.load(marks_ptr + lane, mask=lane < marks, other=0), 0) != 0:
+        parts = tl.cdiv(q_len, BLOCK_Q) * (BLOCK_Q // ROWS)
+        for item in range(first, tl.minimum(first + SHARE, marks)):
+            if tl.load(marks_ptr + item) != 0:
+                _attend(
+                    item % parts, item // parts, q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, indices_ptr, counts_ptr, q_strides, k_strides, v_strides, o_strides,
+                    heads, group, q_len, kv_len, width, scale, tensors, layouts, scalars, ROWS, TILE, STAGES, LSE, BULK,
+                )  # fmt: skip

@@ -123,6 +123,23 @@ def test_peaks_that_rise(template: str, dims: tuple[int, int], dtype: torch.dtyp
         check(Case(1500, 1500, 1, 4, 2, *dims, block_k=block_k, dtype=dtype, rise=rise, budget=0.6, device="cuda"), template, monkeypatch)
 
 
+@pytest.mark.parametrize("garbage", [1.0, 1e4, float("inf"), float("nan")])
+@pytest.mark.parametrize("block_k", [128, 64])
+def test_hidden_keys_say_nothing_about_a_rows_peak(garbage: float, block_k: int, monkeypatch: Any) -> None:
+    """The first tile that a row meets may be hidden from it, whatever its keys hold."""
+
+    class Garbage(Case):
+        def inputs(self) -> dict[str, Any]:
+            data = super().inputs()
+            data["k"][~data["tensors"][0][:, None, :, None].expand_as(data["k"])] = garbage
+            return data
+
+    for pad in ("left", "right", "holes"):
+        case = Garbage(1100, 1100, 2, 4, 2, 128, 128, 128, block_k, dtype=torch.bfloat16, mask=PADDED, pad=pad, device="cuda")
+        for template in TEMPLATES:
+            check(case, template, monkeypatch)
+
+
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_same_inputs_same_bits(template: str) -> None:
     case = Case(4000, 4000, 1, 4, 2, 128, 128, dtype=torch.bfloat16, device="cuda")

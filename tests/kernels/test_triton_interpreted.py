@@ -123,6 +123,31 @@ def test_scores_in_row_chunks_are_the_same(monkeypatch: Any) -> None:
     assert torch.equal(whole[0][listed], parts[0][listed])
 
 
+@pytest.mark.parametrize("block_k", [32, 64, 128])
+@pytest.mark.parametrize(("block_q", "mask", "kind"), [(64, CAUSAL, ""), (128, CAUSAL, SINK), (128, PADDED, SOFTCAP), (128, WINDOW, "")])
+def test_marked_rows_are_computed_again_and_no_others(block_q: int, block_k: int, mask: str, kind: str) -> None:
+    case = Case(450, 450, 2, 2, 1, 16, 32, block_q, block_k, mask=mask, kind=kind)
+    data = case.inputs()
+    extra = data["tensors"], data["scalars"]
+    chosen = case.random_selection(*extra)
+    q, k, v = (data[x] for x in "qkv")
+    parts = block_q // cuda.MARKED_ROWS
+    marks = (torch.rand(2, 2, chosen.counts.shape[2], parts) < 0.4).int()
+    marks[-1, -1, -1, -1] = 1  # beyond the last query where only 2 rows are left
+    runtime = (2, 2, 450, 450, chosen.indices.shape[-1], 0.25 * (1.0 if kind == SOFTCAP else cuda.LOG2E), *cuda.arguments(*extra, mask, case.score))
+    fill = float("nan")
+    out, lse = torch.full_like(q[..., :1], fill).repeat(1, 1, 1, 32), torch.full(q.shape[:3], fill)
+    spec = cuda._attention_spec("hopper", q, v, mask, case.spec.text(), case.score)
+    cuda.attend_marked(marks, spec, q, k, v, out, lse, chosen.indices, chosen.counts, runtime)
+    expected, expected_lse = torch.empty_like(out), torch.empty_like(lse)
+    expected = cuda.attend(q, k, v, chosen.indices, chosen.counts, *extra, mask, 0.25, case.spec.text(), "portable", lse=expected_lse, score=case.score)
+    again = marks.bool().flatten(2).repeat_interleave(cuda.MARKED_ROWS, -1)[..., :450]
+    assert out[~again].isnan().all()
+    assert lse[~again].isnan().all()
+    torch.testing.assert_close(out[again], expected[again])
+    torch.testing.assert_close(lse[again], expected_lse[again])
+
+
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
 def test_scales_that_are_not_positive(scale: float) -> None:
     case = Case(50, 50, block_q=16, block_k=16)
