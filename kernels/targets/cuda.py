@@ -104,15 +104,18 @@ def _launch_portable(
     strides = (q.stride()[:3], k.stride()[:3], v.stride()[:3], out.stride()[:3])
     for place in range(start, len(configs)):
         c = configs[place]
-        rows = c.rows or chosen.block_q
+        c = replace(c, rows=c.rows or chosen.block_q)
         bulk = c.bulk and device.capability(q.device)[0] >= 9 and _describable(k) and _describable(v)
-        keys = (_plain_descriptor(k, c.tile), _plain_descriptor(v, c.tile)) if bulk else (k, v)
-        grid = (cdiv(q.shape[2], chosen.block_q) * (chosen.block_q // rows), q.shape[0] * q.shape[1])
+        keys: tuple[Any, Any] = (_plain_descriptor(k, c.tile), _plain_descriptor(v, c.tile)) if bulk else (k, v)
+        blocks, parts = cdiv(q.shape[2], chosen.block_q), chosen.block_q // c.rows
+        marks = counts.new_empty(*q.shape[:2], blocks, parts)
         try:
-            module.attend[grid](
-                q, *keys, out, lse, indices, counts, *strides, *runtime, ROWS=rows, TILE=c.tile, STAGES=c.stages, LSE=lse is not None,
+            module.attend[(blocks * parts, q.shape[0] * q.shape[1])](
+                marks, q, *keys, out, lse, indices, counts, *strides, *runtime, ROWS=c.rows, TILE=c.tile, STAGES=c.stages, LSE=lse is not None,
                 BULK=bulk, num_warps=c.warps,
             )  # fmt: skip
+            if module.FIXED.value:
+                attend_marked(marks, module, c, q, *keys, out, lse, indices, counts, strides, runtime, bulk)
         except OutOfResources:
             if place + 1 == len(configs):
                 raise
@@ -125,21 +128,19 @@ def _launch_portable(
 
 
 def attend_marked(
-    marks: torch.Tensor, chosen: KernelSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
-    lse: torch.Tensor | None, indices: torch.Tensor, counts: torch.Tensor, runtime: tuple[Any, ...],
+    marks: torch.Tensor, module: Any, c: Config, q: torch.Tensor, k: Any, v: Any, out: torch.Tensor, lse: torch.Tensor | None,
+    indices: torch.Tensor, counts: torch.Tensor, strides: Any, runtime: tuple[Any, ...], bulk: bool,
 ) -> None:  # fmt: skip
-    """Compute the marked rows of ``out`` and ``lse`` again with the portable template. marks: int32 [B, H, query blocks, block_q / 64]."""
-    spec = replace(chosen, template="portable")
-    # Small: it rarely runs, and is never short of registers.
-    tile = min(64 if _padded(max(chosen.head_dim, chosen.value_dim)) <= 128 else 32, chosen.block_k)
-    config = Config(tile, 2, 8, MARKED_ROWS, chosen.dtype != "fp32")
-    bulk = config.bulk and device.capability(q.device)[0] >= 9 and _describable(k) and _describable(v)
-    keys = (_plain_descriptor(k, config.tile), _plain_descriptor(v, config.tile)) if bulk else (k, v)
-    strides = (q.stride()[:3], k.stride()[:3], v.stride()[:3], out.stride()[:3])
-    cache.load(spec).attend_marked[(cdiv(marks.numel(), SHARE),)](
-        marks, marks.numel(), q, *keys, out, lse, indices, counts, *strides, *runtime, SHARE=SHARE, ROWS=MARKED_ROWS, TILE=config.tile,
-        STAGES=config.stages, LSE=lse is not None, BULK=bulk, num_warps=config.warps,
+    """Compute the marked rows of ``out`` and ``lse`` again. marks: int32 [B, H, query blocks, parts of ``c.rows`` queries]. module: portable."""
+    module.attend_marked[(cdiv(marks.numel(), SHARE),)](
+        marks, marks.numel(), q, k, v, out, lse, indices, counts, *strides, *runtime, SHARE=SHARE, ROWS=c.rows, TILE=c.tile,
+        STAGES=c.stages, LSE=lse is not None, BULK=bulk, num_warps=c.warps,
     )  # fmt: skip
+
+
+def marked_config(spec: KernelSpec) -> Config:
+    """Configuration for rows that the Hopper template marked. Small: it rarely runs, and is never short of registers."""
+    return Config(min(64 if _padded(max(spec.head_dim, spec.value_dim)) <= 128 else 32, spec.block_k), 2, 8, MARKED_ROWS, bulk=True)
 
 
 def _attention_spec(template: str, q: torch.Tensor, v: torch.Tensor, mask: str, spec: str, score: str = "") -> KernelSpec:
@@ -237,7 +238,10 @@ def attend(
             TILE=config.tile, STAGES=config.stages, LSE=lse is not None, num_warps=config.warps,
         )  # fmt: skip
         if module.FIXED.value:
-            attend_marked(marks, chosen, q, k, v, out, lse, indices, counts, runtime)
+            again = replace(chosen, template="portable")
+            config, strides = marked_config(again), tuple(x.stride()[:3] for x in (q, k, v, out))
+            keys = _plain_descriptor(k, config.tile), _plain_descriptor(v, config.tile)
+            attend_marked(marks, cache.load(again), config, q, *keys, out, lse, indices, counts, strides, runtime, True)
     else:
         _launch_portable(module, chosen, config, q, k, v, out, lse, indices, counts, runtime)
     return out

@@ -49,7 +49,7 @@ TOLERANCE = {torch.bfloat16: 2 * 2.0**-9, torch.float16: 2 * 2.0**-12, torch.flo
 class Case:
     """One attention with a random selection. layout: how q, k and v lie in memory. pad: "left", "right" or "holes" under PADDED. kind: of SCORES.
 
-    rise: how many times larger the scores of the first keys are than those of the last.
+    rise, fall: factors of the first and of the last key; those between lie on a line.
     """
 
     q_len: int = 300
@@ -73,6 +73,7 @@ class Case:
     score_dtype: str = "native"
     prompt_length: int = 0
     rise: float = 1.0
+    fall: float = 1.0
     seed: int = 0
     device: str = "cpu"
 
@@ -106,7 +107,7 @@ class Case:
         generator = torch.Generator().manual_seed(self.seed)
         q = self._tensor(generator, self.heads, self.q_len, self.head_dim)
         k = self._tensor(generator, self.key_heads, self.kv_len, self.head_dim)
-        k *= torch.linspace(self.rise, 1.0, self.kv_len, device=self.device)[:, None].to(self.dtype)
+        k *= torch.linspace(self.rise, self.fall, self.kv_len, device=self.device)[:, None].to(self.dtype)
         v = self._tensor(generator, self.key_heads, self.kv_len, self.value_dim, 2.0)
         tensors: list[torch.Tensor] = []
         if "Ne(T0(b, kv), 0)" in self.mask:

@@ -39,7 +39,7 @@ from tests.kernels.kernel_cases import (
 )  # fmt: skip
 
 pytest.importorskip("triton")
-from stem_compile.kernels import launch
+from stem_compile.kernels import cache, launch
 from stem_compile.kernels.targets import cuda
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the compiled kernels")
@@ -59,6 +59,7 @@ def cases(draw: Any) -> Case:
         pad=draw(st.sampled_from(["left", "right", "holes"])), layout=draw(st.sampled_from(["bhnd", "bnhd", "sliced"])),
         budget=draw(st.sampled_from([0.2, 0.5, 1.0])), pooling=draw(st.sampled_from(["mean", "max"])),
         metric=draw(st.sampled_from(["paper", "released"])), stride=draw(st.sampled_from([8, 16])), seed=draw(st.integers(0, 99)),
+        rise=draw(st.sampled_from([1.0, 100.0])), fall=draw(st.sampled_from([1.0, 100.0])),
     )  # fmt: skip
 
 
@@ -66,6 +67,8 @@ def cases(draw: Any) -> Case:
 @example(Case(300, 300, budget=0.3, block_q=64, block_k=32))
 @example(Case(40, 170, 2, mask=PADDED, pad="right", block_q=16, block_k=16, budget=0.3, dtype=torch.float16))
 @example(Case(1, 97, mask=LAST_ROWS, block_q=16, block_k=32))
+@example(Case(200, 200, block_q=32, block_k=16, fall=100.0, budget=0.3))
+@example(Case(200, 200, block_q=32, block_k=16, fall=100.0, budget=1.0, kind=SINK))
 @example(Case(300, 300, mask=WINDOW, kind=SOFTCAP + SINK, block_q=32, block_k=16, budget=0.3))
 @example(Case(300, 300, mask=CHUNKED, kind=ALIBI, block_q=16, block_k=32, budget=1.0))
 @example(Case(150, 150, 2, mask=LEFT_CHUNKED, kind=TEMPERATURE, block_q=32, block_k=32, budget=1.0))
@@ -137,8 +140,10 @@ def test_marked_rows_are_computed_again_and_no_others(block_q: int, block_k: int
     runtime = (2, 2, 450, 450, chosen.indices.shape[-1], 0.25 * (1.0 if kind == SOFTCAP else cuda.LOG2E), *cuda.arguments(*extra, mask, case.score))
     fill = float("nan")
     out, lse = torch.full_like(q[..., :1], fill).repeat(1, 1, 1, 32), torch.full(q.shape[:3], fill)
-    spec = cuda._attention_spec("hopper", q, v, mask, case.spec.text(), case.score)
-    cuda.attend_marked(marks, spec, q, k, v, out, lse, chosen.indices, chosen.counts, runtime)
+    module = cache.load(cuda._attention_spec("portable", q, v, mask, case.spec.text(), case.score))
+    strides = [x.stride()[:3] for x in (q, k, v, out)]
+    config = cuda.Config(min(64, block_k), 2, 4, cuda.MARKED_ROWS)
+    cuda.attend_marked(marks, module, config, q, k, v, out, lse, chosen.indices, chosen.counts, strides, runtime, False)
     expected, expected_lse = torch.empty_like(out), torch.empty_like(lse)
     expected = cuda.attend(q, k, v, chosen.indices, chosen.counts, *extra, mask, 0.25, case.spec.text(), "portable", lse=expected_lse, score=case.score)
     again = marks.bool().flatten(2).repeat_interleave(cuda.MARKED_ROWS, -1)[..., :450]
