@@ -66,7 +66,7 @@ def rewrite(module: fx.GraphModule, config: StemConfig) -> Rewrite:
     try:
         return pipeline.run(module, config)
     except Exception as error:
-        log.exception("the pipeline failed; the graph stays as it was")
+        log.debug("the pipeline failed; the graph stays as it was", exc_info=True)
         warnings.warn(
             f"backend 'stem' left a graph dense: {type(error).__name__}: {error}. Set TORCH_LOGS=+stem_compile for the traceback.", StemWarning, stacklevel=2
         )
