@@ -107,6 +107,13 @@ def test_fuel_bisects() -> None:
         assert len(made[0].sites) == fuel
 
 
+@pytest.mark.parametrize("shape", [(2, 0, 32), (0, 100, 32)])
+def test_nothing_in_is_nothing_out(shape: tuple[int, ...]) -> None:
+    with torch.no_grad():
+        out = torch.compile(Block(), backend="stem", options={**OPTIONS, "budget": 0.5})(torch.randn(shape))
+    assert out.shape == shape
+
+
 def test_views_behind_an_attention_keep_working() -> None:
     def model(x: torch.Tensor) -> torch.Tensor:
         return F.scaled_dot_product_attention(x, x, x, is_causal=True).view(-1)
