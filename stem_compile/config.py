@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,6 +155,21 @@ class StemConfig:
     def keeps_dense(self, index: int) -> bool:
         """Whether attention number ``index`` of the model is to stay dense."""
         return index in self.dense_layers if isinstance(self.dense_layers, tuple) else index < self.dense_layers
+
+
+def written_options(pairs: Iterable[str]) -> dict[str, Any]:
+    """Options of NAME=VALUE texts, such as "budget=0.25" or "pooling=max", validated. Raises OptionError."""
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        name, found, text = (part.strip() for part in pair.partition("="))
+        if not found:
+            raise OptionError(f"{pair!r}: write NAME=VALUE, such as budget=0.25")
+        try:
+            values[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[name] = text
+    StemConfig.from_options(values)
+    return values
 
 
 _FIELDS = {f.name: f for f in dataclasses.fields(StemConfig)}

@@ -227,6 +227,8 @@ def test_the_plugin_gives_marks_options_and_a_fixture(tmp_path: Path) -> None:
 
 def test_options_of_pytests_command_line() -> None:
     assert options_from("budget=0.25, pooling=max,") == {"budget": 0.25, "pooling": "max"}
-    for text, said in (("budgt=0.4", "did you mean 'budget'"), ("budget", "is not NAME=VALUE")):
+    assert options_from("dense_layers=(0, 2),mu=1") == {"dense_layers": (0, 2), "mu": 1}
+    assert options_from("") == {}
+    for text, said in (("budgt=0.4", "did you mean 'budget'"), ("budget", "write NAME=VALUE"), ("mu=1,budget", "write NAME=VALUE")):
         with pytest.raises(pytest.UsageError, match=said):
             options_from(text)
