@@ -162,7 +162,7 @@ def check(
     as_json: AsJson = False,
     html: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
 ) -> None:
-    """Property-test a model: is it the same as without the backend, and how far off at your budget? Exit status 3 when a property does not hold."""
+    """Property-test a model: is it the same as without the backend, and how far off at your budget? Exit status 3 unless it passes."""
     from stem_compile.testing import command
 
     place, precision = _place(device, dtype)
