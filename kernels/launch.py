@@ -91,12 +91,16 @@ def select(
     score: str = "",
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """stem::select: scores and selection in one."""
+    chosen = selection.parse(spec)
+    blocks = ops.selection_shape(q, k, chosen)
+    if 0 in blocks[:3]:
+        # No device launches kernels over nothing, and there is nothing to observe.
+        return q.new_empty(blocks, dtype=torch.int32), q.new_empty(blocks[:3], dtype=torch.int32)
     found = target(q.device.type) if kernel != ops.REFERENCE else None
     if found is None:
         indices, counts = tpd_select(oam_scores(q, k, v, tensors, scalars, mask, scale, spec, score), q, k, tensors, scalars, mask, spec)
     else:
         indices, counts = found.select(q, k, v, tensors, scalars, mask, scale, spec, kernel)
-    chosen = selection.parse(spec)
     made = BlockSelection(indices, counts, chosen.block_q, chosen.block_k, cdiv(k.shape[2], chosen.block_k))
     shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     made = selection.announce(selection.Observed(made, mask, tuple(tensors), tuple(scalars), shape, (q, k, v), scale, spec, score))
@@ -108,6 +112,8 @@ def sparse_attention(
     tensors: Tensors, scalars: Sequence[int], mask: str, scale: float, spec: str, kernel: str, score: str = "",
 ) -> torch.Tensor:  # fmt: skip
     """stem::sparse_attention."""
+    if 0 in q.shape[:3]:
+        return ops.attention_output(q, v)
     found = target(q.device.type) if kernel != ops.REFERENCE else None
     if found is not None:
         out: torch.Tensor = found.attend(q, k, v, indices, counts, tensors, scalars, mask, scale, spec, kernel, score=score)

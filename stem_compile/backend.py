@@ -7,6 +7,7 @@ options raise at once through Dynamo, and a failure of the pipeline leaves the g
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,6 +47,7 @@ def stem(
     """Dynamo backend. options: fields of ``StemConfig``; mode: Inductor's, where no options are given."""
     try:
         config = StemConfig.from_options(options)
+        config = dataclasses.replace(config, mode=mode) if mode is not None else config
     except OptionError as error:
         raise StemError(str(error)) from None
     result = rewrite(module, config)
@@ -54,7 +56,7 @@ def stem(
     refused = [hit for hit in result.found if isinstance(hit, Rejected) and hit.reason not in BENIGN]
     if config.fallback == "error" and refused:
         raise StemError("not rewritten, and fallback='error':\n" + "\n".join(f"  {module_path(r.node)}: {r.words}" for r in refused))
-    compiled: Callable[..., Any] = _inner(module, example_inputs, config.inner, mode or config.mode)
+    compiled: Callable[..., Any] = _inner(module, example_inputs, config.inner, config.mode)
     return compiled
 
 
@@ -64,7 +66,7 @@ def rewrite(module: fx.GraphModule, config: StemConfig) -> Rewrite:
     try:
         return pipeline.run(module, config)
     except Exception as error:
-        log.exception("the pipeline failed; the graph stays as it was")
+        log.debug("the pipeline failed; the graph stays as it was", exc_info=True)
         warnings.warn(
             f"backend 'stem' left a graph dense: {type(error).__name__}: {error}. Set TORCH_LOGS=+stem_compile for the traceback.", StemWarning, stacklevel=2
         )

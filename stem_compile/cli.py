@@ -1,4 +1,4 @@
-"""``stem-compile demo | explain | bench``: the entry point. What a user can mend is one line on stderr, not a traceback."""
+"""``stem-compile demo | explain | bench | check``: the entry point. What a user can mend is one line on stderr, not a traceback."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from stem_compile.demo.packages import Mendable, need
 def main() -> None:
     """Run the command line. Exit status 1 for what the user can mend, 2 for wrong usage."""
     try:
-        need("typer", "rich")
+        need("torch", "typer", "rich")
         from stem_compile.commands import app
 
         app()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
 import sys
@@ -60,7 +59,10 @@ def demo(
     place, precision = _place(device, dtype)
     repeats = repeats or (2 if place.startswith("cpu") else 10)
     further = backend_options(option)
-    entered = contenders(budget or [0.5, 0.25], further)
+    budgets = budget or [0.5, 0.25]
+    backend_options([f"budget={part}" for part in budgets])
+    entered = contenders(budgets, further)
+    _writable(out, "--out")
     with _progress() as bar:
         task = bar.add_task("loading SmolLM2-135M-Instruct", total=None)
         model, tokenizer = smollm(place, precision)
@@ -80,7 +82,6 @@ def demo(
         "options": further,
     }
     report = Report(settings, results)
-    out.mkdir(parents=True, exist_ok=True)
     report.write(out / "demo.json")
     (out / "demo.md").write_text(f"{report.markdown()}\n\n{report.caption}\n")
     chart.draw(report, out / "demo.png")
@@ -104,18 +105,15 @@ def explain(
     """Show every attention of a model: what its mask means, whether it is rewritten, and if not, why."""
     import torch
 
-    from stem_compile.config import OptionError
     from stem_compile.demo.target import load
     from stem_compile.explanation import explain as explained
 
     place, precision = _place(device, dtype)
+    further = backend_options(option)
     chosen = load(target, place, precision)
     args, kwargs = chosen.inputs(tokens)
-    try:
-        with torch.inference_mode():
-            explanation = explained(chosen.model, backend_options(option))(*args, **kwargs)
-    except OptionError as error:
-        raise Mendable(str(error)) from None
+    with torch.inference_mode():
+        explanation = explained(chosen.model, further)(*args, **kwargs)
     typer.echo(json.dumps(explanation.to_dict(), indent=2) if as_json else str(explanation))
 
 
@@ -164,12 +162,14 @@ def check(
     as_json: AsJson = False,
     html: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
 ) -> None:
-    """Property-test a model: is it the same as without the backend, and how far off at your budget? Exit status 3 when a property does not hold."""
+    """Property-test a model: is it the same as without the backend, and how far off at your budget? Exit status 3 unless it passes."""
     from stem_compile.testing import command
 
     place, precision = _place(device, dtype)
     arguments: dict[str, Any] = {"options": backend_options(option), "properties": properties or None, "max_examples": examples, "expected": expected}
     arguments |= {"seed": seed, "seconds": None if minutes is None else 60 * minutes}
+    if html is not None:
+        _writable(html.parent, "--html")
     with _progress() as bar:
         task = bar.add_task("loading", total=None)
         report = command.check(
@@ -186,22 +186,12 @@ def check(
 
 def backend_options(pairs: list[str] | None) -> dict[str, Any]:
     """Options of the backend from NAME=VALUE texts. Raises Mendable for a wrong name or value, before anything is loaded."""
-    from stem_compile.config import OptionError, StemConfig
+    from stem_compile.config import OptionError, written_options
 
-    values: dict[str, Any] = {}
-    for pair in pairs or []:
-        name, found, text = pair.partition("=")
-        if not found:
-            raise Mendable(f"--option {pair!r}: write NAME=VALUE, such as budget=0.25")
-        try:
-            values[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            values[name] = text
     try:
-        StemConfig.from_options(values)
+        return written_options(pairs or [])
     except OptionError as error:
-        raise Mendable(str(error)) from None
-    return values
+        raise Mendable(f"--option {error}") from None
 
 
 def _place(device: str, dtype: str) -> tuple[str, torch.dtype]:
@@ -210,10 +200,22 @@ def _place(device: str, dtype: str) -> tuple[str, torch.dtype]:
     from stem_compile.demo.target import default_device, default_dtype
 
     place = device or default_device()
+    try:
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise Mendable(f"--device {device!r}: {str(error).splitlines()[0]}") from None
     known = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
     if dtype and dtype not in known:
         raise Mendable(f"--dtype {dtype!r}: one of {', '.join(known)}")
     return place, known[dtype] if dtype else default_dtype(place)
+
+
+def _writable(path: Path, option: str) -> None:
+    """Create the folder ``path``. Raises Mendable at once, not after minutes of work whose result has no place."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Mendable(f"{option} {path}: {error.strerror}") from None
 
 
 def _progress() -> Progress:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from stem_compile import policies
 from stem_compile.selection import SelectionSpec
 
 INNER = ("inductor", "aot_eager", "eager")
-MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+MODES = ("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 FALLBACK = ("dense", "error")
 METRICS = ("paper", "released")
 POOLINGS = ("mean", "max")
@@ -30,7 +31,8 @@ class OptionError(ValueError):
 class StemConfig:
     """Options of ``torch.compile(model, backend="stem", options={...})``. Frozen and hashable; wrong values raise ``OptionError``.
 
-    policy: how blocks are chosen: "stem" (TPD budgets, output-aware scores) or "dense" (all of them, through the same kernels).
+    policy: how blocks are chosen: "stem" (TPD budgets, output-aware scores), "output_aware" (the same scores, one budget for all rows, without a
+    causal order too) or "dense" (all of them, through the same kernels).
     budget: part of the causal block pairs to compute, in (0, 1]; None is the published length schedule.
     mu: budget of the last row relative to the first (Eq. 3). beta: weight of the values' norms in block scores (Eq. 7).
     metric: "paper" is Eq. 7; "released" z-scores the norms over the sequence, as the authors' code does (later tokens are seen).
@@ -107,10 +109,12 @@ class StemConfig:
         """Config of ``torch.compile``'s options. Raises OptionError for an unknown name, naming the nearest one."""
         if isinstance(options, StemConfig):
             return options
+        if options is not None and not isinstance(options, Mapping):
+            raise OptionError(f"options={options!r}: a dict of options such as {{'budget': 0.25}}, or a StemConfig")
         for name in options or {}:
             if name not in _FIELDS:
                 near = difflib.get_close_matches(str(name), _FIELDS, n=1, cutoff=0.5)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = f"; did you mean {near[0]!r}?" if near else "."
                 raise OptionError(f"unknown option {name!r}{hint} Options: {', '.join(_FIELDS)}")
         values = dict(options or {})
         if os.environ.get("STEM_COMPILE_VERIFY", "") not in ("", "0"):
@@ -153,6 +157,21 @@ class StemConfig:
         return index in self.dense_layers if isinstance(self.dense_layers, tuple) else index < self.dense_layers
 
 
+def written_options(pairs: Iterable[str]) -> dict[str, Any]:
+    """Options of NAME=VALUE texts, such as "budget=0.25" or "pooling=max", validated. Raises OptionError."""
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        name, found, text = (part.strip() for part in pair.partition("="))
+        if not found:
+            raise OptionError(f"{pair!r}: write NAME=VALUE, such as budget=0.25")
+        try:
+            values[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[name] = text
+    StemConfig.from_options(values)
+    return values
+
+
 _FIELDS = {f.name: f for f in dataclasses.fields(StemConfig)}
 
 
@@ -170,7 +189,8 @@ def _number(name: str, value: Any, low: float, high: float) -> None:
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed or isinstance(value, bool):
+    # By type too: 64.0 == 64, but is written as another text into graphs and kernels.
+    if not any(type(value) is type(a) and value == a for a in allowed):
         near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near and isinstance(value, str) else ""
+        hint = next((f"; did you mean {a!r}?" for a in allowed if [str(a)] == near and isinstance(value, str)), "")
         raise OptionError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}{hint}")

@@ -50,12 +50,13 @@ def test_training_goes_on_dense() -> None:
 
 
 @pytest.mark.parametrize("step", ["match", "analyze_masks", "insert_selection", "lower", "cleanup"])
-def test_our_own_failure_leaves_the_graph_as_it_was(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_own_failure_leaves_the_graph_as_it_was(step: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("planted")
 
     monkeypatch.setattr(pipeline, step, broken)
     model, made = Block(), []
+    caplog.set_level("DEBUG", "stem_compile")
     with torch.no_grad(), backend.listen(made.append), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         out = torch.compile(model, backend="stem", options=OPTIONS, fullgraph=True)(X)
@@ -63,6 +64,8 @@ def test_our_own_failure_leaves_the_graph_as_it_was(step: str, monkeypatch: pyte
     told = [w for w in caught if issubclass(w.category, StemWarning)]
     assert len(told) == 1
     assert "planted" in str(told[0].message)
+    # The traceback is for those who ask: see the warning.
+    assert [r.levelname for r in caplog.records if r.name == "stem_compile.backend" and r.exc_info] == ["DEBUG"]
     assert [h.reason for h in made[0].found] == [Reason.INTERNAL]
     assert not [n for n in made[0].module.graph.nodes if "stem" in str(n.target)]
 
@@ -102,6 +105,13 @@ def test_fuel_bisects() -> None:
         with torch.no_grad(), backend.listen(made.append):
             torch.compile(model, backend="stem", options={**OPTIONS, "fuel": fuel})(X)
         assert len(made[0].sites) == fuel
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 32), (0, 100, 32)])
+def test_nothing_in_is_nothing_out(shape: tuple[int, ...]) -> None:
+    with torch.no_grad():
+        out = torch.compile(Block(), backend="stem", options={**OPTIONS, "budget": 0.5})(torch.randn(shape))
+    assert out.shape == shape
 
 
 def test_views_behind_an_attention_keep_working() -> None:

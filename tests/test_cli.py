@@ -59,6 +59,43 @@ def test_mistakes_are_one_line(args: list[str], block: str, said: str) -> None:
     assert said in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["explain", "os:path"], "os:path is a module; give a function that makes a model"),
+        (["bench", "os:getcwd"], "os:getcwd gave a str: it must give a torch.nn.Module"),
+        (["explain", "os:"], "write package.module:factory"),
+        (["explain", "/absent/folder"], "no such file: '/absent/folder'"),
+        (["explain", ""], "no such file: ''"),
+        (["check", "{empty}"], "a folder with a config.json or exactly one .gguf file, not 0"),
+        (["explain", "{unknown}"], "{unknown}: Unrecognized model"),
+        (["explain", "os:getcwd", "--device", "abacus"], "--device 'abacus': Expected one of cpu, cuda"),
+        (["explain", "os:getcwd", "-o", "budget="], "--option budget='': a part of"),
+        (["check", "os:getcwd", "--text", "/absent/text"], "--text /absent/text: no such file"),
+        (["check", "os:getcwd", "-p", "budgets"], "--property: unknown property 'budgets'; properties: dense-equivalence"),
+        (["check", "os:getcwd", "--html", "/proc/absent/report.html"], "--html /proc/absent: "),
+        (["demo", "--budget", "2"], "--option budget=2.0: a part of the causal block pairs in (0, 1]"),
+        (["demo", "--out", "/proc/absent"], "--out /proc/absent: "),
+    ],
+)
+def test_mistakes_are_said_before_the_work(args: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stem_compile.demo.target.smollm", lambda device, dtype: pytest.fail("too late"))
+    places = {"empty": str(tmp_path / "empty"), "unknown": str(tmp_path / "unknown")}
+    for place in places.values():
+        Path(place).mkdir()
+    (tmp_path / "unknown" / "config.json").write_text("{}")
+    done = CliRunner().invoke(commands.app, [a.format(**places) for a in args])
+    assert isinstance(done.exception, Mendable), done.exception
+    assert said.format(**places) in str(done.exception)
+    assert "\n" not in str(done.exception)
+
+
+def test_a_folder_without_weights_is_explained_with_random_ones(tmp_path: Path) -> None:
+    tiny_llama().config.save_pretrained(tmp_path)
+    printed = CliRunner().invoke(commands.app, ["explain", str(tmp_path), "--tokens", "256", *STEM_EAGER])
+    assert "2 attentions, 2 rewritten" in printed.stdout, printed.output
+
+
 def test_option_values_are_python_or_text() -> None:
     given = ["budget=0.25", "pooling=max", "dense_layers=(0, 1)", "min_length=None"]
     assert commands.backend_options(given) == {"budget": 0.25, "pooling": "max", "dense_layers": (0, 1), "min_length": None}

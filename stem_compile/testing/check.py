@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from stem_compile.config import StemConfig
+from stem_compile.demo.packages import need
 from stem_compile.testing import properties as catalogue
 from stem_compile.testing.case import Case
 from stem_compile.testing.report import Report
@@ -45,11 +46,14 @@ def check_model(
     rewritten, None for all. text: token ids [1, N] for the fidelity report; bounds: the most of its measures, such as {"nll change": 0.05}. seed: same
     seed, same examples. progress: told of every example.
 
-    Raises OptionError for wrong options, NoInputs when inputs cannot be derived, ValueError for an unknown property. Dynamo is reset before and after.
+    Raises OptionError for wrong options, NoInputs when inputs cannot be derived, ValueError for an unknown property, MissingPackage.
+    Dynamo is reset before and after.
     """
+    need("hypothesis")
     chosen = [catalogue.get(name) for name in properties] if properties is not None else list(catalogue.every())
     subject = Subject(model, make_inputs, options, expected, text, bounds)
-    report = Report(_settings(subject, seed, make_inputs))
+    given = {"make_inputs": make_inputs is not None, "text": text is not None, "expected": expected, "bounds": bounds and dict(bounds)}
+    report = Report(_settings(subject, seed) | given | {"max_examples": max_examples})
     if subject.large:
         max_examples, seconds = max_examples or FEW, SECONDS if seconds is None else seconds
     begun = time.monotonic()
@@ -76,7 +80,7 @@ def check_case(
     return attempt(Subject(model, make_inputs, options, expected), catalogue.get(name), case)
 
 
-def _settings(subject: Subject, seed: int, make_inputs: Any) -> dict[str, Any]:
+def _settings(subject: Subject, seed: int) -> dict[str, Any]:
     config = getattr(subject.model, "config", None)
     name = getattr(config, "name_or_path", "") or ""
     return {
@@ -86,7 +90,6 @@ def _settings(subject: Subject, seed: int, make_inputs: Any) -> dict[str, Any]:
         "device": str(subject.device),
         "options": subject.options,
         "inputs": subject.source.words,
-        "make_inputs": make_inputs is not None,
         "seed": seed,
         "torch": torch.__version__,
         "python": platform.python_version(),

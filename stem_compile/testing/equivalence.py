@@ -15,7 +15,7 @@ from stem_compile.testing.case import Inputs
 from stem_compile.testing.oracle import Mismatch
 from stem_compile.testing.snippet import written
 from stem_compile.testing.subject import Run, Subject
-from stem_compile.testing.violation import Violation, named
+from stem_compile.testing.violation import Inapplicable, Violation, named
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def assert_equivalent(model: torch.nn.Module, *args: Any, options: Mapping[str, 
     Without options: budget 1.0, so what the model itself computes. With a smaller budget: the model with dense attention under exactly the blocks that were
     selected, so that the approximation is not called an error. Off from fp64 by at most a small factor of the model's own error in its dtype (see
     ``numerics``), wherever ``attention_mask`` is not 0. Raises Violation (an AssertionError) naming the first attention and position that diverge, or why
-    nothing was rewritten.
+    nothing was rewritten; Inapplicable for a model whose own output is NaN or that does not run in fp64.
     """
     given = dict(options) if isinstance(options, Mapping) else options
     subject = Subject(model, make_inputs=lambda batch, length, seed: (args, kwargs), options={"budget": 1.0} if given is None else given)
@@ -54,11 +54,20 @@ def _compare(subject: Subject, inputs: Inputs) -> _Compared:
     if not run.made:
         reasons = "".join(f"\n  {module_path(hit.node)}: {hit.words}" for hit in run.found)
         raise Violation(f"no attention was rewritten, so there is nothing to compare{reasons or ': none was found'}")
+    subject.run_eager(inputs)  # a model that fails by itself says so in its own words
     try:
-        golden, golden_taps = subject.oracle.run(inputs, run.made, subject.config, exact=True)
-        own, own_taps = subject.oracle.run(inputs, run.made, subject.config, exact=False)
+        return _witnessed(subject, inputs, run)
     except Mismatch as error:
         raise Violation(str(error)) from None
+    except numerics.Undefined as error:
+        raise Inapplicable(f"the model's own output in fp64 is NaN at {named(error.where)}: there is nothing to compare with") from None
+    except Exception as error:
+        raise Inapplicable(f"the model does not run in fp64, which others are compared with: {type(error).__name__}: {error}") from error
+
+
+def _witnessed(subject: Subject, inputs: Inputs, run: Run) -> _Compared:
+    golden, golden_taps = subject.oracle.run(inputs, run.made, subject.config, exact=True)
+    own, own_taps = subject.oracle.run(inputs, run.made, subject.config, exact=False)
     full = all(bool((m.selection.dense(m.candidates) == m.candidates).all()) for m in run.made)
     if full:
         # Nothing is left out: the model itself, uncompiled, is the better witness.
@@ -111,6 +120,8 @@ def _fails(subject: Subject) -> Any:
             compared = _compare(subject, inputs)
         except Violation:
             return True
+        except Inapplicable:
+            return False
         return not numerics.gap(compared.run.output, compared.golden, compared.allowed, inputs.valid).ok
 
     return fails

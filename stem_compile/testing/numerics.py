@@ -16,6 +16,14 @@ ULPS = 8.0
 """Floor, in units of the dtype's precision: a handful of roundings between equal inputs and the compared output."""
 
 
+class Undefined(ArithmeticError):
+    """The golden result is NaN at a position that counts, so nothing can be compared with it. where: indices of the position."""
+
+    def __init__(self, where: tuple[int, ...]) -> None:
+        super().__init__(f"the golden result is NaN at {where}")
+        self.where = where
+
+
 @dataclass(frozen=True)
 class Gap:
     """The worst position. error, budget: root mean square over the last dimension; ratio: error over budget; where: indices of the position."""
@@ -40,7 +48,8 @@ class Gap:
 
 def errors(actual: torch.Tensor, golden: torch.Tensor) -> torch.Tensor:
     """Root mean square of the difference over the last dimension, fp64; infinite where only ``actual`` is not finite."""
-    difference = (actual.double() - golden.double()).masked_fill(actual.double() == golden.double(), 0)
+    same = (actual.double() == golden.double()) | (actual.isnan() & golden.isnan())
+    difference = (actual.double() - golden.double()).masked_fill(same, 0)
     return difference.square().mean(-1).sqrt().nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
@@ -52,7 +61,11 @@ def size(golden: torch.Tensor, valid: torch.Tensor | None = None) -> float:
 
 
 def budget(eager: torch.Tensor, golden: torch.Tensor, dtype: torch.dtype, valid: torch.Tensor | None = None) -> float:
-    """Allowed error of a position: from the model's own, at its worst position."""
+    """Allowed error of a position: from the model's own, at its worst position. Raises Undefined."""
+    lost = golden.isnan().any(-1)
+    lost = lost & valid if valid is not None and valid.shape == lost.shape else lost
+    if bool(lost.any()):
+        raise Undefined(tuple(lost.nonzero()[0].tolist()))
     own = errors(eager, golden)
     own = own[valid] if valid is not None and valid.shape == own.shape else own
     worst = float(own.nan_to_num(posinf=0.0).max()) if own.numel() else 0.0

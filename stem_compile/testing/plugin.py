@@ -5,7 +5,7 @@ Loaded by its entry point in every pytest run where stem-compile is installed, s
 
 from __future__ import annotations
 
-import ast
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -29,22 +29,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def options_from(text: str) -> dict[str, Any]:
     """Options of "budget=0.25,pooling=max". Raises pytest.UsageError for what is not NAME=VALUE or no option."""
-    from stem_compile.config import OptionError, StemConfig
+    from stem_compile.config import OptionError, written_options
 
-    values: dict[str, Any] = {}
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        name, found, value = part.partition("=")
-        if not found:
-            raise pytest.UsageError(f"--stem-options: {part!r} is not NAME=VALUE")
-        try:
-            values[name.strip()] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            values[name.strip()] = value
     try:
-        StemConfig.from_options(values)
+        # A comma inside a value, as in dense_layers=(0, 1), has no name behind it.
+        return written_options(filter(None, re.split(r",\s*(?=[a-z_]+\s*=|[a-z_]*$)", text.strip().removesuffix(","))))
     except OptionError as error:
         raise pytest.UsageError(f"--stem-options: {error}") from None
-    return values
 
 
 @pytest.fixture

@@ -13,6 +13,9 @@ from stem_compile.testing.numerics import Gap
 from stem_compile.testing.subject import brief
 from stem_compile.testing.violation import Violation
 
+PROOFS = ("dense-equivalence", "kernel-exactness")
+"""Properties that compare outputs with the model's own: where neither says anything, the others prove nothing."""
+
 MARKS = {"pass": "ok", "fail": "FAIL", "not applicable": "-"}
 
 
@@ -80,8 +83,14 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether every property that applies holds, and at least one does."""
-        return not self.failures and any(r.verdict == "pass" for r in self.results)
+        """Whether every property that applies holds, and at least one does: one of ``PROOFS``, if any was asked for."""
+        return not self.failures and not self.unproven and any(r.verdict == "pass" for r in self.results)
+
+    @property
+    def unproven(self) -> str:
+        """Why no output was compared, though it was asked for; empty when one was."""
+        asked = [r for r in self.results if r.name in PROOFS]
+        return "" if any(r.verdict != "not applicable" for r in asked) else next((r.reason for r in asked), "")
 
     @property
     def verdict(self) -> str:
@@ -96,20 +105,28 @@ class Report:
             return f"FAIL: {names}. Do not use backend='stem' with this model until this is understood. {others}{rest}."
         if not held:
             return f"NOTHING CHECKED: no property applies{rest}."
+        if self.unproven:
+            others = _counted(len(held), "other property holds", "other properties hold")
+            return f"NOT PROVEN: neither {' nor '.join(PROOFS)} applies ({self.unproven}). {others}{rest}."
         examples = _counted(sum(r.examples for r in held), "example", "examples")
         return f"PASS: {_counted(len(held), 'property holds', 'properties hold')} over {examples}{rest}."
 
     def snippet(self, result: Result) -> str:
-        """Python that runs the failing example alone."""
+        """Python that runs the failing example alone; all of them where they fail together or cannot be written out."""
         assert result.failure is not None
-        options = brief(self.settings["options"])
+        given = {k: v for k in ("expected", "bounds", "max_examples") if (v := self.settings.get(k)) is not None}
+        made = "make_inputs" if self.settings.get("make_inputs") else ""
+        options = f"options={brief(self.settings['options'])!r}"
         needs = "".join(f"{line}\n" for line in self.imports)
-        if result.failure.case is None:
-            call = f"check_model({self.model}, options={options!r}, properties=[{result.name!r}], seed={self.settings['seed']})"
-            return f"{needs}from stem_compile.testing import check_model\n\n{call}"
-        made = ", make_inputs=make_inputs" if self.settings.get("make_inputs") else ""
+        case = result.failure.case
+        if case is None or case.given is not None or "bounds" in given:
+            words = [self.model, made, options, f"properties={[result.name]!r}", *(f"{k}={v!r}" for k, v in given.items())]
+            words += ["text=text" if self.settings.get("text") else "", f"seed={self.settings['seed']}"]
+            return f"{needs}from stem_compile.testing import check_model\n\ncheck_model({', '.join(filter(None, words))}).raise_for_failures()"
+        words = [options, made and f"make_inputs={made}", f"expected={given['expected']}" if "expected" in given else ""]
+        last = ", ".join(filter(None, words))
         head = f"{needs}from stem_compile.testing import Case, check_case\n\n"
-        return f"{head}check_case(\n    {self.model},\n    {result.name!r},\n    {result.failure.case!r},\n    options={options!r}{made},\n)"
+        return f"{head}check_case(\n    {self.model},\n    {result.name!r},\n    {case!r},\n    {last},\n)"
 
     def __str__(self) -> str:
         columns = ("property", "", "examples", "worst/budget", "what it says")

@@ -8,9 +8,10 @@ from types import ModuleType
 from typing import Any
 
 from stem_compile.testing.case import Case
+from stem_compile.testing.numerics import Undefined
 from stem_compile.testing.report import Failure, Result
 from stem_compile.testing.subject import Subject
-from stem_compile.testing.violation import Inapplicable, Measure, Violation
+from stem_compile.testing.violation import Inapplicable, Measure, Violation, named
 
 SHRINKS, SHRINK_SECONDS = 60, 60.0
 """Examples and time spent on making a failing example smaller."""
@@ -25,6 +26,8 @@ def attempt(subject: Subject, module: ModuleType, case: Case) -> Measure:
         return module.check(subject, case)  # type: ignore[no-any-return]
     except (Violation, Inapplicable):
         raise
+    except Undefined as error:
+        raise Inapplicable(f"the model's own output in fp64 is NaN at {named(error.where)}") from error
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
         try:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.testing.models import plain
+from tests.testing.models import Plain, plain
 
 
 def broken() -> torch.nn.Module:
@@ -37,3 +37,33 @@ def _tokens(vocabulary: int, batch: int, length: int, seed: int) -> torch.Tensor
 def nothing() -> int:
     """No model."""
     return 1
+
+
+def not_a_number() -> torch.nn.Module:
+    """A model whose own output is NaN."""
+    model = plain()
+    with torch.no_grad():
+        model.qkv.weight.fill_(float("nan"))  # type: ignore[union-attr]
+    return model
+
+
+@torch.library.custom_op("stem_tests::only_fp32", mutates_args=())
+def only_fp32(x: torch.Tensor) -> torch.Tensor:
+    """x, as a kernel that was written for one dtype returns it."""
+    if x.dtype != torch.float32:
+        raise RuntimeError("expected scalar type Float but found Double")
+    return x.clone()
+
+
+only_fp32.register_fake(torch.empty_like)
+
+
+def no_fp64() -> torch.nn.Module:
+    """A model that runs in fp32 only, as one with quantised weights does."""
+
+    class Only32(Plain):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return only_fp32(super().forward(tokens))
+
+    torch.manual_seed(0)
+    return Only32().eval()

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from stem_compile.testing import Case, Report, Violation, check_case, check_model
 from stem_compile.testing.inputs import NoInputs
 from stem_compile.testing.plugin import options_from
+from tests.testing.factories import broken, no_fp64, not_a_number
 from tests.testing.faults import FAULTS, Fault
 from tests.testing.models import Plain, encoder, plain, transformer
 
@@ -129,6 +131,52 @@ def _takes_ids() -> torch.nn.Module:
     return Named().eval()
 
 
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [(not_a_number, "the model's own output in fp64 is NaN at batch row 0, position 0"), (no_fp64, "the model does not run in fp64")],
+)
+def test_nothing_passes_that_was_compared_with_nothing(model: Any, why: str) -> None:
+    report = check_model(model(), lambda batch, length, seed: torch.full((batch, length), seed % 50), max_examples=1)
+    assert not report.passed
+    assert not report.failures, report
+    assert report.verdict.startswith(f"NOT PROVEN: neither dense-equivalence nor kernel-exactness applies ({why}")
+    with pytest.raises(Violation, match="NOT PROVEN"):
+        report.raise_for_failures()
+
+
+def test_a_length_at_which_the_model_itself_fails_is_none_of_ours() -> None:
+    report = check_model(broken(), properties=["shape-robustness"])
+    assert [(r.verdict, r.reason) for r in report.results] == [("not applicable", "the model itself raises RuntimeError: broken by design")]
+
+    class Longer(Plain):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            if tokens.shape[1] < 2:
+                raise ValueError("too short")
+            return super().forward(tokens)
+
+    (result,) = check_model(Longer().eval(), properties=["shape-robustness"]).results
+    assert (result.verdict, result.facts["lengths"]) == ("pass", 7), result
+
+
+def test_a_snippet_says_all_that_the_check_was_given() -> None:
+    lengths = st.integers(700, 900).map(lambda n: torch.arange(n)[None] % 50)
+    made = check_model(encoder(), st.builds(lambda: torch.ones(1, 700, 64)), properties=["coverage"], max_examples=2, expected=1)
+    (failed,) = made.failures
+    assert made.snippet(failed).splitlines()[-1] == (
+        "check_model(model, make_inputs, options={}, properties=['coverage'], expected=1, max_examples=2, seed=0).raise_for_failures()"
+    )
+    alone = check_model(encoder(), properties=["coverage"], max_examples=1, expected=1)
+    assert "expected=1" in alone.snippet(alone.failures[0])
+    bounded = check_model(plain(), lengths, properties=["fidelity"], max_examples=1, bounds={"top-1": 1.01})
+    assert "bounds={'top-1': 1.01}" in bounded.snippet(bounded.failures[0])
+
+
+def test_a_missing_hypothesis_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "hypothesis", None)
+    with pytest.raises(ImportError, match="package 'hypothesis' is missing: pip install hypothesis"):
+        check_model(plain())
+
+
 # -- the command line ------------------------------------------------------------------------------------------------------
 
 
@@ -227,6 +275,8 @@ def test_the_plugin_gives_marks_options_and_a_fixture(tmp_path: Path) -> None:
 
 def test_options_of_pytests_command_line() -> None:
     assert options_from("budget=0.25, pooling=max,") == {"budget": 0.25, "pooling": "max"}
-    for text, said in (("budgt=0.4", "did you mean 'budget'"), ("budget", "is not NAME=VALUE")):
+    assert options_from("dense_layers=(0, 2),mu=1") == {"dense_layers": (0, 2), "mu": 1}
+    assert options_from("") == {}
+    for text, said in (("budgt=0.4", "did you mean 'budget'"), ("budget", "write NAME=VALUE"), ("mu=1,budget", "write NAME=VALUE")):
         with pytest.raises(pytest.UsageError, match=said):
             options_from(text)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
 
 from stem_compile.testing import Violation, assert_equivalent
+from stem_compile.testing.violation import Inapplicable
+from tests.testing.factories import no_fp64, not_a_number
 from tests.testing.faults import FAULTS, Fault
 from tests.testing.models import encoder, plain, transformer
 
@@ -47,6 +50,12 @@ def test_the_failure_names_layer_and_position_and_its_snippet_fails_again() -> N
         with pytest.raises(Violation, match="not equivalent"):
             exec(snippet, {"model": model})
     exec(snippet, {"model": model})
+
+
+@pytest.mark.parametrize(("model", "why"), [(not_a_number, "is NaN at batch row 0, position 0"), (no_fp64, "does not run in fp64")])
+def test_a_model_with_nothing_to_compare_with_is_said_to_be(model: Any, why: str) -> None:
+    with pytest.raises(Inapplicable, match=why):
+        assert_equivalent(model(), tokens(100))
 
 
 def test_a_model_that_stays_dense_is_said_to() -> None:

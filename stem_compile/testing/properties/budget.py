@@ -38,9 +38,10 @@ def check(subject: Subject, case: Case) -> Measure:
     run = subject.run_of(case)
     if not run.made:
         raise Inapplicable("no attention was rewritten")
+    golden, valid = subject.golden(case), subject.inputs(case).valid
+    numerics.budget(golden, golden, subject.dtype, valid)  # NaN has no scores to rank blocks by
     for index, seen in enumerate(run.made):
         _well_formed(index, seen)
-    golden, valid = subject.golden(case), subject.inputs(case).valid
     budget = subject.options["budget"]
     facts: dict[str, Any] = {"density": sum(m.density for m in run.made) / len(run.made)}
     if budget is not None and budget < 1:
