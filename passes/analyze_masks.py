@@ -14,12 +14,16 @@ from stem_compile.config import StemConfig
 from stem_compile.masks import And, Causal, Given, Mask, Opaque, Or
 from stem_compile.passes import normalize
 from stem_compile.passes.interpret import Interpreter, SymTensor, Unreadable, as_expr, boolean, broadcast_index, number, same
+from stem_compile.passes.memory import written_between
 from stem_compile.passes.split_logits import split_logits
-from stem_compile.passes.trace_back import mutated_between
 from stem_compile.passes.weigh_hidden import evenly_hidden
 from stem_compile.scores import Score
 from stem_compile.sites import AttentionSite, Reason, Rejected, value
 from stem_compile.symbolic import KV, KV_LEN, Q_LEN, SCORE, B, H, Q
+
+
+class Written(Unreadable):
+    """A tensor that the mask or the score is read from is written in place."""
 
 
 def analyze_masks(found: list[AttentionSite | Rejected], config: StemConfig | None = None) -> list[AttentionSite | Rejected]:
@@ -43,7 +47,7 @@ def _analyzed(site: AttentionSite, readers: tuple[Interpreter, Interpreter], any
                 _read(site, readers[1])
             except Unreadable as error:
                 site.mask = Opaque(str(error))
-                return Rejected(site.node, Reason.MASK, str(error))
+                return Rejected(site.node, Reason.WRITTEN if isinstance(error, Written) else Reason.MASK, str(error))
     assert site.mask is not None
     if not any_order and not orders_positions(site.mask):
         alone = not isinstance(site.mask, masks.Full) or same(value(site.q).shape[2], value(site.k).shape[2])
@@ -106,8 +110,10 @@ def _read(site: AttentionSite, interpreter: Interpreter) -> None:
             gate = interpreter.tensor(site.gate)
             score = Score(score.expr, number(gate.at(broadcast_index((B, H, Q)[3 - len(gate.shape) :], gate.shape))))
     for node in interpreter.read_nodes:
-        if mutated_between(node, site.node):
-            raise Unreadable(f"{node.name} is written in place")
+        if written_between(node, site.node):
+            raise Written(node.name)
+    if predicate.has(SCORE):
+        raise Unreadable("which keys are visible depends on the scores")
     lit = None
     # A sink takes all that hidden keys have.
     if logits is not None and score.sink is None and not site.cleared:

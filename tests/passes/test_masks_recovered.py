@@ -80,6 +80,10 @@ READ = {
     "xor of positions": lambda q, k: (q ^ k) <= q,
     "random": lambda q, k: (torch.rand(40, 40) < 0.5) & (k <= q),
     "division": lambda q, k: k / 3 <= q / 3,
+    "causal & window by a product": lambda q, k: torch.ones(40, 40).tril() * torch.ones(40, 40).triu(-7) > 0,
+    "causal & window by a sum": lambda q, k: (k <= q).int() + (k > q - 8).int() == 2,
+    "causal & window by a difference": lambda q, k: torch.ones(40, 40).tril() - torch.ones(40, 40).tril(-8) != 0,
+    "outer product": lambda q, k: torch.einsum("i,j->ij", torch.ones(40), (torch.arange(40) % 5 != 2).float()).tril() != 0,
 }
 
 
