@@ -182,7 +182,24 @@ class Interpreter:
             return self._leaf(node, known, error)
         if len(result.shape) != known.dim():
             raise Unreadable(f"{node.name}: rank {len(result.shape)} was read, {known.dim()} recorded")
-        return SymTensor(tuple(known.shape), result.at, kind_of(known.dtype))
+        result = SymTensor(tuple(known.shape), result.at, kind_of(known.dtype))
+        if known.dtype in symbolic.NARROW:
+            low, high = self.bounds(result)
+            if low < torch.iinfo(known.dtype).min or high > torch.iinfo(known.dtype).max:
+                return self._leaf(node, known, Unreadable(f"{node.name} may be beyond {known.dtype}"))
+        return result
+
+    def bounds(self, tensor: SymTensor) -> tuple[Any, Any]:
+        """Least and greatest value of a tensor, wherever it is read."""
+        index = tuple(sympy.Symbol(f"_i{n}", integer=True, nonnegative=True) for n in range(len(tensor.shape)))
+        box: dict[Any, Any] = {i: (0, n - 1 if isinstance(n, int) else symbolic.INFINITE) for i, n in zip(index, tensor.shape, strict=True)}
+        for number_, leaf in enumerate(self.leaves):
+            limits = torch.iinfo(dtype) if (dtype := value(leaf).dtype) in symbolic.NARROW else None
+            if limits is not None:
+                box[symbolic.tensor(number_)] = functools.partial(lambda limits, *_: (limits.min, limits.max), limits)
+        expr = number(tensor.at(index))
+        low, high = symbolic.bounds(expr, box)
+        return (max(low, 0) if expr.is_nonnegative else low), high
 
     def _leaf(self, node: fx.Node, known: torch.Tensor, error: Unreadable) -> SymTensor:
         if known.dtype.is_complex or known.dim() > 4 or self.derived(node):

@@ -354,7 +354,12 @@ def near_misses() -> dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...
         made = scores(q, k)
         return made.masked_fill(made < -0.5, -torch.inf).softmax(-1) @ v
 
+    def buckets(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        rows = torch.arange(q.shape[2])
+        return (q @ k.mT + F.embedding((rows[:, None] - rows[None, :]).abs().clamp(max=15), table).permute(2, 0, 1)).softmax(-1) @ v
+
     return {
+        "a learned bias and no mask": (buckets, (*_qkv(), torch.randn(16, 4)), Reason.BIDIRECTIONAL),
         "weights overwritten": (overwritten, _qkv(), Reason.ESCAPES),
         "keys chosen by their scores": (threshold, _qkv(), Reason.MASK),
         "weights returned": (returned, _qkv(), Reason.ESCAPES),

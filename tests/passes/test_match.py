@@ -179,6 +179,13 @@ def test_options_keep_attentions_dense(options: dict[str, Any], reason: Reason) 
     assert [h.reason for h in result.found if isinstance(h, Rejected)] == [reason]
 
 
+def test_a_prompt_without_tokens_stays_as_it_is() -> None:
+    x = torch.randn(1, 2, 0, 16)
+    result, out = rewritten(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), (x, x, x))
+    assert [h.reason for h in result.found if isinstance(h, Rejected)] == [Reason.SHORT]
+    assert out.shape == x.shape
+
+
 def test_decoding_is_refused() -> None:
     q, k = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 40, 16)
 
