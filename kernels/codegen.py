@@ -166,7 +166,9 @@ def _load_functions(ranks: Mapping[int, int], called: set[str], module: str) -> 
             head = ", ".join([*(f"i{n}" for n in range(rank)), "tensors", "layouts"])
             functions.append(
                 f"def load{tensor}({head}):\n    value = {module}.load(tensors[{tensor}]{''.join(where)})\n"
-                f"    if value.dtype.is_floating():\n        value = value.to({module}.float32)\n    return value\n"
+                f"    if value.dtype.is_floating():\n        value = value.to({module}.float32)\n"
+                f"    elif value.dtype.primitive_bitwidth == 8 or value.dtype.primitive_bitwidth == 16:\n        value = value.to({module}.int32)\n"
+                "    return value\n"
             )
     return functions
 

@@ -14,12 +14,16 @@ from stem_compile.config import StemConfig
 from stem_compile.masks import And, Causal, Given, Mask, Opaque, Or
 from stem_compile.passes import normalize
 from stem_compile.passes.interpret import Interpreter, SymTensor, Unreadable, as_expr, boolean, broadcast_index, number, same
+from stem_compile.passes.memory import written_between
 from stem_compile.passes.split_logits import split_logits
-from stem_compile.passes.trace_back import mutated_between
 from stem_compile.passes.weigh_hidden import evenly_hidden
 from stem_compile.scores import Score
 from stem_compile.sites import AttentionSite, Reason, Rejected, value
 from stem_compile.symbolic import KV, KV_LEN, Q_LEN, SCORE, B, H, Q
+
+
+class Written(Unreadable):
+    """A tensor that the mask or the score is read from is written in place."""
 
 
 def analyze_masks(found: list[AttentionSite | Rejected], config: StemConfig | None = None) -> list[AttentionSite | Rejected]:
@@ -43,27 +47,51 @@ def _analyzed(site: AttentionSite, readers: tuple[Interpreter, Interpreter], any
                 _read(site, readers[1])
             except Unreadable as error:
                 site.mask = Opaque(str(error))
-                return Rejected(site.node, Reason.MASK, str(error))
+                return Rejected(site.node, Reason.WRITTEN if isinstance(error, Written) else Reason.MASK, str(error))
     assert site.mask is not None
-    if not any_order and not orders_positions(site.mask):
+    if not any_order and not orders_positions(site.mask, frozenset(n for n, t in enumerate(site.tensors) if _is_learned(t))):
         alone = not isinstance(site.mask, masks.Full) or same(value(site.q).shape[2], value(site.k).shape[2])
         return Rejected(site.node, Reason.BIDIRECTIONAL if alone else Reason.CROSS_ATTENTION, "" if isinstance(site.mask, masks.Full) else site.mask.words)
     return site
 
 
-def orders_positions(mask: Mask) -> bool:
-    """Whether later keys are hidden from earlier queries, so that budgets falling with position mean something. A given tensor is taken to do so."""
-    if isinstance(mask, And):
-        return any(orders_positions(t) for t in mask.terms)
-    if isinstance(mask, Or):
-        return any(orders_positions(t) for t in mask.terms)
-    if isinstance(mask, Causal | Given | masks.Positions):
+def orders_positions(mask: Mask, learned: frozenset[int] = frozenset()) -> bool:
+    """Whether later keys are hidden from earlier queries, so that budgets falling with position mean something.
+
+    A given tensor is taken to do so, unless it is one of ``learned``: a bias that a model computes from its weights is no mask.
+    """
+    if isinstance(mask, And | Or):
+        return any(orders_positions(t, learned) for t in mask.terms)
+    if isinstance(mask, Given):
+        return not {symbolic.load_index(f) for f in mask.expr.atoms(sympy.core.function.AppliedUndef)} <= learned
+    if isinstance(mask, Causal | masks.Positions):
         return True
     if isinstance(mask, masks.Predicate):
         # Runtime positions: an inequality between what is read at the query and what is read at the key.
         loads = [f for f in mask.expr.atoms(sympy.core.function.AppliedUndef) if symbolic.load_index(f) is not None]
         return bool(isinstance(mask.expr, sympy.Le | sympy.Lt | sympy.Ge | sympy.Gt) and loads and {Q, KV} <= mask.expr.free_symbols)
     return False
+
+
+def _is_learned(tensor: fx.Node) -> bool:
+    """Whether a floating-point tensor is computed from others of the kind: weights, queries. One that comes from outside as it is may hold a mask."""
+    seen, frontier = {tensor}, [tensor]
+    while frontier:
+        node = frontier.pop()
+        if node.op in ("placeholder", "get_attr") and not _covers(value(node).shape, value(tensor).shape):
+            return True
+        sources = [] if (name := normalize.spelling(node)) in normalize.LIKE and "_as" not in str(name) else node.all_input_nodes
+        sources = sources[:1] if name in ("to", "type_as", "expand_as", "view_as", "reshape_as") else sources
+        floats = [n for n in sources if n not in seen and isinstance(value(n), torch.Tensor) and value(n).is_floating_point()]
+        seen.update(floats)
+        frontier.extend(floats)
+    return False
+
+
+def _covers(outer: Any, inner: Any) -> bool:
+    """Whether the last two sizes are those of ``inner`` or more: a buffer that a mask is cut from."""
+    pairs = list(zip(outer[-2:], inner[-2:]))
+    return len(outer) > 1 and all(str(a) == str(b) or (isinstance(a, int) and isinstance(b, int) and a >= b) for a, b in pairs)
 
 
 def _read(site: AttentionSite, interpreter: Interpreter) -> None:
@@ -106,8 +134,10 @@ def _read(site: AttentionSite, interpreter: Interpreter) -> None:
             gate = interpreter.tensor(site.gate)
             score = Score(score.expr, number(gate.at(broadcast_index((B, H, Q)[3 - len(gate.shape) :], gate.shape))))
     for node in interpreter.read_nodes:
-        if mutated_between(node, site.node):
-            raise Unreadable(f"{node.name} is written in place")
+        if written_between(node, site.node):
+            raise Written(node.name)
+    if predicate.has(SCORE):
+        raise Unreadable("which keys are visible depends on the scores")
     lit = None
     # A sink takes all that hidden keys have.
     if logits is not None and score.sink is None and not site.cleared:

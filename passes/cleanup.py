@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from stem_compile import ops
-from stem_compile.passes import normalize
+from stem_compile.passes import memory, normalize
 
 _OURS = (ops.OAM_SCORES, ops.TPD_SELECT)
 
@@ -30,6 +30,6 @@ def cleanup(graph: fx.Graph, roots: list[fx.Node]) -> list[fx.Node]:
 def _pure(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
-    if normalize.mutates(node):
-        return normalize.overwrites_privately(node)
+    if memory.mutates(node):
+        return memory.overwrites_privately(node)
     return node.target in _OURS or normalize.spelling(node) in normalize._signatures()

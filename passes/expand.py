@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from stem_compile.passes import normalize
+from stem_compile.passes import memory, normalize
 from stem_compile.sites import value
 
 _ENCODER_LAYER = [
@@ -49,10 +49,10 @@ def _rename_overwritten(graph: fx.Graph) -> bool:
 
 def overwritten(node: fx.Node) -> fx.Node | None:
     """The fresh tensor that an in-place method overwrites and returns; None for other nodes."""
-    if node.op != "call_method" or not normalize.mutates(node) or not isinstance(value(node), torch.Tensor):
+    if node.op != "call_method" or not memory.mutates(node) or not isinstance(value(node), torch.Tensor):
         return None
     target = node.args[0]
-    return target if isinstance(target, fx.Node) and normalize.spelling(target) in normalize.FRESH else None
+    return target if isinstance(target, fx.Node) and memory.is_fresh(target) else None
 
 
 def bound(node: fx.Node) -> dict[str, Any] | None:
@@ -154,6 +154,8 @@ def _splice(graph: fx.Graph, node: fx.Node, function: Callable[..., Any], inputs
     traced = fx.symbolic_trace(eval(f"lambda {parameters}: function({parameters})", {"function": function}))
     made: dict[fx.Node, Any] = dict(zip((n for n in traced.graph.nodes if n.op == "placeholder"), inputs))
     mode = value(inputs[0]).fake_mode
+    results = value(node)
+    needs_grad = any(isinstance(t, torch.Tensor) and t.requires_grad for t in (results if isinstance(results, tuple | list) else (results,)))
     with graph.inserting_before(node):
         for inner in traced.graph.nodes:
             if inner.op == "placeholder":
@@ -164,7 +166,7 @@ def _splice(graph: fx.Graph, node: fx.Node, function: Callable[..., Any], inputs
             copy = graph.node_copy(inner, lambda n: made[n])
             copy.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")}
             arguments, keywords = fx.node.map_arg(copy.args, value), fx.node.map_arg(copy.kwargs, value)
-            with mode:
+            with mode, torch.set_grad_enabled(needs_grad):
                 called = getattr(arguments[0], str(copy.target)) if copy.op == "call_method" else copy.target
                 copy.meta["example_value"] = called(*arguments[1:], **keywords) if copy.op == "call_method" else called(*arguments, **keywords)  # type: ignore[operator]
             made[inner] = copy

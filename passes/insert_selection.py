@@ -33,6 +33,8 @@ def _decided(site: AttentionSite, config: StemConfig) -> AttentionSite | Rejecte
     if config.keeps_dense(site.index):
         return Rejected(site.node, Reason.DENSE_LAYER, f"attention {site.index}")
     kv_len = value(site.k).shape[2]
+    if isinstance(kv_len, int) and kv_len == 0:
+        return Rejected(site.node, Reason.SHORT, "no keys")
     shortest = config.shortest
     # Short whatever was measured; a symbolic length is compared once only, since each comparison installs a guard.
     asked = config.min_length is not None or (isinstance(kv_len, int) and kv_len < shortest)

@@ -22,13 +22,16 @@ import torch
 from torch import fx
 
 from stem_compile import symbolic
-from stem_compile.passes import normalize
+from stem_compile.passes import memory, normalize
 from stem_compile.sites import value
 from stem_compile.symbolic import Where
 
 HIDDEN = -1.0e39
 """What -inf is read as: a number that arithmetic survives, below every finite fp32. Floats are read as the fractions they are: -1e4 beside it must not be
 rounded away."""
+
+CASES = 3
+"""Most choices of an expression that a comparison is taken through one by one."""
 
 
 class Unreadable(Exception):
@@ -89,14 +92,14 @@ def boolean(expr: Any) -> Any:
 
 
 def decided(relation: Callable[[Any], Any], expr: Any) -> Any:
-    """``relation(expr)``; where the expression is a condition turned into one of two numbers, that condition again, or its opposite."""
-    choices = list(expr.atoms(Where))
-    if len(choices) == 1:
-        condition, yes, no = choices[0].args
-        ends = [expr.xreplace({choices[0]: branch}) for branch in (yes, no)]
-        if all(end.is_number for end in ends):
-            return sympy.Or(sympy.And(condition, relation(ends[0])), sympy.And(sympy.Not(condition), relation(ends[1])))
-    return relation(expr)
+    """``relation(expr)``, asked in each case of the few choices that the expression holds: conditions turned into numbers are conditions again."""
+    choices = sorted(expr.atoms(Where), key=sympy.default_sort_key)
+    if not 0 < len(choices) <= CASES:
+        return relation(expr)
+    choice = next(c for c in choices if not any(c != other and other.has(c) for other in choices))
+    condition, *ends = choice.args
+    yes, no = (decided(relation, expr.xreplace({choice: end})) for end in ends)
+    return sympy.Or(sympy.And(condition, yes), sympy.And(sympy.Not(condition), no))
 
 
 def number(expr: Any) -> Any:
@@ -170,7 +173,7 @@ class Interpreter:
         if not isinstance(known, torch.Tensor):
             raise Unreadable(f"{node.name} is no tensor")
         self.read_nodes.add(node)
-        op = normalize.read(node) or normalize.functional(node)
+        op = normalize.read(node) or memory.functional(node)
         try:
             if op is None or op.name not in readers():
                 raise Unreadable(f"{node.name} ({normalize.spelling(node) or node.target})")
@@ -179,7 +182,24 @@ class Interpreter:
             return self._leaf(node, known, error)
         if len(result.shape) != known.dim():
             raise Unreadable(f"{node.name}: rank {len(result.shape)} was read, {known.dim()} recorded")
-        return SymTensor(tuple(known.shape), result.at, kind_of(known.dtype))
+        result = SymTensor(tuple(known.shape), result.at, kind_of(known.dtype))
+        if known.dtype in symbolic.NARROW:
+            low, high = self.bounds(result)
+            if low < torch.iinfo(known.dtype).min or high > torch.iinfo(known.dtype).max:
+                return self._leaf(node, known, Unreadable(f"{node.name} may be beyond {known.dtype}"))
+        return result
+
+    def bounds(self, tensor: SymTensor) -> tuple[Any, Any]:
+        """Least and greatest value of a tensor, wherever it is read."""
+        index = tuple(sympy.Symbol(f"_i{n}", integer=True, nonnegative=True) for n in range(len(tensor.shape)))
+        box: dict[Any, Any] = {i: (0, n - 1 if isinstance(n, int) else symbolic.INFINITE) for i, n in zip(index, tensor.shape, strict=True)}
+        for number_, leaf in enumerate(self.leaves):
+            limits = torch.iinfo(dtype) if (dtype := value(leaf).dtype) in symbolic.NARROW else None
+            if limits is not None:
+                box[symbolic.tensor(number_)] = functools.partial(lambda limits, *_: (limits.min, limits.max), limits)
+        expr = number(tensor.at(index))
+        low, high = symbolic.bounds(expr, box)
+        return (max(low, 0) if expr.is_nonnegative else low), high
 
     def _leaf(self, node: fx.Node, known: torch.Tensor, error: Unreadable) -> SymTensor:
         if known.dtype.is_complex or known.dim() > 4 or self.derived(node):

@@ -16,12 +16,15 @@ import torch
 from torch import fx
 
 from stem_compile.kernels import launch
-from stem_compile.passes.trace_back import peel, unrepeated
+from stem_compile.passes import normalize
+from stem_compile.passes.memory import written_between
+from stem_compile.passes.trace_back import CASTS, HALF, peel, unrepeated
 from stem_compile.sites import AttentionSite, Reason, Rejected, View, value
 
 DECODE_QUERIES = 16
 """Fewer query rows than this behind a prefix are decoding, where selection has nothing to save."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LAYOUT = ("transpose", "permute", "reshape", "view", "flatten", "contiguous", "squeeze", "unsqueeze")
 
 
 @functools.cache
@@ -49,15 +52,21 @@ def match(graph: fx.Graph) -> list[AttentionSite | Rejected]:
 def _checked(hit: AttentionSite | Rejected) -> AttentionSite | Rejected:
     if isinstance(hit, Rejected):
         return hit
-    hit.q, hit.k, hit.v = (_peeled(x, hit.node) for x in (hit.q, hit.k, hit.v))
+    if hit.product is not None:
+        for factor in (hit.q, hit.k):
+            read = factor.node if isinstance(factor, View) else factor
+            if written_between(read, hit.node, since=hit.product):
+                return Rejected(hit.node, Reason.WRITTEN, read.name)
+    hit.q, hit.k, hit.v = _peeled(hit)
     tensors = [value(n) for n in (hit.q, hit.k, hit.v)]
     if not all(isinstance(t, torch.Tensor) and t.dim() == 4 for t in tensors):
         return Rejected(hit.node, Reason.SHAPE, "q, k, v are not 4-D: " + ", ".join(str(tuple(getattr(t, "shape", ()))) for t in tensors))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if value(hit.node).requires_grad:
         return Rejected(hit.node, Reason.GRADIENT)
+    dtypes = _computed_in(hit)
+    if not (dtypes[0] == dtypes[1] == dtypes[2] and dtypes[0] in DTYPES):
+        return Rejected(hit.node, Reason.DTYPE, ", ".join(str(d).removeprefix("torch.") for d in dtypes))
     q, k, v = tensors
-    if not (q.dtype == k.dtype == v.dtype and q.dtype in DTYPES):
-        return Rejected(hit.node, Reason.DTYPE, ", ".join(str(t.dtype).removeprefix("torch.") for t in tensors))
     # int() of a symbolic size specialises it: nobody serves one model with several head counts or head dims.
     allowed = launch.head_dims(q.device.type)
     if int(q.shape[-1]) not in allowed or int(v.shape[-1]) not in allowed:
@@ -74,14 +83,47 @@ def _checked(hit: AttentionSite | Rejected) -> AttentionSite | Rejected:
         return Rejected(hit.node, Reason.SHAPE, f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
     if q.shape[2] != k.shape[2] and q.shape[2] < DECODE_QUERIES:
         return Rejected(hit.node, Reason.DECODE, f"{q.shape[2]} queries, {k.shape[2]} keys")
+    hit.q, hit.k, hit.v = (_cast(x, dtypes[0]) for x in (hit.q, hit.k, hit.v))
+    if value(hit.node).dtype != dtypes[0]:
+        hit.result += (("to", (value(hit.node).dtype,)),)
     return hit
+
+
+def _computed_in(hit: AttentionSite) -> list[torch.dtype]:
+    """Dtypes that q, k and v are multiplied in: autocast narrows them on the way into a product, and only the product's dtype tells."""
+    made = [value(hit.node if hit.product is None or x is hit.v else hit.product).dtype for x in (hit.q, hit.k, hit.v)]
+    return [m if m in HALF and value(x).dtype == torch.float32 else value(x).dtype for m, x in zip(made, (hit.q, hit.k, hit.v))]
+
+
+def _cast(x: fx.Node | View, dtype: torch.dtype) -> fx.Node | View:
+    if value(x).dtype == dtype:
+        return x
+    return View(x.node, (*x.steps, ("to", (dtype,)))) if isinstance(x, View) else View(x, (("to", (dtype,)),))
 
 
 def _unrepeated(x: fx.Node | View, site: fx.Node) -> fx.Node | View:
     return x if isinstance(x, View) else unrepeated(x, site)
 
 
-def _peeled(x: fx.Node | View, site: fx.Node) -> fx.Node | View:
+def _peeled(hit: AttentionSite) -> list[fx.Node | View]:
+    """q, k and v from as far up as their views and casts lead. Casts stay where the result is wanted in fp32, or where not all three have one."""
+    drop = value(hit.node).dtype in HALF or _is_narrowed(hit.node)
+    found = [_peel(x, hit.node, drop) for x in (hit.q, hit.k, hit.v)]
+    if len({value(x).dtype for x in found}) > 1:
+        found = [_peel(x, hit.node, False) for x in (hit.q, hit.k, hit.v)]
+    return found
+
+
+def _peel(x: fx.Node | View, site: fx.Node, casts: bool) -> fx.Node | View:
     """A view without steps is its node."""
-    found = peel(x, site) if isinstance(x, View) else x
+    found = peel(x, site, casts) if isinstance(x, View) else x
     return found.node if isinstance(found, View) and not found.steps else found
+
+
+def _is_narrowed(node: fx.Node) -> bool:
+    """Whether all that is done with a result, views aside, is a cast to half precision."""
+    known = [value(u) for u in node.users]
+    if not all(isinstance(t, torch.Tensor) for t in known):
+        return False
+    ends = [(t.dtype in HALF and normalize.spelling(u) in CASTS) or (normalize.spelling(u) in LAYOUT and _is_narrowed(u)) for t, u in zip(known, node.users)]
+    return bool(ends) and all(ends)

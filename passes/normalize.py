@@ -37,6 +37,8 @@ and: input other | or: input other | xor: input other | not: input
 minimum: input other | maximum: input other | clamp: input min=None max=None
 getitem: input index | arange: *bounds dtype=None device=None
 ones: *size dtype=None device=None | zeros: *size dtype=None device=None | full: size fill_value dtype=None device=None
+empty: *size dtype=None device=None | empty_like: input dtype=None | new_empty: input *size dtype=None device=None
+fill: input value | zero: input
 new_ones: input *size dtype=None device=None | new_zeros: input *size dtype=None device=None | new_full: input size fill_value dtype=None
 ones_like: input dtype=None | zeros_like: input dtype=None | full_like: input fill_value dtype=None
 tensor: data dtype=None device=None | scalar_tensor: data dtype=None device=None
@@ -66,7 +68,6 @@ _ALIASES = {
     "scaled_dot_product_attention": "sdpa", "_softmax": "softmax", "clip": "clamp", "broadcast_to": "expand",
 }  # fmt: skip
 _REFLECTED = {"radd": "add", "rsub": "sub", "rmul": "mul", "rtruediv": "truediv", "rand": "and", "ror": "or", "rxor": "xor", "rfloordiv": "floordiv"}
-_IN_PLACE_OPERATORS = {"iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor", "ifloordiv", "imod", "ipow", "setitem", "delitem"}
 
 
 @functools.cache
@@ -124,45 +125,17 @@ def read(node: Any) -> Op | None:
     return bind(name, arguments, dict(node.kwargs))
 
 
-def functional(node: Any) -> Op | None:
-    """An in-place operation as the operation whose result it writes, where nothing else can see the memory it overwrites."""
-    if not isinstance(node, fx.Node) or not mutates(node) or node.kwargs.get("out") is not None or not overwrites_privately(node):
-        return None
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    name = name.strip("_")
-    name = name[1:] if name in _IN_PLACE_OPERATORS else name
+def named(name: str, node: fx.Node) -> Op | None:
+    """The arguments of ``node`` bound to the operation ``name``, None where the vocabulary has no such."""
     name = _ALIASES.get(name, name)
     return bind(name, node.args, dict(node.kwargs)) if name in _signatures() else None
 
 
-def overwrites_privately(writer: fx.Node) -> bool:
-    """Whether what ``writer`` overwrites is memory that only it reads: fresh from an operation, seen through views at most."""
-    target = writer.args[0] if writer.args else None
-    return isinstance(target, fx.Node) and _readers(target) <= {writer} and _is_private(target)
-
-
-def _is_private(node: fx.Node) -> bool:
-    if spelling(node) in FRESH:
-        return True
-    if mutates(node):
-        return overwrites_privately(node)
-    source = node.args[0] if node.args else None
-    return spelling(node) in VIEWS and isinstance(source, fx.Node) and _readers(source) <= {node} and _is_private(source)
-
-
-def _readers(node: fx.Node) -> set[fx.Node]:
-    """Users that read the node's elements, not its shape alone."""
-    return {u for u in node.users if spelling(u) not in LIKE or ("_as" in str(spelling(u)) and u.args[0] is node)}
-
-
-LIKE = {"expand_as", "view_as", "reshape_as", "type_as", "ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full", "size", "numel"}
-"""Operations that take shape, dtype or device from a tensor; those of two tensors from the second."""
-VIEWS = {"view", "reshape", "unflatten", "flatten", "unsqueeze", "squeeze", "transpose", "permute"}
-FRESH = {
-    "add", "sub", "mul", "truediv", "neg", "matmul", "bmm", "baddbmm", "einsum", "where", "masked_fill", "tanh", "softmax", "cat", "exp", "pow",
-    "ones", "zeros", "full", "new_ones", "new_zeros", "new_full", "ones_like", "zeros_like", "full_like", "clone",
+LIKE = {
+    "expand_as", "view_as", "reshape_as", "type_as", "ones_like", "zeros_like", "full_like", "empty_like", "new_ones", "new_zeros", "new_full", "new_empty",
+    "size", "numel",
 }  # fmt: skip
-"""Operations whose result shares memory with nothing."""
+"""Operations that take shape, dtype or device from a tensor; those of two tensors from the second."""
 
 
 def bind(name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Op | None:
@@ -208,21 +181,3 @@ def _bind_to(values: dict[str, Any], rest: list[Any]) -> dict[str, Any]:
     if not isinstance(bound["dtype"], torch.dtype):
         bound["dtype"] = None
     return bound
-
-
-def mutates(node: fx.Node) -> bool:
-    """Whether the node writes into its first argument (or an ``out=``): in-place methods, operators and setitem."""
-    if node.kwargs.get("out") is not None:
-        return True
-    if node.op == "call_method":
-        name = str(node.target)
-        return (name.endswith("_") and not name.startswith("__")) or name in ("__setitem__",) or name.strip("_") in _IN_PLACE_OPERATORS
-    if node.op != "call_function":
-        return False
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return bool(target._schema.is_mutable)
-    name = getattr(target, "__name__", "")
-    if getattr(operator, name, None) is target:
-        return name in _IN_PLACE_OPERATORS
-    return name.endswith("_") and not name.startswith("_") and name.strip("_") != ""

@@ -23,6 +23,12 @@ def factors(op: normalize.Op) -> tuple[fx.Node, fx.Node]:
     return op["input"], op["other"]
 
 
+def contracts(op: normalize.Op) -> bool:
+    """Whether a product sums over something: an outer product does not."""
+    letters = _letters(op) if op.name == "einsum" else None
+    return all(value(n).dim() >= 2 for n in factors(op)) and (letters is None or bool({*letters[0]} & {*letters[1]} - {*letters[2]}))
+
+
 def operands(product: fx.Node, heads: Any) -> tuple[View, View] | None:
     """(queries [B, H, q_len, d], keys [B, Hk, kv_len, d]) of the scores' product."""
     op = normalize.read(product)

@@ -7,6 +7,7 @@ mask. What is left is a scale and a ``Score``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,8 +57,7 @@ def hidden_conditions(expr: Any) -> tuple[list[Hide], Any]:
     kept: set[Any] = set()
     while choices := [c for c in (*_masks(expr), *_choices(expr)) if c not in kept]:
         for choice in choices:
-            ways = [(choice.args[0], True), (choice.args[0], False)] if isinstance(choice, Where) else [(choice, True)]
-            found = next((h for h in (_hide(*way) for way in ways) if is_deep(expr.xreplace(h.hidden or {}))), None)
+            found = next((h for h in _ways(choice) if is_deep(expr.xreplace(h.hidden or {}))), None)
             if found is not None:
                 hides.append(found)
                 expr = expr.xreplace(found.shown or {})
@@ -70,6 +70,21 @@ def hidden_conditions(expr: Any) -> tuple[list[Hide], Any]:
         if factor > 0 and symbolic.load_index(rest) is not None and {Q, KV} <= rest.free_symbols:
             hides.append(Hide(sympy.Gt(rest, DEEP / factor)))
     return hides, expr
+
+
+def _ways(choice: Any) -> Iterator[Hide]:
+    """Reasons to hide a key that a choice may be: one of its branches, or one of a choice within a branch."""
+    if not isinstance(choice, Where):
+        yield _hide(choice, True)
+        return
+    condition, *branches = choice.args
+    yield from (_hide(condition, shows) for shows in (True, False))
+    for place, taken in enumerate((condition, sympy.Not(condition))):
+        for inner in _choices(branches[place]):
+            for hidden, shown in ((1, 2), (2, 1)):
+                reached = sympy.And(taken, inner.args[0] if hidden == 1 else sympy.Not(inner.args[0]))
+                kept = [b.xreplace({inner: inner.args[shown]}) if n == place else b for n, b in enumerate(branches)]
+                yield Hide(sympy.Not(reached), {choice: Where(condition, *kept)}, {choice: branches[place].xreplace({inner: inner.args[hidden]})})
 
 
 def _hide(condition: Any, shows: bool) -> Hide:

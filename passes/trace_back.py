@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -10,24 +9,25 @@ from torch import fx
 
 from stem_compile.passes import normalize
 from stem_compile.passes.interpret import is_one
+from stem_compile.passes.memory import written_between
 from stem_compile.sites import View, value
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
+CASTS = ("to", "float", "half", "bfloat16", "type", "type_as")
 
 
-def peel(view: View, site: fx.Node) -> View:
+def peel(view: View, site: fx.Node, casts: bool = True) -> View:
     """The same value from further up the graph, with fewer steps where the graph already took their inverse.
 
-    Casts of half precision to float32 are dropped: the kernels compute in float32 anyway.
+    casts: drop those of half precision to float32, because the kernels compute in float32 anyway.
     """
     node, steps = view.node, list(view.steps)
     while (op := normalize.read(node)) is not None:
         inner = op.args.get("input")
-        if not isinstance(inner, fx.Node) or not isinstance(value(inner), torch.Tensor) or mutated_between(inner, site):
+        if not isinstance(inner, fx.Node) or not isinstance(value(inner), torch.Tensor) or written_between(inner, site):
             break
-        if (op.name in ("to", "float", "type", "type_as") and value(inner).dtype in _HALF and value(node).dtype == torch.float32) or (
-            op.name == "contiguous" and steps
-        ):
+        widens = op.name in CASTS and value(inner).dtype in HALF and value(node).dtype == torch.float32
+        if (casts and widens) or (op.name == "contiguous" and steps):
             node = inner
         elif steps and _undoes(op, node, inner, steps[0]):
             node = inner
@@ -73,10 +73,10 @@ def is_same(a: Any, b: Any) -> bool:
 def unrepeated(node: fx.Node, site: fx.Node) -> fx.Node:
     """The [B, Hk, N, d] tensor behind ``x[:, :, None].expand(B, Hk, G, N, d).reshape(B, Hk * G, N, d)`` or its repeat_interleave; else ``node``."""
     op = normalize.read(node)
-    if op is None or mutated_between(node, site):
+    if op is None or written_between(node, site):
         return node
     if op.name == "repeat_interleave" and isinstance(op["repeats"], int) and op["dim"] in (1, -3):
-        return unrepeated(op["input"], site) if not mutated_between(op["input"], site) else node
+        return unrepeated(op["input"], site) if not written_between(op["input"], site) else node
     if op.name in ("contiguous", "clone"):
         inner = unrepeated(op["input"], site)
         return inner if inner is not op["input"] else node
@@ -92,7 +92,7 @@ def unrepeated(node: fx.Node, site: fx.Node) -> fx.Node:
     inserted = (source.name == "unsqueeze" and source["dim"] in (2, -3)) or (source.name == "getitem" and _inserts_group(source["index"]))
     base = source["input"]
     narrow = value(expand["input"])
-    if not inserted or not is_one(narrow.shape[2]) or value(base).dim() != 4 or mutated_between(base, site):
+    if not inserted or not is_one(narrow.shape[2]) or value(base).dim() != 4 or written_between(base, site):
         return node
     return base if str(tuple(value(base).shape[:2])) == str(tuple(wide.shape[:2])) else node
 
@@ -101,47 +101,3 @@ def _inserts_group(index: Any) -> bool:
     full = slice(None, None, None)
     parts = [p for p in index if p is not Ellipsis] if isinstance(index, tuple) else []
     return parts[:3] == [full, full, None] and all(p == full for p in parts[3:])
-
-
-def mutated_between(node: fx.Node, site: fx.Node) -> bool:
-    """Whether a value that may share ``node``'s memory is written between ``node`` and ``site``: then reading it later is not the same."""
-    if not _writers(node.graph):
-        return False
-    aliases, frontier = {node}, [node]
-    while frontier:
-        current = frontier.pop()
-        related = [n for n in (*current.users, *current.all_input_nodes) if n not in aliases and _may_alias(current, n)]
-        aliases.update(related)
-        frontier.extend(related)
-    return any(
-        node < writer < site
-        for alias in aliases
-        for writer in alias.users
-        if normalize.mutates(writer) and writer.args and writer.args[0] is alias and not normalize.overwrites_privately(writer)
-    )
-
-
-_seen: weakref.WeakKeyDictionary[fx.Graph, tuple[int, bool]] = weakref.WeakKeyDictionary()
-
-
-def _writers(graph: fx.Graph) -> bool:
-    """Whether anything in the graph writes in place. Asked for every tensor of every attention, so kept while the graph's size is the same."""
-    size = len(graph.nodes)
-    if _seen.get(graph, (-1, False))[0] != size:
-        _seen[graph] = size, any(normalize.mutates(n) for n in graph.nodes)
-    return _seen[graph][1]
-
-
-_VIEWS = {
-    "view", "reshape", "expand", "expand_as", "getitem", "unsqueeze", "squeeze", "transpose", "permute", "t", "detach", "alias", "flatten", "unflatten",
-    "contiguous", "to", "type", "float", "half", "bool", "long", "int", "double", "type_as", "chunk", "split", "unbind", "narrow", "select", "view_as",
-    "movedim", "mT", "T", "swapaxes", "index_select",
-}  # fmt: skip
-
-
-def _may_alias(a: fx.Node, b: fx.Node) -> bool:
-    """Whether one of two neighbouring nodes may be a view of the other. A size, which views take beside their tensor, has no memory."""
-    if any(isinstance(value(n), torch.SymInt | int | float | bool) for n in (a, b)):
-        return False
-    later = b if a in b.all_input_nodes else a
-    return (normalize.spelling(later) or "") in _VIEWS or normalize.mutates(later)

@@ -58,8 +58,9 @@ def after_cleanup(graph: fx.Graph, sites: list[AttentionSite]) -> None:
 
 
 def keeps_tensor(site: AttentionSite) -> bool:
-    """Whether the site reads a tensor of q_len x kv_len: its mask or its bias was not recovered."""
-    return any(_spans(value(t), value(site.q).shape[2], value(site.k).shape[2], of_floats=True) for t in site.tensors)
+    """Whether the site reads a tensor of q_len x kv_len, in whatever order: its mask or its bias was not recovered."""
+    lengths = {str(as_expr(value(n).shape[2])) for n in (site.q, site.k)}
+    return any(sum(str(as_expr(n)) in lengths for n in value(t).shape) > 1 for t in site.tensors)
 
 
 def quadratic(graph: fx.Graph, site: AttentionSite) -> list[fx.Node]:
@@ -74,8 +75,8 @@ def quadratic(graph: fx.Graph, site: AttentionSite) -> list[fx.Node]:
     return [n for n in graph.nodes if n in above and _spans(value(n), q_len, kv_len)]
 
 
-def _spans(tensor: Any, q_len: Any, kv_len: Any, of_floats: bool = False) -> bool:
-    if not isinstance(tensor, torch.Tensor) or tensor.dim() < 2 or (tensor.is_floating_point() and not of_floats):
+def _spans(tensor: Any, q_len: Any, kv_len: Any) -> bool:
+    if not isinstance(tensor, torch.Tensor) or tensor.dim() < 2 or tensor.is_floating_point():
         return False
     return bool(as_expr(tensor.shape[-2]) == as_expr(q_len) and as_expr(tensor.shape[-1]) == as_expr(kv_len))
 

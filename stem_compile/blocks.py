@@ -170,13 +170,9 @@ def _extremes(values: torch.Tensor, widths: Sequence[int | None]) -> Any:
             else:
                 low, high = low.amin(dim, keepdim=True), high.amax(dim, keepdim=True)
                 where.append(torch.zeros(1, dtype=torch.long, device=values.device))
-        return _signed(low[tuple(where)]), _signed(high[tuple(where)])
+        return symbolic.widened(low[tuple(where)]), symbolic.widened(high[tuple(where)])
 
     return load
-
-
-def _signed(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.int32) if x.dtype == torch.uint8 else x
 
 
 def _pooled(values: torch.Tensor, dim: int, start: torch.Tensor, end: torch.Tensor, width: int, pool: Any) -> torch.Tensor:

@@ -99,7 +99,7 @@ def _loader(values: torch.Tensor) -> Any:
         # Broadcast dimensions are read at 0; out-of-range reads are another conjunct's business, so clamp like a masked load.
         # At least one dimension each: a 0-d index would be read back to the host.
         places = (torch.atleast_1d(symbolic.as_tensor(i, values.device)) for i in index)
-        return values[tuple(i.clamp(0, n - 1) for i, n in zip(places, values.shape, strict=True))]
+        return symbolic.widened(values[tuple(i.clamp(0, n - 1) for i, n in zip(places, values.shape, strict=True))])
 
     return load
 

@@ -32,6 +32,7 @@ class Reason(enum.Enum):
     DENSE_LAYER = "dense_layers keeps it dense"
     FUEL = "fuel is used up"
     ESCAPES = "scores or probabilities are used elsewhere"
+    WRITTEN = "what it reads is written in place before it is done"
     INTERNAL = "stem_compile failed on it"
 
     @property
@@ -57,6 +58,7 @@ _REMEDIES = {
     Reason.DENSE_LAYER: "take it out of dense_layers",
     Reason.FUEL: "raise fuel",
     Reason.ESCAPES: "do not ask for attention weights (output_attentions=False)",
+    Reason.WRITTEN: "make the change out of place: x = x + y, torch.where, torch.cat",
     Reason.INTERNAL: "report it with the log of TORCH_LOGS=+stem_compile",
 }
 

@@ -160,6 +160,14 @@ def as_tensor(value: Any, device: torch.device) -> torch.Tensor:
     return value if isinstance(value, torch.Tensor) else torch.full((), value, device=device)
 
 
+NARROW = (torch.uint8, torch.int8, torch.int16)
+
+
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """What is loaded, in a dtype that arithmetic on positions neither overflows nor rounds."""
+    return x.to(torch.int32) if x.dtype in NARROW else x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def _extreme(a: Any, b: Any, pick: Any, elementwise: Any) -> Any:
     if not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor):
         return pick(a, b)

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from stem_compile.passes import normalize
-from stem_compile.passes.products import PRODUCTS, factors, operands, weighted_values
+from stem_compile.passes.memory import functional, mutates
+from stem_compile.passes.products import PRODUCTS, contracts, factors, operands, weighted_values
 from stem_compile.sites import AttentionSite, Reason, Rejected, value
 
 _PASSING = ("to", "type", "type_as", "float", "half", "double", "bfloat16", "contiguous", "clone", "detach", "alias", "nan_to_num")
@@ -118,15 +119,16 @@ def _products(logits: fx.Node) -> list[fx.Node]:
     length = str(value(logits).shape[-2])
     while frontier:
         node = frontier.pop()
-        op = normalize.read(node) or normalize.functional(node)
+        op = normalize.read(node) or functional(node)
         if op is None:
             continue
         if op.name in PRODUCTS:
-            if value(node).dim() >= 2 and str(value(node).shape[-2]) == length and all(value(n).dim() >= 2 for n in factors(op)):
+            if value(node).dim() >= 2 and str(value(node).shape[-2]) == length and contracts(op):
                 found.append(node)
             continue
         if op.name in readers():
-            inputs = [n for n in node.all_input_nodes if n not in seen and isinstance(value(n), torch.Tensor)]
+            # What a condition is made of is no score.
+            inputs = [n for n in node.all_input_nodes if n not in seen and isinstance(value(n), torch.Tensor) and value(n).dtype != torch.bool]
             seen.update(inputs)
             frontier.extend(inputs)
     return sorted(found)
@@ -136,12 +138,12 @@ def _weighted(softmax: fx.Node) -> fx.Node | Rejected | None:
     """The product of the weights with the values; None where the softmax is no attention's."""
     node = softmax
     while True:
-        users = [u for u in node.users if isinstance(value(u), torch.Tensor) or u.op == "output"]
+        users = [u for u in node.users if _reads(u)]
         if len(users) != 1 or users[0].op == "output":
             weighing = [u for u in users if normalize.spelling(u) in PRODUCTS]
             return Rejected(softmax, Reason.ESCAPES, f"{node.name} is used {len(users)} times") if weighing else None
         user = users[0]
-        op = normalize.read(user) or normalize.functional(user)
+        op = normalize.read(user) or functional(user)
         if op is None:
             return None
         if op.name == "dropout":
@@ -162,11 +164,16 @@ def _weighted(softmax: fx.Node) -> fx.Node | Rejected | None:
         node = user
 
 
+def _reads(user: fx.Node) -> bool:
+    """Whether a user does something with elements: a write has no value of its own."""
+    return isinstance(value(user), torch.Tensor) or user.op == "output" or mutates(user)
+
+
 def _cleared(softmax: fx.Node, last: fx.Node) -> bool:
     """Whether hidden keys' weights are set to 0 on the way that ``_weighted`` found."""
     node = softmax
     while node is not last:
-        op = normalize.read(node) or normalize.functional(node)
+        op = normalize.read(node) or functional(node)
         if op is not None and op.name == "masked_fill":
             return True
         node = next(u for u in node.users if isinstance(value(u), torch.Tensor))
@@ -189,7 +196,7 @@ def _alike(a: Any, b: Any, depth: int = 4) -> bool:
     """Whether two nodes compute the same from the same."""
     if a is b or not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
         return bool(a is b or (not isinstance(a, fx.Node) and a == b))
-    if not depth or a.op != b.op or a.target != b.target or normalize.mutates(a) or normalize.read(a) is None or a.kwargs != b.kwargs:
+    if not depth or a.op != b.op or a.target != b.target or mutates(a) or normalize.read(a) is None or a.kwargs != b.kwargs:
         return False
     return len(a.args) == len(b.args) and all(_alike(x, y, depth - 1) for x, y in zip(a.args, b.args))
 
@@ -229,7 +236,7 @@ def _escapes(product: fx.Node, softmax: fx.Node) -> fx.Node | None:
                 frontier.append(user)
     for node in inside:
         for user in node.users:
-            outside = user not in inside and user is not softmax and (isinstance(value(user), torch.Tensor) or user.op == "output")
+            outside = user not in inside and user is not softmax and _reads(user)
             if outside and not _reads_shape(user, node):
                 return user
     return None
@@ -296,6 +303,12 @@ def examples() -> dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]]
         scores += _causal(q.shape[2])
         return scores.softmax(-1) @ v
 
+    def buckets(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        rows = torch.arange(q.shape[2])
+        distance = (rows[:, None] - rows[None, :]).clamp(0, 15)
+        bias = F.embedding(distance, table).permute(2, 0, 1).unsqueeze(0)
+        return (q @ k.transpose(-1, -2) + bias + _causal(q.shape[2])).softmax(-1) @ v
+
     def grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         k, v = (x[:, :, None].expand(x.shape[0], 2, 2, x.shape[2], 16).reshape(x.shape[0], 4, x.shape[2], 16) for x in (k, v))
         return added(q, k, v)
@@ -308,6 +321,7 @@ def examples() -> dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]]
         "softcap": (softcapped, _qkv()),
         "sinks": (sinks, (*_qkv(), torch.randn(4))),
         "alibi": (alibi, (*_qkv(), torch.tensor([0.5, 0.25, 0.1, 0.01]))),
+        "a bias by distance": (buckets, (*_qkv(), torch.randn(16, 4))),
         "in place": (in_place, _qkv()),
         "grouped": (grouped, _qkv(4, 2)),
         "one head": (lambda q, k, v: (q @ k.t() + _causal(70)).softmax(-1) @ v, tuple(torch.randn(70, 16) for _ in range(3))),
@@ -331,7 +345,23 @@ def near_misses() -> dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...
     def changed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return (scores(q, k).softmax(-1) * 0.5) @ v
 
+    def overwritten(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        weights = scores(q, k).softmax(-1)
+        weights[:, :, 5] = 0
+        return weights @ v
+
+    def threshold(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        made = scores(q, k)
+        return made.masked_fill(made < -0.5, -torch.inf).softmax(-1) @ v
+
+    def buckets(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        rows = torch.arange(q.shape[2])
+        return (q @ k.mT + F.embedding((rows[:, None] - rows[None, :]).abs().clamp(max=15), table).permute(2, 0, 1)).softmax(-1) @ v
+
     return {
+        "a learned bias and no mask": (buckets, (*_qkv(), torch.randn(16, 4)), Reason.BIDIRECTIONAL),
+        "weights overwritten": (overwritten, _qkv(), Reason.ESCAPES),
+        "keys chosen by their scores": (threshold, _qkv(), Reason.MASK),
         "weights returned": (returned, _qkv(), Reason.ESCAPES),
         "scores used elsewhere": (scores_used, _qkv(), Reason.ESCAPES),
         "weights changed": (changed, _qkv(), Reason.ESCAPES),

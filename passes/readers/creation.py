@@ -54,7 +54,8 @@ def _triangle(lower: bool) -> Reader:
 READERS: dict[str, Reader] = {
     "arange": _arange,
     **dict.fromkeys(("ones", "new_ones", "ones_like"), lambda i, op, known: _filled(1, known)),
-    **dict.fromkeys(("zeros", "new_zeros", "zeros_like"), lambda i, op, known: _filled(0, known)),
+    "fill": lambda i, op, known: _filled(op["value"], known),
+    **dict.fromkeys(("zeros", "new_zeros", "zeros_like", "zero"), lambda i, op, known: _filled(0, known)),
     **dict.fromkeys(("full", "new_full", "full_like"), lambda i, op, known: _filled(op["fill_value"], known)),
     "tensor": _literal, "scalar_tensor": _literal, "tril": _triangle(True), "triu": _triangle(False),
 }  # fmt: skip

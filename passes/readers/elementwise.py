@@ -12,7 +12,7 @@ from torch import fx
 from stem_compile.passes.interpret import Interpreter, Reader, SymTensor, Unreadable, as_expr, boolean, decided, number
 from stem_compile.passes.normalize import Op
 from stem_compile.sites import value
-from stem_compile.symbolic import FloorDiv, Where
+from stem_compile.symbolic import KV, B, FloorDiv, H, Q, Where
 
 
 def _compare(name: str) -> Reader:
@@ -22,7 +22,24 @@ def _compare(name: str) -> Reader:
         a, b = number(a), number(b)
         return decided(lambda n: relation(n, b), a) if b.is_number else relation(a, b)
 
-    return lambda i, op, known: i.map(compare, op["input"], op["other"])
+    def read(i: Interpreter, op: Op, known: torch.Tensor) -> SymTensor:
+        rounded = any(getattr(value(op[side]), "dtype", None) in (torch.float16, torch.bfloat16) for side in ("input", "other"))
+
+        def compared(a: Any, b: Any) -> Any:
+            if rounded and _counts(number(a) - number(b)):
+                raise Unreadable("positions in half precision, which has no room for them")
+            return compare(a, b)
+
+        return i.map(compared, op["input"], op["other"])
+
+    return read
+
+
+def _counts(expr: Any) -> bool:
+    """Whether positions enter a number themselves, not only in conditions or as places of loads."""
+    inside = {e: sympy.Integer(0) for e in expr.atoms(Where) | expr.atoms(sympy.core.function.AppliedUndef)}
+    ends = [end for e in expr.atoms(Where) for end in e.args[1:]]
+    return bool(expr.xreplace(inside).free_symbols & {B, H, Q, KV}) or any(_counts(end) for end in ends)
 
 
 def _logic(connective: Any) -> Reader:

@@ -133,6 +133,8 @@ def _gather(i: Interpreter, inner: SymTensor, parts: list[Any], known: torch.Ten
     indices = [i.tensor(p) for p in parts]
     if any(t.kind != "int" for t in indices):
         raise Unreadable("Boolean indexing")
+    if any(i.bounds(t)[0] < 0 for t in indices):
+        raise Unreadable("an index that may count from the end")
     return SymTensor((None,) * known.dim(), lambda at: inner.at(tuple(number(t.at(broadcast_index(at, t.shape))) for t in indices)), inner.kind)
 
 

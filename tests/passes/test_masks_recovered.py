@@ -80,6 +80,13 @@ READ = {
     "xor of positions": lambda q, k: (q ^ k) <= q,
     "random": lambda q, k: (torch.rand(40, 40) < 0.5) & (k <= q),
     "division": lambda q, k: k / 3 <= q / 3,
+    "causal & window by a product": lambda q, k: torch.ones(40, 40).tril() * torch.ones(40, 40).triu(-7) > 0,
+    "causal & window by a sum": lambda q, k: (k <= q).int() + (k > q - 8).int() == 2,
+    "causal & window by a difference": lambda q, k: torch.ones(40, 40).tril() - torch.ones(40, 40).tril(-8) != 0,
+    "a place counted from the end": lambda q, k: ((torch.arange(40)[torch.arange(40) - 1][None, :] <= q) & (k <= q)) | (q == k),
+    "positions that wrap": lambda q, k: ((k * 7).to(torch.int8) <= (q * 7).to(torch.int8)) | (q == k),
+    "a prefix in a choice": lambda q, k: torch.where(k < 5, 0.0, torch.where(k <= q, 0.0, torch.finfo(torch.float32).min)),
+    "outer product": lambda q, k: torch.einsum("i,j->ij", torch.ones(40), (torch.arange(40) % 5 != 2).float()).tril() != 0,
 }
 
 
@@ -91,6 +98,37 @@ def test_masks_beyond_causal_are_rewritten_and_right(name: str) -> None:
     assert len(result.sites) == 1
     torch.manual_seed(0)
     torch.testing.assert_close(out, _unread(READ[name])(*inputs), rtol=1e-4, atol=1e-5)
+
+
+# Masks of ids that only the run knows, in every dtype that ids are kept in.
+IDS: dict[str, Any] = {
+    "in order": lambda ids, n: ids[None, :] <= ids[:, None],
+    "widened": lambda ids, n: ids.long()[None, :] * 2 + 200 <= ids.long()[:, None] * 2 + 200,
+    "shifted": lambda ids, n: (ids[torch.arange(n) - 5][None, :] == ids[:, None]) & (torch.arange(n)[None, :] <= torch.arange(n)[:, None]),
+    "places that are data": lambda ids, n: ids[ids.long() % n - 3][None, :] <= ids[:, None],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int64], ids=str)
+@pytest.mark.parametrize("name", IDS)
+def test_ids_are_compared_as_numbers_of_any_dtype(name: str, dtype: torch.dtype) -> None:
+    def model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=IDS[name](ids, 40) | torch.eye(40, dtype=torch.bool))
+
+    limits = torch.iinfo(dtype)
+    ids = torch.linspace(max(limits.min, -1000), min(limits.max, 1000), 40).to(dtype)[torch.randperm(40, generator=torch.Generator().manual_seed(0))]
+    inputs = (*_qkv(), ids)
+    result, out = rewritten(model, inputs)
+    assert len(result.found) == 1
+    torch.testing.assert_close(out, model(*inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_positions_that_half_precision_rounds_are_not_believed() -> None:
+    model = _unread(lambda q, k: (k * 11).to(torch.bfloat16) <= (q * 11).to(torch.bfloat16))
+    inputs = _qkv()
+    result, out = rewritten(model, inputs)
+    assert [h.reason for h in result.found if isinstance(h, Rejected)] == [Reason.MASK]
+    torch.testing.assert_close(out, model(*inputs))
 
 
 NAMED = ("causal & sliding window of 8", "causal & chunks of 8", "given as a tensor")

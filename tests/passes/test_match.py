@@ -75,6 +75,79 @@ def test_a_repetition_whose_source_is_overwritten_is_kept() -> None:
     torch.testing.assert_close(out, model(*inputs), rtol=1e-4, atol=1e-5)
 
 
+def _autocast(attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return attend(q, k, v)
+
+    return model
+
+
+def _by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    scores = q @ k.transpose(-1, -2) * 0.25
+    return scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf).softmax(-1) @ v
+
+
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, double(k[:, :1]), double(v[:, :1]), is_causal=True)
+
+
+def double(x: torch.Tensor) -> torch.Tensor:
+    return x.repeat_interleave(2, 1)
+
+
+# name: (model, dtype of the inputs, dtype that the attention is computed in)
+CASTS: dict[str, tuple[Callable[..., torch.Tensor], torch.dtype, torch.dtype]] = {
+    "autocast, SDPA": (_autocast(_sdpa), torch.float32, torch.bfloat16),
+    "autocast, by hand": (_autocast(_by_hand), torch.float32, torch.bfloat16),
+    "autocast, of half precision": (_autocast(_sdpa), torch.bfloat16, torch.bfloat16),
+    "wanted in fp32": (lambda q, k, v: _by_hand(q.float(), k.float(), v.float()), torch.bfloat16, torch.float32),
+    "wanted in fp32 for more": (lambda q, k, v: _by_hand(q.float(), k.float(), v.float()) + 1.0, torch.float16, torch.float32),
+    "computed in fp32": (lambda q, k, v: _by_hand(q.float(), k.float(), v.float()).transpose(1, 2).to(q.dtype), torch.bfloat16, torch.bfloat16),
+    "keys not cast": (lambda q, k, v: _by_hand(q.float(), k.float() + 0.0, v.float()).to(q.dtype), torch.bfloat16, torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", CASTS)
+def test_an_attention_keeps_the_dtypes_that_the_graph_gives_it(name: str) -> None:
+    model, given, computed = CASTS[name]
+    inputs = tuple(torch.randn(1, 2, 50, 16, generator=torch.Generator().manual_seed(i)).to(given) for i in range(3))
+    result, out = rewritten(model, inputs)
+    assert [value(site.q).dtype for site in result.sites] == [computed]
+    expected = model(*inputs)
+    tolerance = 1e-5 if expected.dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
+
+
+def _no_grad(attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def model(*inputs: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return attend(*inputs)
+
+    return model
+
+
+@pytest.mark.parametrize("name", ["a learned bias", "a learned temperature", "keys", "none inside"])
+def test_gradients_are_those_of_the_result(name: str) -> None:
+    """Whatever they come through, and as the region of the graph says, not the moment of compiling."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, learned: torch.Tensor) -> torch.Tensor:
+        scores = q @ k.transpose(-1, -2) * 0.25
+        scores = scores * learned.exp() if "temperature" in name else scores + learned if "bias" in name else scores
+        return scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf).softmax(-1) @ v
+
+    q, k, v = (torch.randn(1, 2, 40, 16) for _ in range(3))
+    learned = torch.zeros(2, 40, 40) if "bias" in name else torch.zeros(2, 1, 1)
+    inputs = (q, k.requires_grad_(name in ("keys", "none inside")), v, learned.requires_grad_("learned" in name))
+    result, out = rewritten(attend if name != "none inside" else _no_grad(attend), inputs)
+    if name == "none inside":
+        assert len(result.sites) == 1
+        assert not out.requires_grad
+    else:
+        assert [h.reason for h in result.found if isinstance(h, Rejected)] == [Reason.GRADIENT]
+        assert out.requires_grad
+
+
 def test_gradients_are_refused_and_flow() -> None:
     model = torch.nn.Linear(16, 16)
 
@@ -104,6 +177,13 @@ def test_options_keep_attentions_dense(options: dict[str, Any], reason: Reason) 
     x = torch.randn(1, 2, 40, 16)
     result, _ = rewritten(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), (x, x, x), **options)
     assert [h.reason for h in result.found if isinstance(h, Rejected)] == [reason]
+
+
+def test_a_prompt_without_tokens_stays_as_it_is() -> None:
+    x = torch.randn(1, 2, 0, 16)
+    result, out = rewritten(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), (x, x, x))
+    assert [h.reason for h in result.found if isinstance(h, Rejected)] == [Reason.SHORT]
+    assert out.shape == x.shape
 
 
 def test_decoding_is_refused() -> None:
