@@ -81,7 +81,7 @@ def _multihead(node: fx.Node, a: dict[str, Any]) -> tuple[Callable[..., Any], li
     causal = bool(a["is_causal"]) and a["key_padding_mask"] is None
     if weights_used or odd or separate or not (causal or a["attn_mask"] is not None) or (a["training"] and a["dropout_p"]):
         return None
-    heads, has_bias = int(a["num_heads"]), a["in_proj_bias"] is not None
+    heads, has_bias = int(value(a["num_heads"])), a["in_proj_bias"] is not None
     tensors = [a["query"], a["in_proj_weight"], a["out_proj_weight"], *_given(a["in_proj_bias"], a["out_proj_bias"])]
     masks = [] if causal else [m for m in (a["attn_mask"], a["key_padding_mask"]) if m is not None]
     padded = not causal and a["key_padding_mask"] is not None
@@ -108,7 +108,7 @@ def _layer(a: dict[str, Any]) -> tuple[Callable[..., Any], list[fx.Node]] | None
         def attend(x: Any) -> Any:
             # The fused layer turns any mask into a Boolean one: what is not 0 hides.
             mask = t["mask"].to(torch.bool)
-            out = _attention(x, t["qkv_weight"], t["qkv_bias"], int(a["num_heads"]), mask, None, False, torch.empty(0, 0, dtype=torch.bool))
+            out = _attention(x, t["qkv_weight"], t["qkv_bias"], int(value(a["num_heads"])), mask, None, False, torch.empty(0, 0, dtype=torch.bool))
             return F.linear(out, t["proj_weight"], t["proj_bias"])
 
         def feed(x: Any) -> Any:
@@ -116,7 +116,7 @@ def _layer(a: dict[str, Any]) -> tuple[Callable[..., Any], list[fx.Node]] | None
             return F.linear(F.gelu(hidden) if a["use_gelu"] else F.relu(hidden), t["ffn_weight_2"], t["ffn_bias_2"])
 
         def norm(x: Any, which: int) -> Any:
-            return F.layer_norm(x, (int(a["embed_dim"]),), t[f"norm_weight_{which}"], t[f"norm_bias_{which}"], a["eps"])
+            return F.layer_norm(x, (int(value(a["embed_dim"])),), t[f"norm_weight_{which}"], t[f"norm_bias_{which}"], t["eps"])
 
         x = t["src"]
         if a["norm_first"]:

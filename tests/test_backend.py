@@ -41,6 +41,18 @@ def test_a_plain_module_is_rewritten() -> None:
     assert len(made[0].sites) == 1
 
 
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_fused_encoder_layers_are_rewritten(first: bool, dynamic: bool | None) -> None:
+    """With dynamic=True Dynamo makes their epsilon an input of the graph."""
+    layer, made = torch.nn.TransformerEncoderLayer(32, 2, 48, batch_first=True, norm_first=first).eval(), []
+    mask = torch.ones(100, 100, dtype=torch.bool).triu(1)
+    with torch.no_grad(), backend.listen(made.append):
+        out = torch.compile(layer, backend="stem", options=OPTIONS, fullgraph=True, dynamic=dynamic)(X, src_mask=mask)
+        torch.testing.assert_close(out, layer(X, src_mask=mask), rtol=1e-4, atol=1e-5)
+    assert len(made[0].sites) == 1
+
+
 def test_training_goes_on_dense() -> None:
     model, made = Block(), []
     with backend.listen(made.append):
