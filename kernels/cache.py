@@ -47,10 +47,11 @@ def _replace(path: Path, text: str) -> None:
 
 @functools.cache
 def machine(device: torch.device) -> str:
-    """What a measured choice depends on besides its own question: the device and who compiled for it."""
+    """What a measured choice depends on besides its own question: the device, who compiled for it, and what was compiled."""
     import triton
 
-    return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, triton {triton.__version__}"
+    templates = _hash("".join(path.read_text() for path in sorted(codegen.TEMPLATES.glob("*.py"))))
+    return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, triton {triton.__version__}, templates {templates}"
 
 
 def recall(kind: str, key: str) -> Any:
