@@ -3,13 +3,15 @@
     python benchmarks/attention.py                                # 8K to 128K, published schedule
     python benchmarks/attention.py --lengths 131072 --budgets none,0.125 --poolings mean,max
     python benchmarks/attention.py --lengths 131072 --budgets 0.125,0.25 --poolings max --score-dtypes native,fp8
-    python benchmarks/attention.py --million                      # 1,048,576 tokens, 4 query heads, 1 KV head: correctness, time, memory
-    python benchmarks/attention.py --plot out/attention.json      # only draw the chart of an earlier run
+    python benchmarks/attention.py --million                      # 1,048,576 tokens, 4 query heads, 1 KV head:
+    correctness, time, memory python benchmarks/attention.py --plot out/attention.json      # only draw the chart of an
+    earlier run
 
-Times are medians with the 20th and 80th percentile, milliseconds, of one process on one device. Contenders take turns, so that the clocks that the
-device lowers under load, and whatever else it does, meet them alike. A contender that is not within the error
-budget of fp64 under the same selection, on sampled query blocks, is reported as wrong and never timed. TFLOP/s count computed block pairs.
-Sink and local blocks are StemConfig's: 4 and 4 under the published schedule, 1 and 2 with a budget.
+Times are medians with the 20th and 80th percentile, milliseconds, of one process on one device. Contenders take turns,
+so that the clocks that the device lowers under load, and whatever else it does, meet them alike. A contender that is
+not within the error budget of fp64 under the same selection, on sampled query blocks, is reported as wrong and never
+timed. TFLOP/s count computed block pairs. Sink and local blocks are StemConfig's: 4 and 4 under the published schedule,
+1 and 2 with a budget.
 """
 
 from __future__ import annotations
@@ -28,10 +30,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from stem_compile.blocks import candidates, cdiv
+from stem_compile.algebra.blocks import candidates, cdiv
+from stem_compile.algebra.masks import decode
 from stem_compile.config import StemConfig
 from stem_compile.kernels import launch
-from stem_compile.masks import decode
 from stem_compile.selection import BlockSelection, SelectionSpec
 
 MASK = "kv <= q"
@@ -43,7 +45,8 @@ TURNS = 6
 
 
 def measure(runs: dict[str, Callable[[], Any]], milliseconds: float) -> dict[str, dict[str, float]]:
-    """Median and percentiles of each run in ms: about ``milliseconds`` of each, in ``TURNS`` turns, on warm code, with events around each."""
+    """Median and percentiles of each run in ms: about ``milliseconds`` of each, in ``TURNS`` turns, on warm code, with
+    events around each."""
     turns: dict[str, int] = {}
     for name, run in runs.items():
         run()
@@ -56,7 +59,9 @@ def measure(runs: dict[str, Callable[[], Any]], milliseconds: float) -> dict[str
     for _ in range(TURNS):
         for name, run in runs.items():
             run()
-            events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(turns[name])]
+            events = [
+                (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(turns[name])
+            ]
             for begin, end in events:
                 begin.record()
                 run()
@@ -84,7 +89,9 @@ def ceilings() -> dict[str, float]:
 class Problem:
     """q, k, v, the selection of one policy and what dense computes. q: [1, heads, n, d]."""
 
-    def __init__(self, n: int, heads: int, key_heads: int, head_dim: int, dtype: torch.dtype, spec: SelectionSpec) -> None:
+    def __init__(
+        self, n: int, heads: int, key_heads: int, head_dim: int, dtype: torch.dtype, spec: SelectionSpec
+    ) -> None:
         torch.manual_seed(n)
         shape = (1, heads, n, head_dim)
         self.q = torch.randn(shape, device="cuda", dtype=dtype)
@@ -103,7 +110,19 @@ class Problem:
         return self.target.select(self.q, self.k, self.v, [], [], MASK, self.scale, self.spec.text(), "select")  # type: ignore[union-attr,no-any-return]
 
     def attend(self, kernel: str) -> torch.Tensor:
-        arguments = (self.q, self.k, self.v, self.indices, self.counts, [], [], MASK, self.scale, self.spec.text(), kernel)
+        arguments = (
+            self.q,
+            self.k,
+            self.v,
+            self.indices,
+            self.counts,
+            [],
+            [],
+            MASK,
+            self.scale,
+            self.spec.text(),
+            kernel,
+        )
         return self.target.attend(*arguments)  # type: ignore[union-attr,no-any-return]
 
     def whole(self, kernel: str) -> torch.Tensor:
@@ -130,7 +149,9 @@ class Problem:
             return chosen.sum(-1).int(), torch.argsort(chosen.int(), dim=-1, descending=True, stable=True).int()
 
         cut, full = lists(self.blocks & partial), lists(self.blocks & ~partial)
-        mask = BlockMask.from_kv_blocks(*cut, *full, BLOCK_SIZE=(bq, bk), mask_mod=lambda b, h, q, kv: kv <= q, seq_lengths=(self.n, self.n))
+        mask = BlockMask.from_kv_blocks(
+            *cut, *full, BLOCK_SIZE=(bq, bk), mask_mod=lambda b, h, q, kv: kv <= q, seq_lengths=(self.n, self.n)
+        )
         compiled = torch.compile(flex_attention)
         return lambda: compiled(self.q, self.k, self.v, block_mask=mask, enable_gqa=True, scale=self.scale)
 
@@ -140,9 +161,18 @@ class Problem:
         heads, group = self.q.shape[1], self.q.shape[1] // self.k.shape[1]
         bq, bk = self.spec.block_q, self.spec.block_k
         rows = self.counts.shape[2]
-        for head, row in ((0, 0), (0, rows - 1), (heads - 1, rows // 2), (heads // 2, rows * 3 // 4), (1, rows - 2), (heads - 2, rows // 3)):
+        for head, row in (
+            (0, 0),
+            (0, rows - 1),
+            (heads - 1, rows // 2),
+            (heads // 2, rows * 3 // 4),
+            (1, rows - 2),
+            (heads - 2, rows // 3),
+        ):
             here = torch.arange(row * bq, min((row + 1) * bq, self.n), device="cuda")
-            kept = torch.arange(cdiv(self.n, bk), device="cuda") * bk <= here[-1] if dense else self.blocks[0, head, row]
+            kept = (
+                torch.arange(cdiv(self.n, bk), device="cuda") * bk <= here[-1] if dense else self.blocks[0, head, row]
+            )
             keys = (kept.nonzero() * bk + torch.arange(bk, device="cuda")).flatten()
             keys = keys[keys < self.n]
             scores = self.q[0, head, here].double() @ self.k[0, head // group, keys].double().T * self.scale
@@ -154,7 +184,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Contender:
-    """Something to time. flop: what it computes, None where a rate means nothing. dense: whether it attends to everything, None: no output to check."""
+    """Something to time. flop: what it computes, None where a rate means nothing. dense: whether it attends to
+    everything, None: no output to check."""
 
     name: str
     run: Callable[[], Any]
@@ -163,7 +194,8 @@ class Contender:
 
 
 def gate(contender: Contender, problem: Problem, options: argparse.Namespace) -> dict[str, Any]:
-    """Its line of the table so far: name, error against fp64, and whether that is too much or it does not run at all."""
+    """Its line of the table so far: name, error against fp64, and whether that is too much or it does not run
+    at all."""
     entry: dict[str, Any] = {"name": contender.name}
     try:
         out = contender.run()
@@ -176,7 +208,9 @@ def gate(contender: Contender, problem: Problem, options: argparse.Namespace) ->
     return entry
 
 
-def contenders(problem: Problem, spec: SelectionSpec, options: argparse.Namespace, with_dense: bool) -> Iterator[Contender]:
+def contenders(
+    problem: Problem, spec: SelectionSpec, options: argparse.Namespace, with_dense: bool
+) -> Iterator[Contender]:
     """All that take part at one length and selection."""
     dense_flop = 4.0 * problem.n**2 / 2 * options.heads * options.head_dim
     kernels = [*(["hopper"] if torch.cuda.get_device_capability()[0] == 9 else []), "portable"]
@@ -212,9 +246,14 @@ def compare(n: int, spec: SelectionSpec, options: argparse.Namespace, with_dense
         if contender.flop is not None:
             entry["tflops"] = contender.flop / entry["ms"] / 1e9
     return {
-        "length": n, "budget": spec.budget, "pooling": spec.pooling, "scores": spec.score_dtype, "blocks": [spec.block_q, spec.block_k],
-        "density": problem.density, "entries": entries,
-    }  # fmt: skip
+        "length": n,
+        "budget": spec.budget,
+        "pooling": spec.pooling,
+        "scores": spec.score_dtype,
+        "blocks": [spec.block_q, spec.block_k],
+        "density": problem.density,
+        "entries": entries,
+    }
 
 
 def _flash4(problem: Problem) -> Callable[[], torch.Tensor]:
@@ -235,11 +274,17 @@ def pooling_of(result: dict[str, Any]) -> str:
 
 def table(result: dict[str, Any], reference: float | None, ceiling: float) -> str:
     """Text of one comparison. reference: ms of the fastest dense SDPA at this length."""
-    head = f"\n{result['length']} tokens, budget {result['budget']}, {pooling_of(result)} pooling, blocks {result['blocks']}, density {result['density']:.3f}"
+    head = (
+        f"\n{result['length']} tokens, budget {result['budget']}, {pooling_of(result)} pooling, blocks"
+        f" {result['blocks']}, density {result['density']:.3f}"
+    )
     lines = [head]
     for e in result["entries"]:
         if "ms" not in e:
-            lines.append(f"  {e['name']:28s} {'WRONG, error ' + format(e['error'], '.1e') if e.get('wrong') else e.get('failed')}")
+            lines.append(
+                f"  {e['name']:28s}"
+                f" {'WRONG, error ' + format(e['error'], '.1e') if e.get('wrong') else e.get('failed')}"
+            )
             continue
         text = f"  {e['name']:28s} {e['ms']:9.3f} ms [{e['low']:.3f}, {e['high']:.3f}]"
         if "tflops" in e:
@@ -256,11 +301,14 @@ def specs(budget: float | None, options: argparse.Namespace) -> Iterator[Selecti
         for scores in options.score_dtypes.split(",") if pooling == "max" else ["native"]:
             for blocks in options.blocks.split(","):
                 bq, bk = map(int, blocks.split("x"))
-                yield StemConfig(budget=budget, pooling=pooling, score_dtype=scores, block_size=bq, key_block_size=bk).selection
+                yield StemConfig(
+                    budget=budget, pooling=pooling, score_dtype=scores, block_size=bq, key_block_size=bk
+                ).selection
 
 
 def million(options: argparse.Namespace) -> int:
-    """One attention of 2^20 tokens: sampled query blocks against fp64, milliseconds, device memory beyond inputs and output."""
+    """One attention of 2^20 tokens: sampled query blocks against fp64, milliseconds, device memory beyond inputs and
+    output."""
     wrong = 0
     for spec in specs(None, options):
         problem = Problem(1 << 20, 4, 1, options.head_dim, getattr(torch, options.dtype), spec)
@@ -275,20 +323,23 @@ def million(options: argparse.Namespace) -> int:
         error = problem.error(out)
         wrong += not error < TOLERANCE[options.dtype]
         del out
-        times = measure({"selection": problem.select, "whole": functools.partial(problem.whole, kernel)}, options.milliseconds)
+        times = measure(
+            {"selection": problem.select, "whole": functools.partial(problem.whole, kernel)}, options.milliseconds
+        )
         chosen, whole = times["selection"], times["whole"]
         rate = problem.flop / (whole["ms"] - chosen["ms"]) / 1e9
         print(
-            f"1M tokens, {spec.pooling} pooling, {spec.score_dtype} scores, blocks {spec.block_q}x{spec.block_k}, density {problem.density:.3f}: "
-            f"{kernel} + selection {whole['ms']:.1f} ms, selection {chosen['ms']:.1f} ms, {rate:.0f} TFLOP/s, error {error:.1e}, "
-            f"{extra / 1e9:.2f} GB beyond inputs and output",
+            f"1M tokens, {spec.pooling} pooling, {spec.score_dtype} scores, blocks {spec.block_q}x{spec.block_k},"
+            f" density {problem.density:.3f}: {kernel} + selection {whole['ms']:.1f} ms, selection {chosen['ms']:.1f}"
+            f" ms, {rate:.0f} TFLOP/s, error {error:.1e}, {extra / 1e9:.2f} GB beyond inputs and output",
             flush=True,
         )
     return int(wrong > 0)
 
 
 def plot(data: dict[str, Any], path: Path) -> None:
-    """Speed-up over the fastest dense SDPA and TFLOP/s: against length, or against budget where one length has several."""
+    """Speed-up over the fastest dense SDPA and TFLOP/s: against length, or against budget where one length has
+    several."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -304,8 +355,12 @@ def plot(data: dict[str, Any], path: Path) -> None:
             for e in result["entries"]:
                 if "tflops" not in e or dense is None or (by_budget and e["name"].startswith(("SDPA", "flash"))):
                     continue
-                what = f"{pooling_of(result)} pooling" + ("" if by_budget else f", {result['budget'] or 'published schedule'}")
-                what += "" if result["blocks"] == [128, 128] else f", blocks {result['blocks'][0]}x{result['blocks'][1]}"
+                what = f"{pooling_of(result)} pooling" + (
+                    "" if by_budget else f", {result['budget'] or 'published schedule'}"
+                )
+                what += (
+                    "" if result["blocks"] == [128, 128] else f", blocks {result['blocks'][0]}x{result['blocks'][1]}"
+                )
                 name = e["name"] if e["name"].startswith(("SDPA", "flash")) else f"{e['name']} ({what})"
                 at = result["density"] if by_budget else result["length"]
                 series.setdefault(name, []).append((at, dense / e["ms"] if index == 0 else e["tflops"]))
@@ -313,7 +368,9 @@ def plot(data: dict[str, Any], path: Path) -> None:
             axis.plot(*zip(*sorted(points)), marker="o", label=name)
         axis.set_xscale("log", base=2)
         if by_budget:
-            axis.set_xlabel(f"part of the causal block pairs computed, {lengths.pop() if index else next(iter(lengths)):,} tokens")
+            axis.set_xlabel(
+                f"part of the causal block pairs computed, {lengths.pop() if index else next(iter(lengths)):,} tokens"
+            )
             ticks = sorted({r["density"] for r in data["results"]})
             axis.set_xticks(ticks, [f"{t:.0%}" if t > 0.1 else f"{t:.1%}" for t in ticks])
             axis.minorticks_off()
@@ -355,9 +412,17 @@ def main() -> int:
     import triton
 
     limits = ceilings()
-    data: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, "ceilings": limits}
+    data: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "ceilings": limits,
+    }
     data |= {"results": [], "dense_ms": {}}
-    print(f"{data['device']}, torch {torch.__version__}, triton {triton.__version__}: {limits['matrix']:.0f} TFLOP/s matrix, {limits['copy']:.2f} TB/s copy")
+    print(
+        f"{data['device']}, torch {torch.__version__}, triton {triton.__version__}: {limits['matrix']:.0f} TFLOP/s"
+        f" matrix, {limits['copy']:.2f} TB/s copy"
+    )
     wrong = False
     for n in map(int, options.lengths.split(",")):
         with_dense = True

@@ -1,10 +1,12 @@
-"""One attention on a CPU: this project, selection apart and included, against SDPA's dense causal attention; correctness gate first.
+"""One attention on a CPU: this project, selection apart and included, against SDPA's dense causal attention;
+correctness gate first.
 
     python benchmarks/cpu_attention.py                                     # 4K, 8K and 16K, fp32 and bf16, budget 0.25
     python benchmarks/cpu_attention.py --lengths 16384 --budgets 0.125,1.0 --poolings max --json out/cpu.json
 
-Contenders take turns within a round, so what else runs on the machine meets them alike. Times are medians over the rounds in ms; the ratio
-is the median over the rounds, dense over ours with selection, and its spread from the 20th to the 80th percentile.
+Contenders take turns within a round, so what else runs on the machine meets them alike. Times are medians over the
+rounds in ms; the ratio is the median over the rounds, dense over ours with selection, and its spread from the 20th to
+the 80th percentile.
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ from rich.console import Console
 from rich.table import Table
 
 from stem_compile import selection
-from stem_compile.blocks import candidates, cdiv
-from stem_compile.kernels.targets import cpu
-from stem_compile.masks import decode
+from stem_compile.algebra.blocks import candidates, cdiv
+from stem_compile.algebra.masks import decode
+from stem_compile.kernels.targets.cpu import target as cpu
 from stem_compile.selection import BlockSelection, SelectionSpec
 
 MASK = "kv <= q"
@@ -42,10 +44,15 @@ SAMPLES = 5
 """Query row blocks the gate looks at."""
 
 
-def error(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chosen: BlockSelection, scale: float) -> tuple[float, float]:
-    """(ours, SDPA's) largest absolute error against fp64 on sampled query row blocks, the first and the last among them."""
+def error(
+    out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chosen: BlockSelection, scale: float
+) -> tuple[float, float]:
+    """(ours, SDPA's) largest absolute error against fp64 on sampled query row blocks, the first and the last among
+    them."""
     batch, heads, length, _ = q.shape
-    dense = chosen.dense(candidates(decode(MASK), (batch, heads, length, k.shape[2]), [], [], chosen.block_q, chosen.block_k, "cpu"))
+    dense = chosen.dense(
+        candidates(decode(MASK), (batch, heads, length, k.shape[2]), [], [], chosen.block_q, chosen.block_k, "cpu")
+    )
     rows = dense.shape[2]
     worst = [0.0, 0.0]
     for row in sorted({i * (rows - 1) // (SAMPLES - 1) for i in range(SAMPLES)}):
@@ -53,7 +60,9 @@ def error(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
         seen = dense[:, :, row, None].repeat_interleave(chosen.block_k, -1)[..., : k.shape[2]]
         seen = seen & (torch.arange(k.shape[2]) <= torch.arange(tokens.start, tokens.stop)[:, None])
         golden, plain = (
-            F.scaled_dot_product_attention(*(x.to(t) for x in (q[:, :, tokens], k, v)), attn_mask=seen, scale=scale, enable_gqa=True)
+            F.scaled_dot_product_attention(
+                *(x.to(t) for x in (q[:, :, tokens], k, v)), attn_mask=seen, scale=scale, enable_gqa=True
+            )
             for t in (torch.float64, q.dtype)
         )
         for i, x in enumerate((out[:, :, tokens], plain)):
@@ -95,7 +104,10 @@ def measure(contenders: dict[str, Callable[[], Any]], seconds: float) -> dict[st
 def benchmark(length: int, dtype: torch.dtype, spec: SelectionSpec, options: argparse.Namespace) -> dict[str, Any]:
     """One row of the table. Raises SystemExit when the result is wrong: nothing wrong is timed."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, h, length, options.dim, generator=generator).to(dtype) for h in (options.heads, options.key_heads, options.key_heads))
+    q, k, v = (
+        torch.randn(1, h, length, options.dim, generator=generator).to(dtype)
+        for h in (options.heads, options.key_heads, options.key_heads)
+    )
     scale, text = options.dim**-0.5, spec.text()
 
     def select() -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,7 +117,9 @@ def benchmark(length: int, dtype: torch.dtype, spec: SelectionSpec, options: arg
         return cpu.attend(q, k, v, indices, counts, [], [], MASK, scale, text, "")
 
     def dense() -> torch.Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=options.heads != options.key_heads)
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=options.heads != options.key_heads
+        )
 
     indices, counts = select()
     chosen = BlockSelection(indices, counts, spec.block_q, spec.block_k, cdiv(length, spec.block_k))
@@ -118,11 +132,21 @@ def benchmark(length: int, dtype: torch.dtype, spec: SelectionSpec, options: arg
     times = measure({"dense": dense, "select": select, "attend": attend}, options.seconds)
     ratios = sorted(d / (s + a) for d, s, a in zip(*times.values()))
     return {
-        "length": length, "dtype": str(dtype).removeprefix("torch."), "budget": spec.budget, "pooling": spec.pooling, "density": chosen.density(found),
-        "kernel": cpu.kernel_name(q, k, v, MASK, text), "error": ours, "sdpa_error": theirs, "rounds": len(ratios),
+        "length": length,
+        "dtype": str(dtype).removeprefix("torch."),
+        "budget": spec.budget,
+        "pooling": spec.pooling,
+        "density": chosen.density(found),
+        "kernel": cpu.kernel_name(q, k, v, MASK, text),
+        "error": ours,
+        "sdpa_error": theirs,
+        "rounds": len(ratios),
         **{f"{name}_ms": statistics.median(x) for name, x in times.items()},
-        "ratio": statistics.median(ratios), "low": ratios[len(ratios) // 5], "high": ratios[len(ratios) * 4 // 5], **memory,
-    }  # fmt: skip
+        "ratio": statistics.median(ratios),
+        "low": ratios[len(ratios) // 5],
+        "high": ratios[len(ratios) * 4 // 5],
+        **memory,
+    }
 
 
 def table(results: list[dict[str, Any]]) -> Table:
@@ -148,16 +172,30 @@ def table(results: list[dict[str, Any]]) -> Table:
         ours = r["select_ms"] + r["attend_ms"]
         memory = ["-" if r[x] is None else f"{r[x]:.0f}" for x in ("dense_mib", "ours_mib")]
         made.add_row(
-            f"{r['length']:,}", r["dtype"], str(r["budget"]), r["pooling"], f"{r['density']:.3f}", f"{r['dense_ms']:.0f}", f"{r['select_ms']:.1f}",
-            f"{r['attend_ms']:.0f}", f"{ours:.0f}", f"{r['ratio']:.2f}x", f"{r['low']:.2f} to {r['high']:.2f}", *memory,
-        )  # fmt: skip
+            f"{r['length']:,}",
+            r["dtype"],
+            str(r["budget"]),
+            r["pooling"],
+            f"{r['density']:.3f}",
+            f"{r['dense_ms']:.0f}",
+            f"{r['select_ms']:.1f}",
+            f"{r['attend_ms']:.0f}",
+            f"{ours:.0f}",
+            f"{r['ratio']:.2f}x",
+            f"{r['low']:.2f} to {r['high']:.2f}",
+            *memory,
+        )
     return made
 
 
 def processor() -> str:
     """The processor's name and what PyTorch uses of it."""
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    names = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
     return f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
@@ -171,7 +209,10 @@ def main() -> None:
     parser.add_argument("--lengths", type=numbers(int), default=[4096, 8192, 16384])
     parser.add_argument("--dtypes", type=numbers(str), default=["fp32", "bf16"], help=", ".join(DTYPES))
     parser.add_argument(
-        "--budgets", type=numbers(lambda x: None if x == "none" else float(x)), default=[0.25], help="shares, or none for the published schedule"
+        "--budgets",
+        type=numbers(lambda x: None if x == "none" else float(x)),
+        default=[0.25],
+        help="shares, or none for the published schedule",
     )
     parser.add_argument("--poolings", type=numbers(str), default=["mean"], help="mean, max")
     parser.add_argument("--blocks", type=numbers(int), default=[128, 128], help="query block, key block")
@@ -199,7 +240,14 @@ def main() -> None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(
             json.dumps(
-                {"processor": processor(), "torch": torch.__version__, "cores": os.cpu_count(), "threads": options.threads, "results": results}, indent=1
+                {
+                    "processor": processor(),
+                    "torch": torch.__version__,
+                    "cores": os.cpu_count(),
+                    "threads": options.threads,
+                    "results": results,
+                },
+                indent=1,
             )
         )
 

@@ -2,8 +2,8 @@
 
     python benchmarks/prefill.py --layers 4 --tokens 4096 32768 131072
 
-Each contender's last-token logits are held against eager's before it is timed: at ``budget=1.0`` they must agree, at other budgets the distance is
-printed. Out of memory is an answer, not a crash.
+Each contender's last-token logits are held against eager's before it is timed: at ``budget=1.0`` they must agree, at
+other budgets the distance is printed. Out of memory is an answer, not a crash.
 """
 
 from __future__ import annotations
@@ -25,9 +25,15 @@ def build(layers: int, device: str, dtype: torch.dtype) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=8,
-        vocab_size=128256, max_position_embeddings=1 << 20, rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-    )  # fmt: skip
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=1 << 20,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    )
     torch.manual_seed(0)
     with torch.device(device):
         torch.set_default_dtype(dtype)
@@ -84,12 +90,20 @@ def measure(model: Any, tokens: int, names: list[str], seconds: float, with_mask
                 raise SystemExit(f"WRONG: {name} at {tokens} tokens differs from {names[0]} by {row['distance']:.3g}")
             torch.cuda.reset_peak_memory_stats()
             times = timed(lambda call=call: call(**inputs).logits, seconds)
-            row |= {"ms": statistics.median(times), "low": min(times), "high": max(times), "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+            row |= {
+                "ms": statistics.median(times),
+                "low": min(times),
+                "high": max(times),
+                "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+            }
         except torch.OutOfMemoryError as error:
             row["failed"] = "out of memory: " + str(error).split(". ")[0][-60:]
         rows.append(row)
         base = next((r["ms"] for r in rows if "ms" in r), None)
-        text = row.get("failed") or f"{row['ms']:9.1f} ms [{row['low']:.1f}, {row['high']:.1f}]  {base / row['ms']:.2f}x  peak {row['peak_gb']:.1f} GB  "
+        text = (
+            row.get("failed")
+            or f"{row['ms']:9.1f} ms [{row['low']:.1f}, {row['high']:.1f}]  {base / row['ms']:.2f}x  peak {row['peak_gb']:.1f} GB  "
+        )
         text += "" if "failed" in row else f"distance {row['distance']:.2e}  first call {row['first_call_s']:.0f} s"
         print(f"{tokens:8d} {'masked' if with_mask else '':7s}{name:10s} {text}", flush=True)
     return rows
@@ -113,7 +127,9 @@ def main() -> None:
         for tokens in arguments.tokens:
             rows += measure(model, tokens, arguments.contenders, arguments.seconds, arguments.mask)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"device": torch.cuda.get_device_name(), "layers": arguments.layers, "rows": rows}, indent=1))
+        arguments.json.write_text(
+            json.dumps({"device": torch.cuda.get_device_name(), "layers": arguments.layers, "rows": rows}, indent=1)
+        )
 
 
 if __name__ == "__main__":

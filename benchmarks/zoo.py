@@ -3,10 +3,11 @@
     python -m benchmarks.zoo --json out/zoo.json --markdown docs/zoo.md
     python -m benchmarks.zoo --only llama,gemma2 --implementation eager
 
-Every model runs on a left-padded batch, eager in fp32 and fp64 and compiled. What is recorded: the attentions found, rewritten and rejected, their
-masks in words, graphs, tensors of N x N left above rewritten attentions, and the error against fp64 next to eager's own. Attention written out by hand
-is counted independently (``zoo_graphs``), so that what recognition misses shows. A type that crashes or hangs loses its own result only, and a second
-run goes on where the first one stopped.
+Every model runs on a left-padded batch, eager in fp32 and fp64 and compiled. What is recorded: the attentions found,
+rewritten and rejected, their masks in words, graphs, tensors of N x N left above rewritten attentions, and the error
+against fp64 next to eager's own. Attention written out by hand is counted independently (``zoo_graphs``), so that what
+recognition misses shows. A type that crashes or hangs loses its own result only, and a second run goes on where the
+first one stopped.
 """
 
 from __future__ import annotations
@@ -37,13 +38,21 @@ ROOT = Path(__file__).resolve().parents[1]
 IMPLEMENTATIONS = ("sdpa", "eager")
 OPTIONS: dict[str, Any] = {"budget": 1.0, "min_length": 0, "inner": "eager", "verify": True}
 CHAOTIC = 1e-3
-"""Relative error of eager itself beyond which equality says little (an expert or a key chosen the other way by a rounding)."""
+"""Relative error of eager itself beyond which equality says little (an expert or a key chosen the other way by a
+rounding)."""
 TASKS_A_WORKER = 24
 
 
 def measure(model_type: str, implementation: str) -> dict[str, Any]:
-    """One record of the table. Never raises: ``status`` is "ok", "unsupported", "build", "run" or "capture", ``error`` says what happened."""
-    record: dict[str, Any] = {"type": model_type, "implementation": implementation, "status": "ok", "error": "", "seconds": {}}
+    """One record of the table. Never raises: ``status`` is "ok", "unsupported", "build", "run" or "capture", ``error``
+    says what happened."""
+    record: dict[str, Any] = {
+        "type": model_type,
+        "implementation": implementation,
+        "status": "ok",
+        "error": "",
+        "seconds": {},
+    }
     clock = time.perf_counter()
 
     def lap(name: str) -> None:
@@ -85,18 +94,24 @@ def measure(model_type: str, implementation: str) -> dict[str, Any]:
         if record["verdict"] == "differs":
             # Whose doing? transformers itself may build another mask while it is traced.
             plain = _plain(model, given)[1]
-            record["plain_differs"] = plain is None or compare({}, plain, eager, truth, given["attention_mask"].bool())["verdict"] == "differs"
+            record["plain_differs"] = (
+                plain is None
+                or compare({}, plain, eager, truth, given["attention_mask"].bool())["verdict"] == "differs"
+            )
         lap("compare")
     return record
 
 
 class Wide(TorchFunctionMode):
-    """fp32 in a model's code means fp64: norms, rotations and softmaxes that cast to fp32 by hand are as exact as the rest.
+    """fp32 in a model's code means fp64: norms, rotations and softmaxes that cast to fp32 by hand are as exact as the
+    rest.
 
     (Masks need it too: the smallest fp64 is -inf in fp32, and a softmax over nothing else is NaN.)
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         def wide(a: Any) -> Any:
             return torch.float64 if a is torch.float32 else a
 
@@ -116,7 +131,11 @@ def golden(model: Any, given: dict[str, Any]) -> torch.Tensor | None:
             torch.set_default_dtype(torch.float64)
             with mode():
                 result = zoo_models.logits(wide, given)
-            if result[given["attention_mask"].bool()].isfinite().all() if result.shape[:2] == given["input_ids"].shape else True:
+            if (
+                result[given["attention_mask"].bool()].isfinite().all()
+                if result.shape[:2] == given["input_ids"].shape
+                else True
+            ):
                 return result
         except Exception:
             continue
@@ -129,10 +148,15 @@ def _compiled(model: Any, given: dict[str, Any], record: dict[str, Any]) -> torc
     """Logits through the backend; fills the record's facts on graphs."""
     from stem_compile import backend
     from stem_compile.passes import verify
+    from stem_compile.passes.graph.values import module_path
     from stem_compile.passes.pipeline import Rewrite
-    from stem_compile.sites import Rejected, module_path
+    from stem_compile.passes.sites import Rejected
 
-    record |= dict.fromkeys(("graphs", "found", "rewritten", "handwritten", "kept", "quadratic", "square"), 0) | {"rejected": [], "masks": [], "missed": []}
+    record |= dict.fromkeys(("graphs", "found", "rewritten", "handwritten", "kept", "quadratic", "square"), 0) | {
+        "rejected": [],
+        "masks": [],
+        "missed": [],
+    }
 
     def stem(module: torch.fx.GraphModule, example_inputs: Any) -> Any:
         chains = handwritten(module.graph)
@@ -146,7 +170,9 @@ def _compiled(model: Any, given: dict[str, Any], record: dict[str, Any]) -> torc
         rejected = [hit for hit in found if isinstance(hit, Rejected)]
         sites = rewrites[-1].sites
         record["rewritten"] += len(sites)
-        record["rejected"] += [{"reason": r.reason.name.lower(), "detail": r.detail, "name": module_path(r.node)} for r in rejected]
+        record["rejected"] += [
+            {"reason": r.reason.name.lower(), "detail": r.detail, "name": module_path(r.node)} for r in rejected
+        ]
         record["masks"] += [s.words for s in sites]
         record["kept"] += sum(verify.keeps_tensor(s) for s in sites)
         record["quadratic"] += sum(_squares_above(s.tensors) for s in sites if not verify.keeps_tensor(s))
@@ -163,7 +189,8 @@ def _compiled(model: Any, given: dict[str, Any], record: dict[str, Any]) -> torc
 
 
 def _squares_above(tensors: list[torch.fx.Node]) -> int:
-    """Tensors of tokens x tokens that are computed to make what an attention reads beside q, k and v (whose own history may hold other layers' masks)."""
+    """Tensors of tokens x tokens that are computed to make what an attention reads beside q, k and v (whose own history
+    may hold other layers' masks)."""
     seen, frontier = set(tensors), list(tensors)
     while frontier:
         new = [n for n in frontier.pop().all_input_nodes if n not in seen]
@@ -174,7 +201,7 @@ def _squares_above(tensors: list[torch.fx.Node]) -> int:
 
 def _is_square(node: torch.fx.Node) -> bool:
     """Whether a tensor of any dtype has as many rows and columns as the prompt has tokens."""
-    from stem_compile.sites import value
+    from stem_compile.passes.graph.values import value
 
     known = value(node)
     return isinstance(known, torch.Tensor) and tuple(known.shape[-2:]) == (zoo_models.LENGTH, zoo_models.LENGTH)
@@ -197,8 +224,11 @@ def _plain(model: Any, given: dict[str, Any]) -> tuple[int | str, torch.Tensor |
     return graphs, result
 
 
-def compare(record: dict[str, Any], ours: torch.Tensor, eager: torch.Tensor, golden: torch.Tensor | None, real: torch.Tensor) -> dict[str, Any]:
-    """Sets verdict, by the error budget of ``stem_compile.testing.numerics`` over the positions that are not padding."""
+def compare(
+    record: dict[str, Any], ours: torch.Tensor, eager: torch.Tensor, golden: torch.Tensor | None, real: torch.Tensor
+) -> dict[str, Any]:
+    """Sets verdict, by the error budget of ``stem_compile.testing.numerics`` over the positions that are not
+    padding."""
     from stem_compile.testing import numerics
 
     record["golden"] = "eager" if golden is None else "fp64"
@@ -248,9 +278,14 @@ class Worker:
             self.stop()
             environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.zoo", "--worker"], cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                [sys.executable, "-m", "benchmarks.zoo", "--worker"],
+                cwd=ROOT,
+                env=environment,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-            )  # fmt: skip
+            )
         process, start = self.process, time.perf_counter()
         assert process.stdin and process.stdout
         record: dict[str, Any] = {"type": model_type, "implementation": implementation}
@@ -321,7 +356,12 @@ def line_of(record: dict[str, Any]) -> str:
     parts += [f"{n} {reason}" for reason, n in reasons.items()]
     parts += [f"{len(record['missed'])} MISSED"] * bool(record["missed"])
     parts += [f"{record['graphs']} graphs ({record['plain_graphs']} plain)"] * (record["graphs"] != 1)
-    return head + ", ".join(parts) + f"  {record['verdict']}" + (f" ({record['ratio']:.2g}x budget)" if record["verdict"] == "differs" else "")
+    return (
+        head
+        + ", ".join(parts)
+        + f"  {record['verdict']}"
+        + (f" ({record['ratio']:.2g}x budget)" if record["verdict"] == "differs" else "")
+    )
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
-"""Attention written out by hand in a captured graph, found independently of the backend's patterns: a softmax between two products.
+"""Attention written out by hand in a captured graph, found independently of the backend's patterns: a softmax between
+two products.
 
-This is what recognition is held against, so it is deliberately simple and generous: from a softmax up to a product and down to a product, through
-anything that works elementwise or only moves elements.
+This is what recognition is held against, so it is deliberately simple and generous: from a softmax up to a product and
+down to a product, through anything that works elementwise or only moves elements.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from stem_compile.passes.normalize import spelling
-from stem_compile.sites import module_path, value
+from stem_compile.passes.graph.normalize import spelling
+from stem_compile.passes.graph.values import module_path, value
 
 PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "mm", "addbmm"}
 _PASSED = """
-add sub mul truediv div neg where masked_fill masked_fill_ tanh to type type_as float half double bfloat16 view reshape transpose permute unsqueeze squeeze
-expand expand_as cat getitem contiguous clamp clip minimum maximum dropout flatten unflatten clone detach nan_to_num max amax getattr iadd isub imul
-itruediv add_ sub_ mul_ div_ swapaxes stack exp log relu sigmoid softplus narrow split chunk repeat_interleave index_fill pad alias view_as setitem copy_
+add sub mul truediv div neg where masked_fill masked_fill_ tanh to type type_as float half double bfloat16 view
+reshape transpose permute unsqueeze squeeze
+expand expand_as cat getitem contiguous clamp clip minimum maximum dropout flatten unflatten clone detach nan_to_num
+max amax getattr iadd isub imul
+itruediv add_ sub_ mul_ div_ swapaxes stack exp log relu sigmoid softplus narrow split chunk repeat_interleave
+index_fill pad alias view_as setitem copy_
 scatter index_put abs pow sqrt
 """
 PASSED = set(_PASSED.split())
@@ -29,7 +33,8 @@ LONGEST = 60
 
 @dataclass
 class Chain:
-    """nodes: first product to last product in execution order. signature: the ops alone, equal for equal spellings. listing: one line a node."""
+    """nodes: first product to last product in execution order. signature: the ops alone, equal for equal spellings.
+    listing: one line a node."""
 
     nodes: list[fx.Node]
     softmax: fx.Node
@@ -49,7 +54,15 @@ def handwritten(graph: fx.Graph) -> list[Chain]:
         if not (any(name_of(n) in PRODUCTS for n in above) and any(name_of(n) in PRODUCTS for n in below)):
             continue
         nodes = _between(node, above, below, graph)
-        found.append(Chain(nodes, node, " -> ".join(_word(n, set(nodes)) for n in nodes), "\n".join(_line(n) for n in nodes), module_path(node)))
+        found.append(
+            Chain(
+                nodes,
+                node,
+                " -> ".join(_word(n, set(nodes)) for n in nodes),
+                "\n".join(_line(n) for n in nodes),
+                module_path(node),
+            )
+        )
     return found
 
 
@@ -105,7 +118,9 @@ def _word(node: fx.Node, inside: set[fx.Node]) -> str:
         if isinstance(a, fx.Node):
             parts.append("." if a in inside else _kind(a))
         elif isinstance(a, list | tuple) and any(isinstance(x, fx.Node) for x in a):
-            parts.append("[" + ", ".join(("." if x in inside else _kind(x)) if isinstance(x, fx.Node) else "_" for x in a) + "]")
+            parts.append(
+                "[" + ", ".join(("." if x in inside else _kind(x)) if isinstance(x, fx.Node) else "_" for x in a) + "]"
+            )
         elif isinstance(a, float):
             parts.append("c" if abs(a) < 1e9 else "-big" if a < 0 else "big")
         elif isinstance(a, str | torch.dtype | bool):

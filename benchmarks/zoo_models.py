@@ -1,8 +1,10 @@
-"""Tiny random-weight models of every causal-LM type of transformers: shrunk configs, stirred weights, one input for all.
+"""Tiny random-weight models of every causal-LM type of transformers: shrunk configs, stirred weights, one input for
+all.
 
-A config is shrunk by the names of its fields, since these hardly differ between types; ``OVERRIDES`` holds what a type needs on top. Layers are chosen so
-that every kind of layer of a type is there once. Weights are scaled so that scores are of order one: with the usual initialisation every softmax is
-almost uniform, and a wrong scale or a forgotten bias would not show.
+A config is shrunk by the names of its fields, since these hardly differ between types; ``OVERRIDES`` holds what a type
+needs on top. Layers are chosen so that every kind of layer of a type is there once. Weights are scaled so that scores
+are of order one: with the usual initialisation every softmax is almost uniform, and a wrong scale or a forgotten bias
+would not show.
 """
 
 from __future__ import annotations
@@ -27,39 +29,101 @@ FIRST_TOKEN = 40
 WIDTH, HEADS, KEY_HEADS, HEAD_DIM, VOCABULARY, EXPERTS, WINDOW, POSITIONS = 64, 4, 2, 16, 256, 4, 64, 1024
 
 SIZES: list[tuple[int, str]] = [
-    (WIDTH, """hidden_size d_model n_embd emb_dim embedding_dim embedding_size word_embed_proj_dim intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim
-        d_ff dff dim_ff d_inner n_inner ffn_hidden_size feed_forward_size intermediate_size_mlp dense_intermediate_size lru_width input_embedding_size
-        output_embedding_size pronunciation_embed_dim shape_embed_dim prompt_mid_dim input_size hidden_size_global backbone_hidden_size ple_embed_dim
-        attention_hidden_size router_hidden_size"""),
-    (32, """moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size expert_ffn_hidden_size shared_intermediate_size
-        moe_shared_expert_intermediate_size kv_lora_rank q_lora_rank index_head_dim o_lora_rank hc_lowrank lora_rank adapter_rank moe_latent_size"""),
-    (HEADS, """num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads attention_heads num_decoder_attention_heads
-        num_encoder_attention_heads swa_num_attention_heads index_n_heads linear_num_heads linear_num_value_heads num_experts n_routed_experts
-        num_local_experts moe_num_experts zero_expert_num"""),
-    (HEAD_DIM, """head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim dim_head d_head attention_head_dim attention_head_size swa_head_dim swa_v_head_dim
-        kv_channels d_kv rotary_dim linear_key_head_dim linear_value_head_dim linear_head_dim global_head_dim d_rel mamba_d_state state_size ssm_state_size
-        mamba_d_head mamba_head_dim mamba_headdim mamba_dt_rank time_step_rank hidden_size_per_layer_input gated_norm_rank laurel_rank"""),
+    (
+        WIDTH,
+        """hidden_size d_model n_embd emb_dim embedding_dim embedding_size word_embed_proj_dim intermediate_size
+        ffn_dim decoder_ffn_dim encoder_ffn_dim
+        d_ff dff dim_ff d_inner n_inner ffn_hidden_size feed_forward_size intermediate_size_mlp
+        dense_intermediate_size lru_width input_embedding_size
+        output_embedding_size pronunciation_embed_dim shape_embed_dim prompt_mid_dim input_size hidden_size_global
+        backbone_hidden_size ple_embed_dim
+        attention_hidden_size router_hidden_size""",
+    ),
+    (
+        32,
+        """moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size
+        expert_ffn_hidden_size shared_intermediate_size
+        moe_shared_expert_intermediate_size kv_lora_rank q_lora_rank index_head_dim o_lora_rank hc_lowrank lora_rank
+        adapter_rank moe_latent_size""",
+    ),
+    (
+        HEADS,
+        """num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads
+        attention_heads num_decoder_attention_heads
+        num_encoder_attention_heads swa_num_attention_heads index_n_heads linear_num_heads linear_num_value_heads
+        num_experts n_routed_experts
+        num_local_experts moe_num_experts zero_expert_num""",
+    ),
+    (
+        HEAD_DIM,
+        """head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim dim_head d_head attention_head_dim
+        attention_head_size swa_head_dim swa_v_head_dim
+        kv_channels d_kv rotary_dim linear_key_head_dim linear_value_head_dim linear_head_dim global_head_dim d_rel
+        mamba_d_state state_size ssm_state_size
+        mamba_d_head mamba_head_dim mamba_headdim mamba_dt_rank time_step_rank hidden_size_per_layer_input
+        gated_norm_rank laurel_rank""",
+    ),
     (2 * HEAD_DIM, "qk_head_dim"),
     (8, "mamba_n_heads mamba_num_heads num_blocks"),
-    (KEY_HEADS, """linear_num_key_heads num_experts_per_tok num_experts_per_token moe_topk moe_k moe_top_k top_k_experts num_experts_per_topk n_group
-        num_expert_group o_groups mamba_n_groups n_groups mamba_ngroups index_topk_blocks"""),
-    (1, """topk_group num_shared_experts n_shared_experts moe_num_shared_experts first_k_dense_replace num_dense_layers num_nextn_predict_layers
-        intermediate_multiple_size"""),
-    (WINDOW, """sliding_window sliding_window_size attention_chunk_size attention_window_size window_size local_attention local_attention_window_len index_topk
-        keep_window_size chunk_size mamba_chunk_size block_size"""),
-    (POSITIONS, """max_position_embeddings n_positions n_ctx max_seq_len max_target_positions max_source_positions context_length model_max_length
-        original_max_position_embeddings rel_extent mem_len"""),
-    (VOCABULARY, """vocab_size vocab_size_per_layer_input unpadded_vocab_size decoder_vocab_size shape_vocab_size pronunciation_vocab_size audio_vocab_size
-        encoder_hash_byte_group_vocab ngram_vocab_size_base"""),
-]  # fmt: skip
+    (
+        KEY_HEADS,
+        """linear_num_key_heads num_experts_per_tok num_experts_per_token moe_topk moe_k moe_top_k top_k_experts
+        num_experts_per_topk n_group
+        num_expert_group o_groups mamba_n_groups n_groups mamba_ngroups index_topk_blocks""",
+    ),
+    (
+        1,
+        """topk_group num_shared_experts n_shared_experts moe_num_shared_experts first_k_dense_replace
+        num_dense_layers num_nextn_predict_layers
+        intermediate_multiple_size""",
+    ),
+    (
+        WINDOW,
+        """sliding_window sliding_window_size attention_chunk_size attention_window_size window_size local_attention
+        local_attention_window_len index_topk
+        keep_window_size chunk_size mamba_chunk_size block_size""",
+    ),
+    (
+        POSITIONS,
+        """max_position_embeddings n_positions n_ctx max_seq_len max_target_positions max_source_positions
+        context_length model_max_length
+        original_max_position_embeddings rel_extent mem_len""",
+    ),
+    (
+        VOCABULARY,
+        """vocab_size vocab_size_per_layer_input unpadded_vocab_size decoder_vocab_size shape_vocab_size
+        pronunciation_vocab_size audio_vocab_size
+        encoder_hash_byte_group_vocab ngram_vocab_size_base""",
+    ),
+]
 RULES = {name: size for size, names in SIZES for name in names.split()}
-MULTI_HEADS = ["num_key_value_heads", "swa_num_key_value_heads", "num_global_key_value_heads", "kv_n_heads", "num_kv_heads", "num_query_groups"]
-LAYER_COUNTS = ["num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers", "encoder_layers", "num_encoder_layers"]
+MULTI_HEADS = [
+    "num_key_value_heads",
+    "swa_num_key_value_heads",
+    "num_global_key_value_heads",
+    "kv_n_heads",
+    "num_kv_heads",
+    "num_query_groups",
+]
+LAYER_COUNTS = [
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "decoder_layers",
+    "num_decoder_layers",
+    "encoder_layers",
+    "num_encoder_layers",
+]
 
 NEEDED = {
-    "head_dim": HEAD_DIM, "num_experts_per_tok": KEY_HEADS, "n_routed_experts": EXPERTS, "num_local_experts": EXPERTS, "num_key_value_heads": KEY_HEADS,
+    "head_dim": HEAD_DIM,
+    "num_experts_per_tok": KEY_HEADS,
+    "n_routed_experts": EXPERTS,
+    "num_local_experts": EXPERTS,
+    "num_key_value_heads": KEY_HEADS,
     "n_shared_experts": 1,
-}  # fmt: skip
+}
 """Fields that some types leave None although they cannot do without."""
 INDICES = ("moe_layers", "full_attn_idxs", "cross_attention_layers", "hybrid_layer_ids")
 """Lists of layer numbers, which the config computes anew."""
@@ -67,17 +131,33 @@ INDICES = ("moe_layers", "full_attn_idxs", "cross_attention_layers", "hybrid_lay
 _FULL, _SLIDING, _LINEAR = "full_attention", "sliding_attention", "linear_attention"
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _SHARED = {"num_hidden_layers": 4, "layer_types": [_SLIDING, _FULL] * 2, "num_kv_shared_layers": 2}
-_SWA = {"swa_num_attention_heads": HEADS, "swa_num_key_value_heads": HEADS, "swa_q_lora_rank": 32, "swa_kv_lora_rank": 32} | {
-    "swa_head_dim": 32, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16,
-}  # fmt: skip
+_SWA = {
+    "swa_num_attention_heads": HEADS,
+    "swa_num_key_value_heads": HEADS,
+    "swa_q_lora_rank": 32,
+    "swa_kv_lora_rank": 32,
+} | {
+    "swa_head_dim": 32,
+    "swa_qk_nope_head_dim": 16,
+    "swa_v_head_dim": 16,
+}
 _ADAPTERS = (("vision", "in_dim"), ("vision", "out_dim"), ("audio", "input_size"), ("audio", "out_dim"))
-_INDEXER = {"indexer_n_heads": HEADS, "indexer_kv_heads": 1, "indexer_head_dim": 32, "indexer_budget": WINDOW, "indexer_compress_ratio": 4}
+_INDEXER = {
+    "indexer_n_heads": HEADS,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 32,
+    "indexer_budget": WINDOW,
+    "indexer_compress_ratio": 4,
+}
 _GEMMA3N = {**_SHARED, "intermediate_size": [WIDTH] * 4, "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0]}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"layer_types": [_SLIDING, _FULL], "rope_parameters": {_SLIDING: _ROPE, _FULL: _ROPE}},
     "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0, "ffn_config.moe_top_k": 2},
-    "dots3_note": dict.fromkeys((f"{part}_config.adapter_{field}" for part, field in _ADAPTERS), WIDTH) | {f"text_config.{k}": v for k, v in _SWA.items()},
+    "dots3_note": (
+        dict.fromkeys((f"{part}_config.adapter_{field}" for part, field in _ADAPTERS), WIDTH)
+        | {f"text_config.{k}": v for k, v in _SWA.items()}
+    ),
     "dots3_note_text": _SWA,
     "falcon_h1": {"mamba_d_ssm": 128},
     "gemma3n_text": _GEMMA3N,
@@ -98,8 +178,18 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "reformer": {"hash_seed": 0, "axial_pos_shape": (16, 64), "axial_pos_embds_dim": (32, 32)},
     "xlm": {"causal": True},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": [_LINEAR, "hybrid"] * 2, "attention_hidden_size": 128, "attention_head_dim": 32},
-    "zamba2": {"num_hidden_layers": 4, "layers_block_type": [_LINEAR, "hybrid"] * 2, "attention_hidden_size": 128, "attention_head_dim": 32},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": [_LINEAR, "hybrid"] * 2,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+    },
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": [_LINEAR, "hybrid"] * 2,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 """Fields a type needs beside the rules; ``a.b`` is field b of the nested config a. Other fields keep their rule."""
@@ -128,7 +218,8 @@ def model_class(model_type: str) -> Any:
 
 
 def configs(model_type: str) -> Iterator[Any]:
-    """Shrunk configs of a type, the best first: every kind of layer, the first layers, sizes alone. An exception in place of what is no valid config."""
+    """Shrunk configs of a type, the best first: every kind of layer, the first layers, sizes alone. An exception in
+    place of what is no valid config."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[model_type]
@@ -176,7 +267,11 @@ def shrunk(kind: type, layers: str, own: dict[str, Any], nested: dict[str, dict[
         elif name in RULES:
             values[name] = RULES[name]
         elif name in MULTI_HEADS:
-            values[name] = KEY_HEADS if any(isinstance(fields.get(n), int) and fields[n] > v for n in ("num_attention_heads", "n_heads")) else HEADS
+            values[name] = (
+                KEY_HEADS
+                if any(isinstance(fields.get(n), int) and fields[n] > v for n in ("num_attention_heads", "n_heads"))
+                else HEADS
+            )
     values |= _layers(fields, layers)
     values |= own
     return kind(**values)
@@ -188,7 +283,11 @@ def _layers(fields: dict[str, Any], how: str) -> dict[str, Any]:
     if not counts:
         return {}
     total = fields[counts[0]]
-    lists = {n: list(v) for n, v in fields.items() if isinstance(v, list | tuple) and len(v) == total > 2 and n not in INDICES}
+    lists = {
+        n: list(v)
+        for n, v in fields.items()
+        if isinstance(v, list | tuple) and len(v) == total > 2 and n not in INDICES
+    }
     chosen: set[int] = set()
     for values in lists.values():
         seen: list[Any] = []

@@ -11,7 +11,8 @@ IMPLEMENTATIONS = ("sdpa", "eager")
 NOT_CAUSAL = ("cross_attention", "decode")
 """Reasons of attentions that are no prefill of a causal self-attention."""
 BIDIRECTIONAL: tuple[str, ...] = ()
-"""Types whose attention is bidirectional by their own design; in all others a rejection as bidirectional counts as a causal attention not rewritten."""
+"""Types whose attention is bidirectional by their own design; in all others a rejection as bidirectional counts as a
+causal attention not rewritten."""
 
 Record = dict[str, Any]
 
@@ -20,7 +21,11 @@ def totals(records: Iterable[Record]) -> dict[str, Any]:
     """What "done" is measured by, over records of one implementation."""
     all_of_them = list(records)
     ok = [r for r in all_of_them if r["status"] == "ok"]
-    other = sum(x["reason"] in (*NOT_CAUSAL, *["bidirectional"] * (r["type"] in BIDIRECTIONAL)) for r in ok for x in r["rejected"])
+    other = sum(
+        x["reason"] in (*NOT_CAUSAL, *["bidirectional"] * (r["type"] in BIDIRECTIONAL))
+        for r in ok
+        for x in r["rejected"]
+    )
     missed = sum(len(r["missed"]) for r in ok)
     found = sum(r["found"] for r in ok)
     return {
@@ -54,13 +59,31 @@ def cells(record: Record) -> tuple[str, ...]:
     if record["status"] != "ok":
         return (*head, "", "", "", f"{record['status']}: {record['error']}", "", "", "")
     masks = "; ".join(counted(record["masks"]))
-    why = "; ".join(counted(r["reason"].replace("_", " ") + (f" ({short(r['detail'])})" if r["detail"] else "") for r in record["rejected"]))
+    why = "; ".join(
+        counted(
+            r["reason"].replace("_", " ") + (f" ({short(r['detail'])})" if r["detail"] else "")
+            for r in record["rejected"]
+        )
+    )
     why += "; " * bool(why and record["missed"]) + (f"{len(record['missed'])} not seen" if record["missed"] else "")
-    graphs = str(record["graphs"]) + (f" (alone {record['plain_graphs']})" if record["plain_graphs"] != record["graphs"] else "")
-    verdict = {"equal": "equal", "differs": f"differs, {record.get('ratio', 0):.2g} budgets"}.get(record["verdict"], record["verdict"])
+    graphs = str(record["graphs"]) + (
+        f" (alone {record['plain_graphs']})" if record["plain_graphs"] != record["graphs"] else ""
+    )
+    verdict = {"equal": "equal", "differs": f"differs, {record.get('ratio', 0):.2g} budgets"}.get(
+        record["verdict"], record["verdict"]
+    )
     verdict += " (eager itself is unsteady)" * bool(record.get("chaotic"))
     attentions = record["found"] + len(record["missed"])
-    return (*head, str(attentions), str(record["rewritten"]), masks, why, graphs, f"{record['quadratic']}{', kept' * bool(record.get('kept'))}", verdict)
+    return (
+        *head,
+        str(attentions),
+        str(record["rewritten"]),
+        masks,
+        why,
+        graphs,
+        f"{record['quadratic']}{', kept' * bool(record.get('kept'))}",
+        verdict,
+    )
 
 
 def counted(words: Iterable[str]) -> list[str]:
@@ -72,7 +95,17 @@ def short(detail: str, longest: int = 110) -> str:
     return detail if len(detail) <= longest else detail[: longest - 3] + "..."
 
 
-COLUMNS = ("type", "attn", "attentions", "rewritten", "masks and scores", "not rewritten, and why", "graphs", "N x N left", "output")
+COLUMNS = (
+    "type",
+    "attn",
+    "attentions",
+    "rewritten",
+    "masks and scores",
+    "not rewritten, and why",
+    "graphs",
+    "N x N left",
+    "output",
+)
 
 
 def show(records: list[Record]) -> None:
@@ -82,7 +115,12 @@ def show(records: list[Record]) -> None:
 
     table = Table(*COLUMNS, title="what is not rewritten, not equal or did not run")
     for record in records:
-        fine = record["status"] == "ok" and record["rewritten"] == record["found"] and not record["missed"] and record["verdict"] == "equal"
+        fine = (
+            record["status"] == "ok"
+            and record["rewritten"] == record["found"]
+            and not record["missed"]
+            and record["verdict"] == "equal"
+        )
         if not fine and record["status"] != "unsupported":
             table.add_row(*cells(record))
     console = Console() if sys.stdout.isatty() else Console(width=200)
@@ -99,7 +137,7 @@ def markdown(records: list[Record]) -> str:
     """``docs/zoo.md``."""
     import transformers
 
-    from stem_compile.demo.machine import describe
+    from stem_compile.bench.machine import describe
 
     groups = by_implementation(records)
     figures = {i: totals(group) for i, group in groups.items()}
@@ -108,17 +146,38 @@ def markdown(records: list[Record]) -> str:
     lines = [
         "# The zoo",
         "",
-        f"Every type that transformers {transformers.__version__} lists for causal language models, built tiny with random weights, run eager and through",
-        '`torch.compile(model, backend="stem", options={"budget": 1.0, "min_length": 0})`, with SDPA where the type supports it and with its own eager',
+        (
+            f"Every type that transformers {transformers.__version__} lists for causal language models, built tiny with"
+            " random weights, run eager and through"
+        ),
+        (
+            '`torch.compile(model, backend="stem", options={"budget": 1.0, "min_length": 0})`, with SDPA where the type'
+            " supports it and with its own eager"
+        ),
         f"attention. {machine}; {seconds / 60:.0f} minutes in all. This page is written by",
         "",
         "    python -m benchmarks.zoo --json out/zoo.json --markdown docs/zoo.md",
         "",
-        "A model has every kind of layer of its type once, sliding windows and chunks of 64 tokens, head dims of 16 or 32 and weights scaled so that",
-        "scores are of order one. The input is two rows of 200 tokens, the first padded on the left by 45; outputs are compared at the real positions.",
-        "*Equal* means an error against fp64 of at most 4 times the error that the model's own eager fp32 run has there, plus 8 units in the last place.",
-        "*Not seen* are softmaxes between two products that are neither rewritten nor rejected, counted without the backend's patterns; *N x N left* counts",
-        "tensors of tokens x tokens above rewritten attentions whose mask was recovered, *kept* the attentions that read such a tensor because their mask or",
+        (
+            "A model has every kind of layer of its type once, sliding windows and chunks of 64 tokens, head dims of 16"
+            " or 32 and weights scaled so that"
+        ),
+        (
+            "scores are of order one. The input is two rows of 200 tokens, the first padded on the left by 45; outputs"
+            " are compared at the real positions."
+        ),
+        (
+            "*Equal* means an error against fp64 of at most 4 times the error that the model's own eager fp32 run has"
+            " there, plus 8 units in the last place."
+        ),
+        (
+            "*Not seen* are softmaxes between two products that are neither rewritten nor rejected, counted without the"
+            " backend's patterns; *N x N left* counts"
+        ),
+        (
+            "tensors of tokens x tokens above rewritten attentions whose mask was recovered, *kept* the attentions that"
+            " read such a tensor because their mask or"
+        ),
         "their bias is data. Real models may have larger head dims than these (Gemma 4's full layers: 512).",
         "",
         "## Totals",
@@ -137,7 +196,10 @@ def markdown(records: list[Record]) -> str:
     without = sorted({r["type"] for r in ok} - {r["type"] for r in ok if r["found"] or r["missed"]})
     lines += ["", f"Without softmax attention: {', '.join(without) or 'none'}.", ""]
     several = [f"{r['type']} ({r['graphs']})" for r in ok if r["implementation"] == "eager" and r["graphs"] > 1]
-    lines += [f"Captured by Dynamo in several graphs, with or without this backend: {', '.join(several) or 'none'}.", ""]
+    lines += [
+        f"Captured by Dynamo in several graphs, with or without this backend: {', '.join(several) or 'none'}.",
+        "",
+    ]
     lines += ["## Types", "", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for record in ok:
         if record["found"] or record["missed"]:

@@ -1,4 +1,5 @@
-"""Generated modules on disk: equal specs give byte-equal files, tracebacks and debuggers find readable source. Measured choices lie beside them."""
+"""Generated modules on disk: equal specs give byte-equal files, tracebacks and debuggers find readable source. Measured
+choices lie beside them."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from typing import Any
 
 import torch
 
-from stem_compile.kernels import codegen
 from stem_compile.kernels.spec import KernelSpec
+from stem_compile.kernels.triton import codegen
 
 
 def directory() -> Path:
@@ -26,7 +27,8 @@ def directory() -> Path:
 
 
 def write(source: str, stem: str) -> Path:
-    """Store ``source`` under its content's hash. Atomic: a reader sees the whole file or none; racing writers write the same bytes."""
+    """Store ``source`` under its content's hash. Atomic: a reader sees the whole file or none; racing writers write the
+    same bytes."""
     path = directory() / f"{stem}_{_hash(source)}.py"
     if not path.exists():
         _replace(path, source)
@@ -47,11 +49,15 @@ def _replace(path: Path, text: str) -> None:
 
 @functools.cache
 def machine(device: torch.device) -> str:
-    """What a measured choice depends on besides its own question: the device, who compiled for it, and what was compiled."""
+    """What a measured choice depends on besides its own question: the device, who compiled for it, and what was
+    compiled."""
     import triton
 
     templates = _hash("".join(path.read_text() for path in sorted(codegen.TEMPLATES.glob("*.py"))))
-    return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, triton {triton.__version__}, templates {templates}"
+    return (
+        f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, triton {triton.__version__}, templates"
+        f" {templates}"
+    )
 
 
 def recall(kind: str, key: str) -> Any:

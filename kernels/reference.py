@@ -1,8 +1,9 @@
 """The oracle: block-sparse attention in plain torch, one query block at a time, exact in fp64.
 
-It defines what every kernel must compute: softmax over exactly the visible keys of the selected blocks, with the scores modified and the sink
-joined where the attention has them; a row without any visible key gives 0. (What a softmax over equal hidden scores gives it instead is added behind
-the operator, by ``passes/average_blind.py``, the same for all kernels.)
+It defines what every kernel must compute: softmax over exactly the visible keys of the selected blocks, with the scores
+modified and the sink joined where the attention has them; a row without any visible key gives 0. (What a softmax over
+equal hidden scores gives it instead is added behind the operator, by ``passes/average_blind.py``, the same for all
+kernels.)
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from collections.abc import Sequence
 import torch
 
 from stem_compile import ops
-from stem_compile.blocks import candidates
-from stem_compile.masks import Mask, environment
-from stem_compile.scores import Score
+from stem_compile.algebra.blocks import candidates
+from stem_compile.algebra.masks import Mask, environment
+from stem_compile.algebra.scores import Score
+from stem_compile.algebra.symbolic import KV, B, H, Q
 from stem_compile.selection import BlockSelection
-from stem_compile.symbolic import KV, B, H, Q
 
 
 def sparse_attention(
@@ -30,9 +31,11 @@ def sparse_attention(
     scale: float,
     score: Score | None = None,
 ) -> torch.Tensor:
-    """q: [B, H, q_len, d]; k: [B, Hk, kv_len, d]; v: [B, Hk, kv_len, dv] -> [B, H, q_len, dv] in q's dtype, computed in at least fp32.
+    """q: [B, H, q_len, d]; k: [B, Hk, kv_len, d]; v: [B, Hk, kv_len, dv] -> [B, H, q_len, dv] in q's dtype, computed in
+    at least fp32.
 
-    chosen: key blocks a query block; mask, tensors, scalars: which of their scores are visible; scale: factor of q.k before ``score`` and the softmax.
+    chosen: key blocks a query block; mask, tensors, scalars: which of their scores are visible; scale: factor of q.k
+    before ``score`` and the softmax.
     """
     batch, heads, q_len, _ = q.shape
     key_heads, kv_len = k.shape[1:3]
@@ -44,7 +47,9 @@ def sparse_attention(
     score = score or Score()
     sink = score.sink_logits(shape, tensors, scalars, keys)
     axes = [torch.arange(n, device=q.device).view([-1 if i == j else 1 for j in range(4)]) for i, n in enumerate(shape)]
-    env = environment(shape, [t.to(dtype) if t.is_floating_point() else t for t in tensors], scalars) | dict(zip((B, H, Q, KV), axes))
+    env = environment(shape, [t.to(dtype) if t.is_floating_point() else t for t in tensors], scalars) | dict(
+        zip((B, H, Q, KV), axes)
+    )
     for block, start in enumerate(range(0, q_len, chosen.block_q)):
         rows = slice(start, min(start + chosen.block_q, q_len))
         scores = score.apply(q[:, :, rows].to(dtype) @ keys.transpose(-1, -2) * scale, env | {Q: axes[2][:, :, rows]})

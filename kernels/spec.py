@@ -1,4 +1,5 @@
-"""What a generated kernel depends on: one frozen value that names the source, the cache entry and the choice shown to users."""
+"""What a generated kernel depends on: one frozen value that names the source, the cache entry and the choice shown to
+users."""
 
 from __future__ import annotations
 
@@ -13,11 +14,13 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """Everything that changes a kernel's source and nothing else; lengths, strides and head counts are runtime arguments.
+    """Everything that changes a kernel's source and nothing else; lengths, strides and head counts are runtime
+    arguments.
 
-    template: file in ``kernels/templates``. dtype: short name of q, k and v's type. head_dim, value_dim: sizes of a q/k row and a v row.
-    block_q, block_k: tokens a query block and a key block. mask: ``masks.encode`` text. selection: ``SelectionSpec.text()`` where the
-    template needs budgets or pooling, else empty. score: ``Score.text``.
+    template: file in ``kernels/triton/templates``. dtype: short name of q, k and v's type. head_dim, value_dim: sizes of a q/k
+    row and a v row.
+    block_q, block_k: tokens a query block and a key block. mask: ``masks.encode`` text. selection:
+    ``SelectionSpec.text()`` where the template needs budgets or pooling, else empty. score: ``Score.text``.
     """
 
     template: str

@@ -1,4 +1,5 @@
-"""Give every site its mask and its score. A tensor that is not understood is kept and read where it is needed: never a wrong answer."""
+"""Give every site its mask and its score. A tensor that is not understood is kept and read where it is needed: never a
+wrong answer."""
 
 from __future__ import annotations
 
@@ -8,33 +9,56 @@ import sympy
 import torch
 from torch import fx
 
-from stem_compile import masks, symbolic
-from stem_compile.blind import can_be_blind
+from stem_compile.algebra import masks, symbolic
+from stem_compile.algebra.blind import can_be_blind
+from stem_compile.algebra.masks import And, Causal, Given, Mask, Opaque, Or
+from stem_compile.algebra.scores import Score
+from stem_compile.algebra.symbolic import KV, KV_LEN, Q_LEN, SCORE, B, H, Q
 from stem_compile.config import StemConfig
-from stem_compile.masks import And, Causal, Given, Mask, Opaque, Or
-from stem_compile.passes import normalize
-from stem_compile.passes.interpret import Interpreter, SymTensor, Unreadable, as_expr, boolean, broadcast_index, number, same
-from stem_compile.passes.memory import written_between
-from stem_compile.passes.split_logits import split_logits
-from stem_compile.passes.weigh_hidden import evenly_hidden
-from stem_compile.scores import Score
-from stem_compile.sites import AttentionSite, Reason, Rejected, value
-from stem_compile.symbolic import KV, KV_LEN, Q_LEN, SCORE, B, H, Q
+from stem_compile.passes.graph import normalize
+from stem_compile.passes.graph.memory import written_between
+from stem_compile.passes.graph.values import value
+from stem_compile.passes.reading.interpret import (
+    Interpreter,
+    SymTensor,
+    Unreadable,
+    as_expr,
+    boolean,
+    broadcast_index,
+    number,
+    same,
+)
+from stem_compile.passes.reading.split_logits import split_logits
+from stem_compile.passes.reading.weigh_hidden import evenly_hidden
+from stem_compile.passes.sites import AttentionSite, Rejected
+from stem_compile.reasons import Reason
 
 
 class Written(Unreadable):
     """A tensor that the mask or the score is read from is written in place."""
 
 
-def analyze_masks(found: list[AttentionSite | Rejected], config: StemConfig | None = None) -> list[AttentionSite | Rejected]:
-    """Sites with ``mask``, ``score``, ``scale``, ``tensors`` and ``scalars`` set, or rejected. Masks that layers share are read once."""
-    lengths = tuple({str(n): n for hit in found if isinstance(hit, AttentionSite) for n in (value(hit.q).shape[2], value(hit.k).shape[2])}.values())
+def analyze_masks(
+    found: list[AttentionSite | Rejected], config: StemConfig | None = None
+) -> list[AttentionSite | Rejected]:
+    """Sites with ``mask``, ``score``, ``scale``, ``tensors`` and ``scalars`` set, or rejected. Masks that layers share
+    are read once."""
+    lengths = tuple(
+        {
+            str(n): n
+            for hit in found
+            if isinstance(hit, AttentionSite)
+            for n in (value(hit.q).shape[2], value(hit.k).shape[2])
+        }.values()
+    )
     readers = Interpreter(lengths), Interpreter(lengths, opaque=True)
     any_order = config is not None and config.takes_any_order
     return [hit if isinstance(hit, Rejected) else _analyzed(hit, readers, any_order) for hit in found]
 
 
-def _analyzed(site: AttentionSite, readers: tuple[Interpreter, Interpreter], any_order: bool) -> AttentionSite | Rejected:
+def _analyzed(
+    site: AttentionSite, readers: tuple[Interpreter, Interpreter], any_order: bool
+) -> AttentionSite | Rejected:
     if site.mask_node is None and site.logits is None and site.mods is None:
         site.mask = Causal(0) if site.is_causal else masks.Full()
     elif site.is_causal:
@@ -49,16 +73,23 @@ def _analyzed(site: AttentionSite, readers: tuple[Interpreter, Interpreter], any
                 site.mask = Opaque(str(error))
                 return Rejected(site.node, Reason.WRITTEN if isinstance(error, Written) else Reason.MASK, str(error))
     assert site.mask is not None
-    if not any_order and not orders_positions(site.mask, frozenset(n for n, t in enumerate(site.tensors) if _is_learned(t))):
+    if not any_order and not orders_positions(
+        site.mask, frozenset(n for n, t in enumerate(site.tensors) if _is_learned(t))
+    ):
         alone = not isinstance(site.mask, masks.Full) or same(value(site.q).shape[2], value(site.k).shape[2])
-        return Rejected(site.node, Reason.BIDIRECTIONAL if alone else Reason.CROSS_ATTENTION, "" if isinstance(site.mask, masks.Full) else site.mask.words)
+        return Rejected(
+            site.node,
+            Reason.BIDIRECTIONAL if alone else Reason.CROSS_ATTENTION,
+            "" if isinstance(site.mask, masks.Full) else site.mask.words,
+        )
     return site
 
 
 def orders_positions(mask: Mask, learned: frozenset[int] = frozenset()) -> bool:
     """Whether later keys are hidden from earlier queries, so that budgets falling with position mean something.
 
-    A given tensor is taken to do so, unless it is one of ``learned``: a bias that a model computes from its weights is no mask.
+    A given tensor is taken to do so, unless it is one of ``learned``: a bias that a model computes from its weights is
+    no mask.
     """
     if isinstance(mask, And | Or):
         return any(orders_positions(t, learned) for t in mask.terms)
@@ -69,20 +100,31 @@ def orders_positions(mask: Mask, learned: frozenset[int] = frozenset()) -> bool:
     if isinstance(mask, masks.Predicate):
         # Runtime positions: an inequality between what is read at the query and what is read at the key.
         loads = [f for f in mask.expr.atoms(sympy.core.function.AppliedUndef) if symbolic.load_index(f) is not None]
-        return bool(isinstance(mask.expr, sympy.Le | sympy.Lt | sympy.Ge | sympy.Gt) and loads and {Q, KV} <= mask.expr.free_symbols)
+        return bool(
+            isinstance(mask.expr, sympy.Le | sympy.Lt | sympy.Ge | sympy.Gt)
+            and loads
+            and {Q, KV} <= mask.expr.free_symbols
+        )
     return False
 
 
 def _is_learned(tensor: fx.Node) -> bool:
-    """Whether a floating-point tensor is computed from others of the kind: weights, queries. One that comes from outside as it is may hold a mask."""
+    """Whether a floating-point tensor is computed from others of the kind: weights, queries. One that comes from
+    outside as it is may hold a mask."""
     seen, frontier = {tensor}, [tensor]
     while frontier:
         node = frontier.pop()
         if node.op in ("placeholder", "get_attr") and not _covers(value(node).shape, value(tensor).shape):
             return True
-        sources = [] if (name := normalize.spelling(node)) in normalize.LIKE and "_as" not in str(name) else node.all_input_nodes
+        sources = (
+            []
+            if (name := normalize.spelling(node)) in normalize.LIKE and "_as" not in str(name)
+            else node.all_input_nodes
+        )
         sources = sources[:1] if name in ("to", "type_as", "expand_as", "view_as", "reshape_as") else sources
-        floats = [n for n in sources if n not in seen and isinstance(value(n), torch.Tensor) and value(n).is_floating_point()]
+        floats = [
+            n for n in sources if n not in seen and isinstance(value(n), torch.Tensor) and value(n).is_floating_point()
+        ]
         seen.update(floats)
         frontier.extend(floats)
     return False
@@ -91,7 +133,9 @@ def _is_learned(tensor: fx.Node) -> bool:
 def _covers(outer: Any, inner: Any) -> bool:
     """Whether the last two sizes are those of ``inner`` or more: a buffer that a mask is cut from."""
     pairs = list(zip(outer[-2:], inner[-2:]))
-    return len(outer) > 1 and all(str(a) == str(b) or (isinstance(a, int) and isinstance(b, int) and a >= b) for a, b in pairs)
+    return len(outer) > 1 and all(
+        str(a) == str(b) or (isinstance(a, int) and isinstance(b, int) and a >= b) for a, b in pairs
+    )
 
 
 def _read(site: AttentionSite, interpreter: Interpreter) -> None:
@@ -102,8 +146,14 @@ def _read(site: AttentionSite, interpreter: Interpreter) -> None:
     interpreter.focus({}, {H: heads, Q: q_len, KV: kv_len, B: q.shape[0]})
     if site.mods is not None:
         mods = site.mods
-        seen = sympy.true if mods.mask is None else boolean(interpreter.call(mods.mask, [B, H, Q, KV], mods.mask_buffers))
-        modified = SCORE if mods.score is None else number(interpreter.call(mods.score, [SCORE, B, H, Q, KV], mods.score_buffers))
+        seen = (
+            sympy.true if mods.mask is None else boolean(interpreter.call(mods.mask, [B, H, Q, KV], mods.mask_buffers))
+        )
+        modified = (
+            SCORE
+            if mods.score is None
+            else number(interpreter.call(mods.score, [SCORE, B, H, Q, KV], mods.score_buffers))
+        )
         predicate, scale, score = split_logits(sympy.sympify(modified).subs(SCORE, SCORE * sympy.Rational(site.scale)))
         predicate = sympy.And(seen, predicate)
     elif site.logits is None:
@@ -186,7 +236,11 @@ def _product(node: fx.Node, heads: Any, q_len: Any, interpreter: Interpreter) ->
         if op.name != "baddbmm":
             return SCORE
         beta, alpha = as_expr(value(op["beta"])), as_expr(value(op["alpha"]))
-        added = number(_at(interpreter.tensor(op["input"]), index)) if len(index) == 4 else number(_added(interpreter.tensor(op["input"]), index))
+        added = (
+            number(_at(interpreter.tensor(op["input"]), index))
+            if len(index) == 4
+            else number(_added(interpreter.tensor(op["input"]), index))
+        )
         return alpha * SCORE + (beta * added if beta != 0 else 0)
 
     return SymTensor(shape, at, "float")

@@ -1,6 +1,8 @@
-"""Give rows that see no key what eager attention gives them, where that is the mean of all values: ``where(stem::blind_rows, mean(v), attention)``.
+"""Give rows that see no key what eager attention gives them, where that is the mean of all values:
+``where(stem::blind_rows, mean(v), attention)``.
 
-The attention itself stays as it is and gives 0 there, so that no kernel and no selection knows of it; rows that see a key cost one pass over the output.
+The attention itself stays as it is and gives 0 there, so that no kernel and no selection knows of it; rows that see a
+key cost one pass over the output.
 """
 
 from __future__ import annotations
@@ -10,9 +12,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from stem_compile import masks, ops
-from stem_compile.passes.call import call
-from stem_compile.sites import AttentionSite, View, value
+from stem_compile import ops
+from stem_compile.algebra import masks
+from stem_compile.passes.graph.call import call
+from stem_compile.passes.graph.values import View, value
+from stem_compile.passes.sites import AttentionSite
 
 
 def average_blind(attention: fx.Node, site: AttentionSite, blind: dict[str, fx.Node]) -> fx.Node:

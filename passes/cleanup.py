@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch import fx
 
 from stem_compile import ops
-from stem_compile.passes import memory, normalize
+from stem_compile.passes.graph import memory, normalize
 
 _OURS = (ops.OAM_SCORES, ops.TPD_SELECT)
 
 
 def cleanup(graph: fx.Graph, roots: list[fx.Node]) -> list[fx.Node]:
-    """Erase nodes above ``roots`` (former inputs of rewritten attentions) that lost their last user; returns what is left of them.
+    """Erase nodes above ``roots`` (former inputs of rewritten attentions) that lost their last user; returns what is
+    left of them.
 
     Only operations known to be free of effects go: those of the vocabulary that do not write, and our own.
     """

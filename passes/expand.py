@@ -1,7 +1,8 @@
-"""Write the fused operations of ``torch.nn`` out in their parts, so that the attention inside is one that patterns know.
+"""Write the fused operations of ``torch.nn`` out in their parts, so that the attention inside is one that patterns
+know.
 
-``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` reach the graph as one node each. Only those with a mask or ``is_causal`` are touched: without
-either, nothing could be rewritten, and the fused node is the faster one.
+``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` reach the graph as one node each. Only those with a mask or
+``is_causal`` are touched: without either, nothing could be rewritten, and the fused node is the faster one.
 """
 
 from __future__ import annotations
@@ -14,13 +15,31 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from stem_compile.passes import memory, normalize
-from stem_compile.sites import value
+from stem_compile.passes.graph import memory, normalize
+from stem_compile.passes.graph.values import value
 
 _ENCODER_LAYER = [
-    "src", "embed_dim", "num_heads", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "use_gelu", "norm_first", "eps", "norm_weight_1", "norm_bias_1",
-    "norm_weight_2", "norm_bias_2", "ffn_weight_1", "ffn_bias_1", "ffn_weight_2", "ffn_bias_2", "mask", "mask_type",
-]  # fmt: skip
+    "src",
+    "embed_dim",
+    "num_heads",
+    "qkv_weight",
+    "qkv_bias",
+    "proj_weight",
+    "proj_bias",
+    "use_gelu",
+    "norm_first",
+    "eps",
+    "norm_weight_1",
+    "norm_bias_1",
+    "norm_weight_2",
+    "norm_bias_2",
+    "ffn_weight_1",
+    "ffn_bias_1",
+    "ffn_weight_2",
+    "ffn_bias_2",
+    "mask",
+    "mask_type",
+]
 
 
 def expand(graph: fx.Graph) -> bool:
@@ -35,7 +54,8 @@ def expand(graph: fx.Graph) -> bool:
 
 
 def _rename_overwritten(graph: fx.Graph) -> bool:
-    """Let what reads a value after it was written in place read the write's result: the same tensor, and now the graph says so."""
+    """Let what reads a value after it was written in place read the write's result: the same tensor, and now the graph
+    says so."""
     changed = False
     for writer in graph.nodes:
         target = overwritten(writer)
@@ -76,10 +96,27 @@ def _written_out(node: fx.Node) -> tuple[Callable[..., Any], list[fx.Node]] | No
 
 def _multihead(node: fx.Node, a: dict[str, Any]) -> tuple[Callable[..., Any], list[fx.Node]] | None:
     weights_used = any(normalize.spelling(u) != "getitem" or u.args[1] != 0 for u in node.users)
-    odd = a["bias_k"] is not None or a["bias_v"] is not None or a["add_zero_attn"] or a["static_k"] is not None or a["static_v"] is not None
-    separate = a["use_separate_proj_weight"] or value(a["query"]).dim() != 3 or a["query"] is not a["key"] or a["key"] is not a["value"]
+    odd = (
+        a["bias_k"] is not None
+        or a["bias_v"] is not None
+        or a["add_zero_attn"]
+        or a["static_k"] is not None
+        or a["static_v"] is not None
+    )
+    separate = (
+        a["use_separate_proj_weight"]
+        or value(a["query"]).dim() != 3
+        or a["query"] is not a["key"]
+        or a["key"] is not a["value"]
+    )
     causal = bool(a["is_causal"]) and a["key_padding_mask"] is None
-    if weights_used or odd or separate or not (causal or a["attn_mask"] is not None) or (a["training"] and a["dropout_p"]):
+    if (
+        weights_used
+        or odd
+        or separate
+        or not (causal or a["attn_mask"] is not None)
+        or (a["training"] and a["dropout_p"])
+    ):
         return None
     heads, has_bias = int(value(a["num_heads"])), a["in_proj_bias"] is not None
     tensors = [a["query"], a["in_proj_weight"], a["out_proj_weight"], *_given(a["in_proj_bias"], a["out_proj_bias"])]
@@ -90,7 +127,16 @@ def _multihead(node: fx.Node, a: dict[str, Any]) -> tuple[Callable[..., Any], li
         qkv_bias, proj_bias = (rest[0], rest[1]) if has_bias else (None, None)
         given = list(rest[2 if has_bias else 0 :])
         padding = given.pop() if padded else None
-        out = _attention(x.transpose(0, 1), qkv_weight, qkv_bias, heads, given[0] if given else None, padding, causal, value(a["attn_mask"]))
+        out = _attention(
+            x.transpose(0, 1),
+            qkv_weight,
+            qkv_bias,
+            heads,
+            given[0] if given else None,
+            padding,
+            causal,
+            value(a["attn_mask"]),
+        )
         return (F.linear(out.transpose(0, 1), proj_weight, proj_bias), None)
 
     return forward, [*tensors, *masks]
@@ -108,7 +154,16 @@ def _layer(a: dict[str, Any]) -> tuple[Callable[..., Any], list[fx.Node]] | None
         def attend(x: Any) -> Any:
             # The fused layer turns any mask into a Boolean one: what is not 0 hides.
             mask = t["mask"].to(torch.bool)
-            out = _attention(x, t["qkv_weight"], t["qkv_bias"], int(value(a["num_heads"])), mask, None, False, torch.empty(0, 0, dtype=torch.bool))
+            out = _attention(
+                x,
+                t["qkv_weight"],
+                t["qkv_bias"],
+                int(value(a["num_heads"])),
+                mask,
+                None,
+                False,
+                torch.empty(0, 0, dtype=torch.bool),
+            )
             return F.linear(out, t["proj_weight"], t["proj_bias"])
 
         def feed(x: Any) -> Any:
@@ -116,7 +171,9 @@ def _layer(a: dict[str, Any]) -> tuple[Callable[..., Any], list[fx.Node]] | None
             return F.linear(F.gelu(hidden) if a["use_gelu"] else F.relu(hidden), t["ffn_weight_2"], t["ffn_bias_2"])
 
         def norm(x: Any, which: int) -> Any:
-            return F.layer_norm(x, (int(value(a["embed_dim"])),), t[f"norm_weight_{which}"], t[f"norm_bias_{which}"], t["eps"])
+            return F.layer_norm(
+                x, (int(value(a["embed_dim"])),), t[f"norm_weight_{which}"], t[f"norm_bias_{which}"], t["eps"]
+            )
 
         x = t["src"]
         if a["norm_first"]:
@@ -133,7 +190,8 @@ def _given(*tensors: Any) -> list[Any]:
 
 
 def _attention(x: Any, weight: Any, bias: Any, heads: int, mask: Any, padding: Any, causal: bool, example: Any) -> Any:
-    """Self-attention of x [batch, length, width] before its output projection. mask: True or -inf hides, as torch.nn means it."""
+    """Self-attention of x [batch, length, width] before its output projection. mask: True or -inf hides, as torch.nn
+    means it."""
     parts = F.linear(x, weight, bias).chunk(3, dim=-1)
     q, k, v = (parts[i].unflatten(-1, (heads, -1)).transpose(1, 2) for i in range(3))
     if mask is not None:
@@ -155,7 +213,10 @@ def _splice(graph: fx.Graph, node: fx.Node, function: Callable[..., Any], inputs
     made: dict[fx.Node, Any] = dict(zip((n for n in traced.graph.nodes if n.op == "placeholder"), inputs))
     mode = value(inputs[0]).fake_mode
     results = value(node)
-    needs_grad = any(isinstance(t, torch.Tensor) and t.requires_grad for t in (results if isinstance(results, tuple | list) else (results,)))
+    needs_grad = any(
+        isinstance(t, torch.Tensor) and t.requires_grad
+        for t in (results if isinstance(results, tuple | list) else (results,))
+    )
     with graph.inserting_before(node):
         for inner in traced.graph.nodes:
             if inner.op == "placeholder":
@@ -164,11 +225,16 @@ def _splice(graph: fx.Graph, node: fx.Node, function: Callable[..., Any], inputs
                 result = fx.node.map_arg(inner.args[0], lambda n: made[n])
                 break
             copy = graph.node_copy(inner, lambda n: made[n])
-            copy.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")}
+            copy.meta = {
+                k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")
+            }
             arguments, keywords = fx.node.map_arg(copy.args, value), fx.node.map_arg(copy.kwargs, value)
             with mode, torch.set_grad_enabled(needs_grad):
-                called = getattr(arguments[0], str(copy.target)) if copy.op == "call_method" else copy.target
-                copy.meta["example_value"] = called(*arguments[1:], **keywords) if copy.op == "call_method" else called(*arguments, **keywords)  # type: ignore[operator]
+                if copy.op == "call_method":
+                    example = getattr(arguments[0], str(copy.target))(*arguments[1:], **keywords)
+                else:
+                    example = copy.target(*arguments, **keywords)  # type: ignore[operator]
+                copy.meta["example_value"] = example
             made[inner] = copy
     if isinstance(result, fx.Node):
         node.replace_all_uses_with(result)

@@ -1,4 +1,5 @@
-"""Replace each site by ``stem::oam_scores -> stem::tpd_select -> stem::sparse_attention``. The graph then runs on the reference."""
+"""Replace each site by ``stem::oam_scores -> stem::tpd_select -> stem::sparse_attention``. The graph then runs on the
+reference."""
 
 from __future__ import annotations
 
@@ -6,17 +7,21 @@ import operator
 
 from torch import fx
 
-from stem_compile import masks, ops
+from stem_compile import ops
+from stem_compile.algebra import masks
 from stem_compile.config import StemConfig
 from stem_compile.kernels import crossover
-from stem_compile.passes import normalize
 from stem_compile.passes.average_blind import average_blind
-from stem_compile.passes.call import call
-from stem_compile.sites import AttentionSite, Reason, Rejected, View, value
+from stem_compile.passes.graph import normalize
+from stem_compile.passes.graph.call import call
+from stem_compile.passes.graph.values import View, value
+from stem_compile.passes.sites import AttentionSite, Rejected
+from stem_compile.reasons import Reason
 
 
 def decide(found: list[AttentionSite | Rejected], config: StemConfig) -> list[AttentionSite | Rejected]:
-    """Apply the user's options and the lengths. Comparing a symbolic length installs a guard: another length compiles anew, once."""
+    """Apply the user's options and the lengths. Comparing a symbolic length installs a guard: another length compiles
+    anew, once."""
     decided: list[AttentionSite | Rejected] = []
     for hit in found:
         decided.append(hit if isinstance(hit, Rejected) else _decided(hit, config))
@@ -40,10 +45,16 @@ def _decided(site: AttentionSite, config: StemConfig) -> AttentionSite | Rejecte
     asked = config.min_length is not None or (isinstance(kv_len, int) and kv_len < shortest)
     if not asked:
         masked = site.mask_node is not None
-        shortest = crossover.shortest(value(site.q), value(site.k), value(site.v), config.selection.text(), masked, shortest)
+        shortest = crossover.shortest(
+            value(site.q), value(site.k), value(site.v), config.selection.text(), masked, shortest
+        )
     if kv_len < shortest:
         if shortest > config.shortest:
-            return Rejected(site.node, Reason.SLOWER, f"{kv_len} keys; selecting wins from {shortest}" if shortest < crossover.NEVER else f"{kv_len} keys")
+            return Rejected(
+                site.node,
+                Reason.SLOWER,
+                f"{kv_len} keys; selecting wins from {shortest}" if shortest < crossover.NEVER else f"{kv_len} keys",
+            )
         return Rejected(site.node, Reason.SHORT, f"{kv_len} keys, min_length {shortest}")
     return site
 
@@ -59,7 +70,9 @@ def insert_selection(graph: fx.Graph, sites: list[AttentionSite], config: StemCo
             # An attention may read another one directly.
             site.q, site.k, site.v = (_placed(x, graph, replaced) for x in (site.q, site.k, site.v))
             mask = ([replaced.get(t, t) for t in site.tensors], site.scalars, masks.encode(site.mask))
-            scores = call(graph, ops.OAM_SCORES, (site.q, site.k, site.v, *mask, site.scale, spec, site.score.text), site.node)
+            scores = call(
+                graph, ops.OAM_SCORES, (site.q, site.k, site.v, *mask, site.scale, spec, site.score.text), site.node
+            )
             selected = call(graph, ops.TPD_SELECT, (scores, site.q, site.k, *mask, spec), site.node)
             parts = [call(graph, operator.getitem, (selected, i), site.node) for i in range(2)]
             arguments = (site.q, site.k, site.v, *parts, *mask, site.scale, spec, ops.REFERENCE, site.score.text)
@@ -80,7 +93,8 @@ def _placed(x: fx.Node | View, graph: fx.Graph, replaced: dict[fx.Node, fx.Node]
 
 
 def relax_views(attention: fx.Node) -> None:
-    """Turn ``view`` behind an attention into ``reshape``: strides differ from SDPA's, and what view refuses reshape copies."""
+    """Turn ``view`` behind an attention into ``reshape``: strides differ from SDPA's, and what view refuses reshape
+    copies."""
     frontier = [attention]
     while frontier:
         for user in frontier.pop().users:

@@ -1,4 +1,5 @@
-"""Choose kernels: every sparse attention carries a kernel name, and scoring fuses with selection into one ``stem::select``."""
+"""Choose kernels: every sparse attention carries a kernel name, and scoring fuses with selection into one
+``stem::select``."""
 
 from __future__ import annotations
 
@@ -8,8 +9,9 @@ from torch import fx
 
 from stem_compile import ops
 from stem_compile.kernels import launch
-from stem_compile.passes.call import call
-from stem_compile.sites import AttentionSite, value
+from stem_compile.passes.graph.call import call
+from stem_compile.passes.graph.values import value
+from stem_compile.passes.sites import AttentionSite
 
 
 def lower(graph: fx.Graph, sites: list[AttentionSite]) -> None:
@@ -24,7 +26,16 @@ def lower(graph: fx.Graph, sites: list[AttentionSite]) -> None:
         attention.args = (*head, site.kernel, score)
         assert isinstance(indices, fx.Node)
         with graph.inserting_before(attention):
-            fused = (q, k, v, *mask_arguments, scale, spec, launch.select_name(fakes[0], fakes[1], fakes[2], *texts), score)
+            fused = (
+                q,
+                k,
+                v,
+                *mask_arguments,
+                scale,
+                spec,
+                launch.select_name(fakes[0], fakes[1], fakes[2], *texts),
+                score,
+            )
             selected = call(graph, ops.SELECT, fused, attention)
             for i, part in ((3, indices), (4, head[4])):
                 item = call(graph, operator.getitem, (selected, i - 3), attention)

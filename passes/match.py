@@ -1,7 +1,10 @@
-"""Find every attention of a graph. The graph is untouched; each find is an ``AttentionSite`` or a ``Rejected`` with a typed reason.
+"""Find every attention of a graph. The graph is untouched; each find is an ``AttentionSite`` or a ``Rejected`` with a
+typed reason.
 
-A pattern is a file in ``patterns/`` with ``match(node)``; files are found by name and tried in alphabetical order. What holds for every
-attention, whatever its spelling, is checked here: shapes, dtypes, gradients, and K/V that were repeated for grouped queries.
+A pattern is a file in ``patterns/`` with ``match(node)``; files are found by name and tried in alphabetical order. What
+holds for every
+attention, whatever its spelling, is checked here: shapes, dtypes, gradients, and K/V that were repeated for grouped
+queries.
 """
 
 from __future__ import annotations
@@ -16,10 +19,12 @@ import torch
 from torch import fx
 
 from stem_compile.kernels import launch
-from stem_compile.passes import normalize
-from stem_compile.passes.memory import written_between
-from stem_compile.passes.trace_back import CASTS, HALF, peel, unrepeated
-from stem_compile.sites import AttentionSite, Reason, Rejected, View, value
+from stem_compile.passes.graph import normalize
+from stem_compile.passes.graph.memory import written_between
+from stem_compile.passes.graph.trace_back import CASTS, HALF, peel, unrepeated
+from stem_compile.passes.graph.values import View, value
+from stem_compile.passes.sites import AttentionSite, Rejected
+from stem_compile.reasons import Reason
 
 DECODE_QUERIES = 16
 """Fewer query rows than this behind a prefix are decoding, where selection has nothing to save."""
@@ -31,7 +36,9 @@ LAYOUT = ("transpose", "permute", "reshape", "view", "flatten", "contiguous", "s
 def patterns() -> tuple[ModuleType, ...]:
     """Every pattern module, by name."""
     folder = Path(__file__).with_name("patterns")
-    return tuple(importlib.import_module(f"stem_compile.passes.patterns.{m.name}") for m in pkgutil.iter_modules([str(folder)]))
+    return tuple(
+        importlib.import_module(f"stem_compile.passes.patterns.{m.name}") for m in pkgutil.iter_modules([str(folder)])
+    )
 
 
 def match(graph: fx.Graph) -> list[AttentionSite | Rejected]:
@@ -60,7 +67,11 @@ def _checked(hit: AttentionSite | Rejected) -> AttentionSite | Rejected:
     hit.q, hit.k, hit.v = _peeled(hit)
     tensors = [value(n) for n in (hit.q, hit.k, hit.v)]
     if not all(isinstance(t, torch.Tensor) and t.dim() == 4 for t in tensors):
-        return Rejected(hit.node, Reason.SHAPE, "q, k, v are not 4-D: " + ", ".join(str(tuple(getattr(t, "shape", ()))) for t in tensors))
+        return Rejected(
+            hit.node,
+            Reason.SHAPE,
+            "q, k, v are not 4-D: " + ", ".join(str(tuple(getattr(t, "shape", ()))) for t in tensors),
+        )
     if value(hit.node).requires_grad:
         return Rejected(hit.node, Reason.GRADIENT)
     dtypes = _computed_in(hit)
@@ -70,7 +81,11 @@ def _checked(hit: AttentionSite | Rejected) -> AttentionSite | Rejected:
     # int() of a symbolic size specialises it: nobody serves one model with several head counts or head dims.
     allowed = launch.head_dims(q.device.type)
     if int(q.shape[-1]) not in allowed or int(v.shape[-1]) not in allowed:
-        return Rejected(hit.node, Reason.HEAD_DIM, f"{q.shape[-1]} and {v.shape[-1]}, {q.device.type} takes {allowed.start} to {allowed.stop - 1}")
+        return Rejected(
+            hit.node,
+            Reason.HEAD_DIM,
+            f"{q.shape[-1]} and {v.shape[-1]}, {q.device.type} takes {allowed.start} to {allowed.stop - 1}",
+        )
     repeated = hit.k, hit.v
     hit.k, hit.v = (_unrepeated(x, hit.node) for x in (hit.k, hit.v))
     if value(hit.k).shape[1] != value(hit.v).shape[1]:
@@ -78,7 +93,8 @@ def _checked(hit: AttentionSite | Rejected) -> AttentionSite | Rejected:
     q, k, v = value(hit.q), value(hit.k), value(hit.v)
     if int(q.shape[1]) % int(k.shape[1]):
         return Rejected(hit.node, Reason.SHAPE, f"{q.shape[1]} query heads over {k.shape[1]} key heads")
-    # Comparing symbolic sizes installs guards: a cache's keys and values have lengths that Dynamo does not know to be equal.
+    # Comparing symbolic sizes installs guards: a cache's keys and values have lengths that Dynamo does not know to be
+    # equal.
     if not (q.shape[0] == k.shape[0] == v.shape[0] and q.shape[-1] == k.shape[-1] and k.shape[2] == v.shape[2]):
         return Rejected(hit.node, Reason.SHAPE, f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
     if q.shape[2] != k.shape[2] and q.shape[2] < DECODE_QUERIES:
@@ -90,9 +106,13 @@ def _checked(hit: AttentionSite | Rejected) -> AttentionSite | Rejected:
 
 
 def _computed_in(hit: AttentionSite) -> list[torch.dtype]:
-    """Dtypes that q, k and v are multiplied in: autocast narrows them on the way into a product, and only the product's dtype tells."""
+    """Dtypes that q, k and v are multiplied in: autocast narrows them on the way into a product, and only the product's
+    dtype tells."""
     made = [value(hit.node if hit.product is None or x is hit.v else hit.product).dtype for x in (hit.q, hit.k, hit.v)]
-    return [m if m in HALF and value(x).dtype == torch.float32 else value(x).dtype for m, x in zip(made, (hit.q, hit.k, hit.v))]
+    return [
+        m if m in HALF and value(x).dtype == torch.float32 else value(x).dtype
+        for m, x in zip(made, (hit.q, hit.k, hit.v))
+    ]
 
 
 def _cast(x: fx.Node | View, dtype: torch.dtype) -> fx.Node | View:
@@ -106,7 +126,8 @@ def _unrepeated(x: fx.Node | View, site: fx.Node) -> fx.Node | View:
 
 
 def _peeled(hit: AttentionSite) -> list[fx.Node | View]:
-    """q, k and v from as far up as their views and casts lead. Casts stay where the result is wanted in fp32, or where not all three have one."""
+    """q, k and v from as far up as their views and casts lead. Casts stay where the result is wanted in fp32, or where
+    not all three have one."""
     drop = value(hit.node).dtype in HALF or _is_narrowed(hit.node)
     found = [_peel(x, hit.node, drop) for x in (hit.q, hit.k, hit.v)]
     if len({value(x).dtype for x in found}) > 1:
@@ -125,5 +146,8 @@ def _is_narrowed(node: fx.Node) -> bool:
     known = [value(u) for u in node.users]
     if not all(isinstance(t, torch.Tensor) for t in known):
         return False
-    ends = [(t.dtype in HALF and normalize.spelling(u) in CASTS) or (normalize.spelling(u) in LAYOUT and _is_narrowed(u)) for t, u in zip(known, node.users)]
+    ends = [
+        (t.dtype in HALF and normalize.spelling(u) in CASTS) or (normalize.spelling(u) in LAYOUT and _is_narrowed(u))
+        for t, u in zip(known, node.users)
+    ]
     return bool(ends) and all(ends)

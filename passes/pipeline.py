@@ -1,4 +1,5 @@
-"""The passes in order: expand, match, analyze_masks, decide, insert_selection, lower, cleanup; each checked by verify where asked."""
+"""The passes in order: expand, match, analyze_masks, decide, insert_selection, lower, cleanup; each checked by verify
+where asked."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from stem_compile.passes.expand import bound, expand, overwritten
 from stem_compile.passes.insert_selection import decide, insert_selection
 from stem_compile.passes.lower import lower
 from stem_compile.passes.match import match
-from stem_compile.sites import AttentionSite, Rejected
+from stem_compile.passes.sites import AttentionSite, Rejected
 
 log = logging.getLogger(__name__)
 

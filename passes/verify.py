@@ -1,4 +1,5 @@
-"""What must hold after each step (see docs/design.md). Raised errors are bugs of this project, never of the user's graph."""
+"""What must hold after each step (see docs/design.md). Raised errors are bugs of this project, never of the user's
+graph."""
 
 from __future__ import annotations
 
@@ -8,10 +9,11 @@ import torch
 from torch import fx
 
 from stem_compile import ops
-from stem_compile.masks import Opaque
+from stem_compile.algebra.masks import Opaque
 from stem_compile.passes.average_blind import averaged
-from stem_compile.passes.interpret import as_expr
-from stem_compile.sites import AttentionSite, Rejected, value
+from stem_compile.passes.graph.values import value
+from stem_compile.passes.reading.interpret import as_expr
+from stem_compile.passes.sites import AttentionSite, Rejected
 
 
 class PassError(AssertionError):
@@ -31,11 +33,15 @@ def after_analyze(found: list[AttentionSite | Rejected]) -> None:
 
 
 def after_insert(graph: fx.Graph, sites: list[AttentionSite]) -> None:
-    """Every site is a sparse_attention fed by a selection, whose rows without a key are the mean of all values where they were."""
+    """Every site is a sparse_attention fed by a selection, whose rows without a key are the mean of all values where
+    they were."""
     graph.lint()
     for site in sites:
         _require(site.node.target is ops.SPARSE_ATTENTION, f"{site.node.name} was not rewritten")
-        _require(averaged(site.node) == (site.average is not None), f"{site.node.name}: rows that see no key give something else than they did")
+        _require(
+            averaged(site.node) == (site.average is not None),
+            f"{site.node.name}: rows that see no key give something else than they did",
+        )
 
 
 def after_lower(graph: fx.Graph, sites: list[AttentionSite]) -> None:
@@ -45,16 +51,21 @@ def after_lower(graph: fx.Graph, sites: list[AttentionSite]) -> None:
         listed = site.node.args[3]
         selected = listed.args[0] if isinstance(listed, fx.Node) else None
         _require(bool(site.kernel) and site.node.args[-2] == site.kernel, f"{site.node.name} has no kernel")
-        _require(isinstance(selected, fx.Node) and selected.target is ops.SELECT, f"{site.node.name} has no fused selection")
+        _require(
+            isinstance(selected, fx.Node) and selected.target is ops.SELECT, f"{site.node.name} has no fused selection"
+        )
 
 
 def after_cleanup(graph: fx.Graph, sites: list[AttentionSite]) -> None:
-    """No tensor of q_len x kv_len is left above a rewritten attention, but where it is the mask or the bias itself that was not understood."""
+    """No tensor of q_len x kv_len is left above a rewritten attention, but where it is the mask or the bias itself that
+    was not understood."""
     graph.lint()
     for site in sites:
         left = [] if keeps_tensor(site) else quadratic(graph, site)
         _require(not left, f"{site.node.name} still needs {[n.name for n in left]}")
-        _require(site.product not in graph.nodes or site.product is None, f"{site.node.name}: its scores are still computed")
+        _require(
+            site.product not in graph.nodes or site.product is None, f"{site.node.name}: its scores are still computed"
+        )
 
 
 def keeps_tensor(site: AttentionSite) -> bool:

@@ -1,6 +1,7 @@
 """``torch.compile(model, backend="stem")``: training-free block-sparse prefill for any model's attention.
 
-The backend is found by its entry point and needs no import. This package names what users write down: ``StemConfig`` (every option),
+The backend is found by its entry point and needs no import. This package names what users write down: ``StemConfig``
+(every option),
 ``explain`` (what would be rewritten and why) and ``testing``. Importing it loads neither triton nor transformers.
 """
 

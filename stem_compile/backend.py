@@ -1,7 +1,9 @@
-"""``torch.compile(model, backend="stem")``: run the pipeline on Dynamo's graph and hand the result to the inner backend.
+"""``torch.compile(model, backend="stem")``: run the pipeline on Dynamo's graph and hand the result to the inner
+backend.
 
-An exception in a backend makes Dynamo split the graph and try again in ever smaller pieces, so a bug of ours would show as slowness. Hence: wrong
-options raise at once through Dynamo, and a failure of the pipeline leaves the graph as it came, with one warning that says so.
+An exception in a backend makes Dynamo split the graph and try again in ever smaller pieces, so a bug of ours would show
+as slowness. Hence: wrong options raise at once through Dynamo, and a failure of the pipeline leaves the graph as it
+came, with one warning that says so.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ from torch._dynamo.exc import ShortenTraceback
 
 from stem_compile.config import OptionError, StemConfig
 from stem_compile.passes import pipeline
+from stem_compile.passes.graph.values import module_path
 from stem_compile.passes.pipeline import Rewrite
-from stem_compile.sites import Reason, Rejected, module_path
+from stem_compile.passes.sites import Rejected
+from stem_compile.reasons import Reason
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +35,8 @@ BENIGN = (Reason.DENSE_LAYER, Reason.FUEL, Reason.SHORT, Reason.SLOWER, Reason.D
 
 
 class StemError(ShortenTraceback, ValueError):
-    """A wrong option, or under ``fallback="error"`` an attention that was not rewritten. Dynamo passes it on as it is."""
+    """A wrong option, or under ``fallback="error"`` an attention that was not rewritten. Dynamo passes it on as
+    it is."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, first_useful_frame=None)
@@ -42,7 +47,11 @@ class StemWarning(UserWarning):
 
 
 def stem(
-    module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | StemConfig | None = None, mode: str | None = None
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | StemConfig | None = None,
+    mode: str | None = None,
 ) -> Callable[..., Any]:
     """Dynamo backend. options: fields of ``StemConfig``; mode: Inductor's, where no options are given."""
     try:
@@ -55,7 +64,9 @@ def stem(
         listener(result)
     refused = [hit for hit in result.found if isinstance(hit, Rejected) and hit.reason not in BENIGN]
     if config.fallback == "error" and refused:
-        raise StemError("not rewritten, and fallback='error':\n" + "\n".join(f"  {module_path(r.node)}: {r.words}" for r in refused))
+        raise StemError(
+            "not rewritten, and fallback='error':\n" + "\n".join(f"  {module_path(r.node)}: {r.words}" for r in refused)
+        )
     compiled: Callable[..., Any] = _inner(module, example_inputs, config.inner, config.mode)
     return compiled
 
@@ -68,14 +79,19 @@ def rewrite(module: fx.GraphModule, config: StemConfig) -> Rewrite:
     except Exception as error:
         log.debug("the pipeline failed; the graph stays as it was", exc_info=True)
         warnings.warn(
-            f"backend 'stem' left a graph dense: {type(error).__name__}: {error}. Set TORCH_LOGS=+stem_compile for the traceback.", StemWarning, stacklevel=2
+            f"backend 'stem' left a graph dense: {type(error).__name__}: {error}. Set TORCH_LOGS=+stem_compile for the"
+            " traceback.",
+            StemWarning,
+            stacklevel=2,
         )
         module.graph = pristine
         module.recompile()
         from stem_compile.passes.match import match
 
         attentions = match(module.graph)
-        return Rewrite(module, [Rejected(hit.node, Reason.INTERNAL, f"{type(error).__name__}: {error}") for hit in attentions])
+        return Rewrite(
+            module, [Rejected(hit.node, Reason.INTERNAL, f"{type(error).__name__}: {error}") for hit in attentions]
+        )
 
 
 @contextlib.contextmanager

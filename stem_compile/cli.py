@@ -1,10 +1,11 @@
-"""``stem-compile demo | explain | bench | check``: the entry point. What a user can mend is one line on stderr, not a traceback."""
+"""``stem-compile demo | explain | bench | check``: the entry point. What a user can mend is one line on stderr, not a
+traceback."""
 
 from __future__ import annotations
 
 import sys
 
-from stem_compile.demo.packages import Mendable, need
+from stem_compile.bench.packages import Mendable, need
 
 
 def main() -> None:

@@ -12,48 +12,67 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from stem_compile.demo.packages import Mendable
+from stem_compile.bench.packages import Mendable
 
 if TYPE_CHECKING:
     import torch
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Block-sparse prefill for any model: torch.compile(model, backend='stem')."
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Block-sparse prefill for any model: torch.compile(model, backend='stem').",
 )
 
 TargetArgument = Annotated[
     str,
     typer.Argument(
         metavar="TARGET",
-        help="A transformers id or folder, a .gguf file, or package.module:factory, where factory() gives a model with a "
-        "transformers config and factory(tokens) gives (model, args).",
+        help=(
+            "A transformers id or folder, a .gguf file, or package.module:factory, where factory() gives a model with a"
+            " transformers config and factory(tokens) gives (model, args)."
+        ),
     ),
 ]
 Device = Annotated[str, typer.Option(help="Where to run; a GPU where there is one.", show_default="cuda or cpu")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.", show_default="bfloat16 on a GPU, float32 on a CPU")]
-Options = Annotated[list[str] | None, typer.Option("--option", "-o", metavar="NAME=VALUE", help="Option of the backend, such as budget=0.25; may be repeated.")]
+Dtype = Annotated[
+    str, typer.Option(help="float32, bfloat16 or float16.", show_default="bfloat16 on a GPU, float32 on a CPU")
+]
+Options = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option", "-o", metavar="NAME=VALUE", help="Option of the backend, such as budget=0.25; may be repeated."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command()
 def demo(
     tokens: Annotated[int, typer.Option(help="Length of the prompt.", min=512)] = 8192,
-    budget: Annotated[list[float] | None, typer.Option(help="Part of the attention to compute; may be repeated.", show_default="0.5 and 0.25")] = None,
-    repeats: Annotated[int, typer.Option(help="Timed runs of each contender.", show_default="2 on a CPU, 10 on a GPU", min=0)] = 0,
+    budget: Annotated[
+        list[float] | None,
+        typer.Option(help="Part of the attention to compute; may be repeated.", show_default="0.5 and 0.25"),
+    ] = None,
+    repeats: Annotated[
+        int, typer.Option(help="Timed runs of each contender.", show_default="2 on a CPU, 10 on a GPU", min=0)
+    ] = 0,
     device: Device = "",
     dtype: Dtype = "",
     option: Options = None,
     out: Annotated[Path, typer.Option(help="Folder for the chart and the JSON file.")] = Path("out"),
     as_json: AsJson = False,
 ) -> None:
-    """SmolLM2-135M reads documentation with a hidden pass key: eager, Inductor and Stem side by side, in speed, memory and quality."""
-    from stem_compile.demo.packages import need
+    """SmolLM2-135M reads documentation with a hidden pass key: eager, Inductor and Stem side by side, in speed, memory
+    and quality."""
+    from stem_compile.bench.packages import need
 
     need("torch", "matplotlib")
-    from stem_compile.demo import chart, machine
+    from stem_compile.bench import machine
+    from stem_compile.bench.target import smollm
+    from stem_compile.demo import chart
     from stem_compile.demo.race import Stage, contenders, race
     from stem_compile.demo.report import Report
-    from stem_compile.demo.target import smollm
     from stem_compile.demo.text import prompt
 
     place, precision = _place(device, dtype)
@@ -105,7 +124,7 @@ def explain(
     """Show every attention of a model: what its mask means, whether it is rewritten, and if not, why."""
     import torch
 
-    from stem_compile.demo.target import load
+    from stem_compile.bench.target import load
     from stem_compile.explanation import explain as explained
 
     place, precision = _place(device, dtype)
@@ -120,7 +139,9 @@ def explain(
 @app.command()
 def bench(
     target: TargetArgument,
-    tokens: Annotated[list[int] | None, typer.Option(help="Prompt length; may be repeated.", show_default="2048, 4096, 8192")] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(help="Prompt length; may be repeated.", show_default="2048, 4096, 8192")
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Timed runs of each contender at each length.", min=1)] = 3,
     option: Options = None,
     device: Device = "",
@@ -128,18 +149,32 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Time a model's prefill over prompt lengths: eager, Inductor and Stem."""
-    from stem_compile.demo import bench as benchmark
-    from stem_compile.demo import machine
-    from stem_compile.demo.target import load
+    from stem_compile.bench import machine
+    from stem_compile.bench import speed as benchmark
+    from stem_compile.bench.target import load
 
     place, precision = _place(device, dtype)
     further = backend_options(option)
     chosen = load(target, place, precision)
     with _progress() as bar:
         task = bar.add_task("starting", total=None)
-        rows = list(benchmark.bench(chosen, tokens or [2048, 4096, 8192], further, repeats, place, lambda what: bar.update(task, description=what)))
+        rows = list(
+            benchmark.bench(
+                chosen,
+                tokens or [2048, 4096, 8192],
+                further,
+                repeats,
+                place,
+                lambda what: bar.update(task, description=what),
+            )
+        )
     if as_json:
-        settings = {"target": target, "machine": machine.describe(place), "dtype": str(precision).removeprefix("torch."), "options": further}
+        settings = {
+            "target": target,
+            "machine": machine.describe(place),
+            "dtype": str(precision).removeprefix("torch."),
+            "options": further,
+        }
         typer.echo(json.dumps({"settings": settings, "rows": [dataclasses.asdict(r) for r in rows]}, indent=2))
         return
     Console().print(benchmark.table(f"{target}, {machine.describe(place)}", rows))
@@ -149,31 +184,55 @@ def bench(
 def check(
     target: TargetArgument,
     option: Options = None,
-    properties: Annotated[list[str] | None, typer.Option("--property", "-p", help="Property to check; may be repeated.", show_default="all")] = None,
-    examples: Annotated[int | None, typer.Option(help="Examples of each property.", show_default="its own number; 2 for large models", min=1)] = None,
+    properties: Annotated[
+        list[str] | None,
+        typer.Option("--property", "-p", help="Property to check; may be repeated.", show_default="all"),
+    ] = None,
+    examples: Annotated[
+        int | None,
+        typer.Option(help="Examples of each property.", show_default="its own number; 2 for large models", min=1),
+    ] = None,
     minutes: Annotated[
-        float | None, typer.Option(help="Time for all examples but each property's first.", show_default="2.5 for large models, else no limit", min=0)
+        float | None,
+        typer.Option(
+            help="Time for all examples but each property's first.",
+            show_default="2.5 for large models, else no limit",
+            min=0,
+        ),
     ] = None,
     expected: Annotated[int | None, typer.Option(help="Attentions that must be rewritten.", show_default="all")] = None,
-    text: Annotated[Path | None, typer.Option(help="Text for the fidelity report.", show_default="random tokens")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text for the fidelity report.", show_default="random tokens")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the examples.")] = 0,
     device: Device = "",
     dtype: Dtype = "",
     as_json: AsJson = False,
     html: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
 ) -> None:
-    """Property-test a model: is it the same as without the backend, and how far off at your budget? Exit status 3 unless it passes."""
+    """Property-test a model: is it the same as without the backend, and how far off at your budget? Exit status 3
+    unless it passes."""
     from stem_compile.testing import command
 
     place, precision = _place(device, dtype)
-    arguments: dict[str, Any] = {"options": backend_options(option), "properties": properties or None, "max_examples": examples, "expected": expected}
+    arguments: dict[str, Any] = {
+        "options": backend_options(option),
+        "properties": properties or None,
+        "max_examples": examples,
+        "expected": expected,
+    }
     arguments |= {"seed": seed, "seconds": None if minutes is None else 60 * minutes}
     if html is not None:
         _writable(html.parent, "--html")
     with _progress() as bar:
         task = bar.add_task("loading", total=None)
         report = command.check(
-            target, place, precision, text, lambda what, done, total: bar.update(task, description=what, completed=done, total=total), **arguments
+            target,
+            place,
+            precision,
+            text,
+            lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+            **arguments,
         )
     if html is not None:
         report.write(html)
@@ -185,7 +244,8 @@ def check(
 
 
 def backend_options(pairs: list[str] | None) -> dict[str, Any]:
-    """Options of the backend from NAME=VALUE texts. Raises Mendable for a wrong name or value, before anything is loaded."""
+    """Options of the backend from NAME=VALUE texts. Raises Mendable for a wrong name or value, before anything is
+    loaded."""
     from stem_compile.config import OptionError, written_options
 
     try:
@@ -197,7 +257,7 @@ def backend_options(pairs: list[str] | None) -> dict[str, Any]:
 def _place(device: str, dtype: str) -> tuple[str, torch.dtype]:
     import torch
 
-    from stem_compile.demo.target import default_device, default_dtype
+    from stem_compile.bench.target import default_device, default_dtype
 
     place = device or default_device()
     try:
@@ -219,6 +279,7 @@ def _writable(path: Path, option: str) -> None:
 
 
 def _progress() -> Progress:
-    # stderr, so that --json prints nothing but JSON on stdout; as it is now, so that nobody's redirection of it hides the bar.
+    # stderr, so that --json prints nothing but JSON on stdout; as it is now, so that nobody's redirection of it hides
+    # the bar.
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     return Progress(*columns, console=Console(file=sys.stderr), transient=True, refresh_per_second=4)

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stem_compile import policies
-from stem_compile.selection import SelectionSpec
+from stem_compile.selection import SelectionSpec, policies
 
 INNER = ("inductor", "aot_eager", "eager")
 MODES = ("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -29,26 +28,36 @@ class OptionError(ValueError):
 
 @dataclass(frozen=True)
 class StemConfig:
-    """Options of ``torch.compile(model, backend="stem", options={...})``. Frozen and hashable; wrong values raise ``OptionError``.
+    """Options of ``torch.compile(model, backend="stem", options={...})``. Frozen and hashable; wrong values raise
+    ``OptionError``.
 
-    policy: how blocks are chosen: "stem" (TPD budgets, output-aware scores), "output_aware" (the same scores, one budget for all rows, without a
-    causal order too) or "dense" (all of them, through the same kernels).
+    policy: how blocks are chosen: "stem" (TPD budgets, output-aware scores), "output_aware" (the same scores, one
+    budget for all rows, without a causal order too) or "dense" (all of them, through the same kernels).
     budget: part of the causal block pairs to compute, in (0, 1]; None is the published length schedule.
     mu: budget of the last row relative to the first (Eq. 3). beta: weight of the values' norms in block scores (Eq. 7).
-    metric: "paper" is Eq. 7; "released" z-scores the norms over the sequence, as the authors' code does (later tokens are seen).
-    pooling: "mean" over the anti-diagonal cells of a block pair (published, cheap) or their "max" (selects better, costs more). None: "mean"
-    under the published schedule, "max" with ``budget=``; docs/design.md says what was measured.
-    score_dtype: "fp8" computes the block scores of max pooling from e4m3 copies of q and k where the GPU has such matrix units (Hopper; elsewhere
-    it changes nothing): about 40% less time, nearly the same blocks. The attention itself stays in the model's dtype.
-    stride: tokens a group in the pooling. block_size: queries a row block. key_block_size: keys a block; None is block_size.
-    sink_blocks, local_blocks: first and last blocks of a row that are always computed, in units of block_size. None: the published 4 and 4
-    under the published schedule, 1 and 2 with ``budget=``, where fixed blocks would eat what is asked for.
+    metric: "paper" is Eq. 7; "released" z-scores the norms over the sequence, as the authors' code does (later tokens
+    are seen).
+    pooling: "mean" over the anti-diagonal cells of a block pair (published, cheap) or their "max" (selects better,
+    costs more). None: "mean" under the published schedule, "max" with ``budget=``; docs/design.md says what was
+    measured.
+    score_dtype: "fp8" computes the block scores of max pooling from e4m3 copies of q and k where the GPU has such
+    matrix units (Hopper; elsewhere it changes nothing): about 40% less time, nearly the same blocks. The attention
+    itself stays in the model's dtype.
+    stride: tokens a group in the pooling. block_size: queries a row block. key_block_size: keys a block; None is
+    block_size.
+    sink_blocks, local_blocks: first and last blocks of a row that are always computed, in units of block_size. None:
+    the published 4 and 4 under the published schedule, 1 and 2 with ``budget=``, where fixed blocks would eat what is
+    asked for.
     dense_layers: that many first attentions of the model stay dense, or the indices of those that do.
-    min_length: prompts with fewer keys stay dense; None lets the policy decide and, on a GPU, a measurement (kernels/crossover.py).
-    prompt_length: tokens of the whole prompt when it is prefilled in chunks, so that chunks select as one shot would; None is each call's length.
-    inner: the backend that gets the rewritten graph. mode: Inductor's mode ("reduce-overhead", "max-autotune", ...), since torch.compile
-    takes either ``mode=`` or ``options=``. fallback: "dense" leaves an attention that cannot be rewritten as it is, "error" raises.
-    fuel: rewrite only the first ``fuel`` attentions, to bisect a wrong answer; None is all. verify: check every pass's result (slow).
+    min_length: prompts with fewer keys stay dense; None lets the policy decide and, on a GPU, a measurement
+    (kernels/crossover.py).
+    prompt_length: tokens of the whole prompt when it is prefilled in chunks, so that chunks select as one shot would;
+    None is each call's length.
+    inner: the backend that gets the rewritten graph. mode: Inductor's mode ("reduce-overhead", "max-autotune", ...),
+    since torch.compile takes either ``mode=`` or ``options=``. fallback: "dense" leaves an attention that cannot be
+    rewritten as it is, "error" raises.
+    fuel: rewrite only the first ``fuel`` attentions, to bisect a wrong answer; None is all. verify: check every pass's
+    result (slow).
     """
 
     policy: str = "stem"
@@ -91,8 +100,17 @@ class StemConfig:
         _number("mu", self.mu, 0, 1)
         _number("beta", self.beta, 0, 1e6)
         if self.budget is not None and not (_is_number(self.budget) and 0 < self.budget <= 1):
-            raise OptionError(f"budget={self.budget!r}: a part of the causal block pairs in (0, 1], or None for the published length schedule")
-        for name, low in (("sink_blocks", 0), ("local_blocks", 1), ("min_length", 0), ("prompt_length", 1), ("fuel", 0)):
+            raise OptionError(
+                f"budget={self.budget!r}: a part of the causal block pairs in (0, 1], or None for the published length"
+                " schedule"
+            )
+        for name, low in (
+            ("sink_blocks", 0),
+            ("local_blocks", 1),
+            ("min_length", 0),
+            ("prompt_length", 1),
+            ("fuel", 0),
+        ):
             value = getattr(self, name)
             if value is None and _FIELDS[name].default is None:
                 continue
@@ -100,7 +118,10 @@ class StemConfig:
                 raise OptionError(f"{name}={value!r}: an integer of at least {low}")
         layers = self.dense_layers if isinstance(self.dense_layers, tuple) else (self.dense_layers,)
         if not all(_is_integer(n) and n >= 0 for n in layers):
-            raise OptionError(f"dense_layers={self.dense_layers!r}: a number of first attentions, or a tuple of attention indices, none negative")
+            raise OptionError(
+                f"dense_layers={self.dense_layers!r}: a number of first attentions, or a tuple of attention indices,"
+                " none negative"
+            )
         if not isinstance(self.verify, bool):
             raise OptionError(f"verify={self.verify!r}: True or False")
 

@@ -1,6 +1,8 @@
-"""``stem_compile.explain(model, options)(*args, **kwargs)``: what was found, what was rewritten and what was refused, and why.
+"""``stem_compile.explain(model, options)(*args, **kwargs)``: what was found, what was rewritten and what was refused,
+and why.
 
-It runs the model once through the backend, like ``torch._dynamo.explain``. Densities are those of the blocks really selected in that run.
+It runs the model once through the backend, like ``torch._dynamo.explain``. Densities are those of the blocks really
+selected in that run.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ from typing import Any
 import torch
 
 from stem_compile.config import StemConfig
+from stem_compile.passes.graph.values import module_path, value
+from stem_compile.passes.sites import AttentionSite, Rejected
 from stem_compile.selection import observe
-from stem_compile.sites import AttentionSite, Rejected, module_path, value
 
 
 @dataclass
@@ -26,7 +29,8 @@ class Explanation:
     words: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """{"graphs": n, "sites": [{"name", "decision", "reason", "mask", "density", "kernel", "q_shape", "k_shape", "v_shape"}, ...]}."""
+        """{"graphs": n, "sites": [{"name", "decision", "reason", "mask", "density", "kernel", "q_shape", "k_shape",
+        "v_shape"}, ...]}."""
         return {"graphs": self.graphs, "sites": [dict(s) for s in self.sites]}
 
     def __str__(self) -> str:
@@ -50,8 +54,11 @@ def _cell(item: Any) -> str:
     return "x".join(map(str, item)) if isinstance(item, tuple | list) else str(item)
 
 
-def explain(model: Callable[..., Any], options: Mapping[str, Any] | StemConfig | None = None) -> Callable[..., Explanation]:
-    """Function of the model's arguments that compiles and runs ``model`` once and tells what happened to every attention.
+def explain(
+    model: Callable[..., Any], options: Mapping[str, Any] | StemConfig | None = None
+) -> Callable[..., Explanation]:
+    """Function of the model's arguments that compiles and runs ``model`` once and tells what happened to every
+    attention.
 
     Raises OptionError for wrong options. Nothing is left compiled: Dynamo is reset before and after.
     """
@@ -70,7 +77,12 @@ def explain(model: Callable[..., Any], options: Mapping[str, Any] | StemConfig |
                 explanation.words.append(hit.words if isinstance(hit, Rejected) else "")
 
         torch._dynamo.reset()
-        compiled = torch.compile(model, backend=lambda module, inputs: backend.stem(module, inputs, options=dataclasses.replace(config, inner="eager")))
+        compiled = torch.compile(
+            model,
+            backend=lambda module, inputs: backend.stem(
+                module, inputs, options=dataclasses.replace(config, inner="eager")
+            ),
+        )
         with backend.listen(record), observe(lambda made: densities.append(made.density)):
             compiled(*args, **kwargs)
         torch._dynamo.reset()
@@ -94,6 +106,18 @@ def _size(size: Any) -> Any:
     return size if isinstance(size, int) else str(size)
 
 
-def _dict(name: str, decision: str, reason: str | None, mask: str | None, kernel: str | None, shapes: tuple[Any, ...]) -> dict[str, Any]:
+def _dict(
+    name: str, decision: str, reason: str | None, mask: str | None, kernel: str | None, shapes: tuple[Any, ...]
+) -> dict[str, Any]:
     q, k, v = shapes
-    return {"name": name, "decision": decision, "reason": reason, "mask": mask, "density": None, "kernel": kernel, "q_shape": q, "k_shape": k, "v_shape": v}
+    return {
+        "name": name,
+        "decision": decision,
+        "reason": reason,
+        "mask": mask,
+        "density": None,
+        "kernel": kernel,
+        "q_shape": q,
+        "k_shape": k,
+        "v_shape": v,
+    }

@@ -1,9 +1,10 @@
-"""The ``stem::`` operators: schemas and shapes. ``kernels/launch.py`` implements them; nothing here imports triton or kernels.
+"""The ``stem::`` operators: schemas and shapes. ``kernels/launch.py`` implements them; nothing here imports triton or
+kernels.
 
-A graph after insert_selection holds ``oam_scores -> tpd_select -> sparse_attention``; lowering fuses the first two into ``select`` where the
-device has a kernel for it. ``blind_rows`` is there where rows without a visible key are not to give 0. Masks, scores and selections travel as
-text (``masks.encode``, ``Score.text``, ``SelectionSpec.text``), their runtime parts as ``tensors`` (T0, T1, ... of mask and score) and ``scalars``
-(S0, S1, ...).
+A graph after insert_selection holds ``oam_scores -> tpd_select -> sparse_attention``; lowering fuses the first two into
+``select`` where the device has a kernel for it. ``blind_rows`` is there where rows without a visible key are not to
+give 0. Masks, scores and selections travel as text (``masks.encode``, ``Score.text``, ``SelectionSpec.text``), their
+runtime parts as ``tensors`` (T0, T1, ... of mask and score) and ``scalars`` (S0, S1, ...).
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from typing import Any
 
 import torch
 
-from stem_compile import masks, selection, tpd
-from stem_compile.blocks import cdiv
-from stem_compile.symbolic import H
+from stem_compile import selection
+from stem_compile.algebra import masks
+from stem_compile.algebra.blocks import cdiv
+from stem_compile.algebra.symbolic import H
+from stem_compile.selection import tpd
 
 LIBRARY = torch.library.Library("stem", "DEF")
 REFERENCE = "reference"
@@ -23,11 +26,20 @@ REFERENCE = "reference"
 _MASK = "Tensor[] tensors, SymInt[] scalars, str mask"
 _TAGS = (torch.Tag.needs_exact_strides,) if hasattr(torch.Tag, "needs_exact_strides") else ()
 
-LIBRARY.define(f"oam_scores(Tensor q, Tensor k, Tensor v, {_MASK}, float scale, str spec, str score='') -> Tensor", tags=_TAGS)
-LIBRARY.define(f"tpd_select(Tensor scores, Tensor q, Tensor k, {_MASK}, str spec) -> (Tensor indices, Tensor counts)", tags=_TAGS)
-LIBRARY.define(f"select(Tensor q, Tensor k, Tensor v, {_MASK}, float scale, str spec, str kernel, str score='') -> (Tensor indices, Tensor counts)", tags=_TAGS)
 LIBRARY.define(
-    f"sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, {_MASK}, float scale, str spec, str kernel, str score='') -> Tensor",
+    f"oam_scores(Tensor q, Tensor k, Tensor v, {_MASK}, float scale, str spec, str score='') -> Tensor", tags=_TAGS
+)
+LIBRARY.define(
+    f"tpd_select(Tensor scores, Tensor q, Tensor k, {_MASK}, str spec) -> (Tensor indices, Tensor counts)", tags=_TAGS
+)
+LIBRARY.define(
+    f"select(Tensor q, Tensor k, Tensor v, {_MASK}, float scale, str spec, str kernel, str score='') -> (Tensor"
+    " indices, Tensor counts)",
+    tags=_TAGS,
+)
+LIBRARY.define(
+    f"sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, {_MASK}, float scale, str spec, str"
+    " kernel, str score='') -> Tensor",
     tags=_TAGS,
 )
 LIBRARY.define(f"blind_rows(Tensor q, Tensor k, {_MASK}) -> Tensor")
@@ -40,7 +52,8 @@ BLIND_ROWS = torch.ops.stem.blind_rows.default
 
 
 def attention_output(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Uninitialised [B, H, q_len, dv] whose memory is [B, q_len, H, dv]: the transpose and reshape that follow attention cost nothing."""
+    """Uninitialised [B, H, q_len, dv] whose memory is [B, q_len, H, dv]: the transpose and reshape that follow
+    attention cost nothing."""
     batch, heads, q_len, _ = q.shape
     return q.new_empty(batch, q_len, heads, v.shape[-1]).transpose(1, 2)
 
@@ -55,21 +68,48 @@ def _fake(name: str) -> Any:
 
 
 @_fake("oam_scores")  # type: ignore[untyped-decorator]
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Any, scalars: Any, mask: str, scale: float, spec: str, score: str = "") -> torch.Tensor:
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tensors: Any,
+    scalars: Any,
+    mask: str,
+    scale: float,
+    spec: str,
+    score: str = "",
+) -> torch.Tensor:
     chosen = selection.parse(spec)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape[0], q.shape[1], cdiv(q.shape[2], chosen.block_q), cdiv(k.shape[2], chosen.block_k), dtype=dtype)
+    return q.new_empty(
+        q.shape[0], q.shape[1], cdiv(q.shape[2], chosen.block_q), cdiv(k.shape[2], chosen.block_k), dtype=dtype
+    )
 
 
 @_fake("tpd_select")  # type: ignore[untyped-decorator]
-def _(scores: torch.Tensor, q: torch.Tensor, k: torch.Tensor, tensors: Any, scalars: Any, mask: str, spec: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _(
+    scores: torch.Tensor, q: torch.Tensor, k: torch.Tensor, tensors: Any, scalars: Any, mask: str, spec: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     return _lists(scores, scores.shape, selection.parse(spec))
 
 
 @_fake("select")  # type: ignore[untyped-decorator]
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Any, scalars: Any, mask: str, scale: float, spec: str, kernel: str, score: str = "") -> Any:
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tensors: Any,
+    scalars: Any,
+    mask: str,
+    scale: float,
+    spec: str,
+    kernel: str,
+    score: str = "",
+) -> Any:
     chosen = selection.parse(spec)
-    return _lists(q, (q.shape[0], q.shape[1], cdiv(q.shape[2], chosen.block_q), cdiv(k.shape[2], chosen.block_k)), chosen)
+    return _lists(
+        q, (q.shape[0], q.shape[1], cdiv(q.shape[2], chosen.block_q), cdiv(k.shape[2], chosen.block_k)), chosen
+    )
 
 
 @_fake("sparse_attention")  # type: ignore[untyped-decorator]

@@ -1,4 +1,5 @@
-"""Process-wide test set-up: Hypothesis profiles, devices, and Triton's interpreter where there is no GPU (read when triton is first imported)."""
+"""Process-wide test set-up: Hypothesis profiles, devices, and Triton's interpreter where there is no GPU (read when
+triton is first imported)."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ if not torch.cuda.is_available():
 
 _QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
 settings.register_profile("dev", deadline=None, max_examples=20, suppress_health_check=_QUIET)
-settings.register_profile("ci", deadline=None, max_examples=20, derandomize=True, print_blob=True, suppress_health_check=_QUIET)
+settings.register_profile(
+    "ci", deadline=None, max_examples=20, derandomize=True, print_blob=True, suppress_health_check=_QUIET
+)
 settings.register_profile("nightly", deadline=None, max_examples=500, suppress_health_check=_QUIET)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

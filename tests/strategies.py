@@ -1,4 +1,5 @@
-"""Hypothesis strategies: small records (shapes, seeds, options), never tensors, so that a failure shrinks to one readable line."""
+"""Hypothesis strategies: small records (shapes, seeds, options), never tensors, so that a failure shrinks to one
+readable line."""
 
 from __future__ import annotations
 
@@ -7,14 +8,15 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
-from stem_compile import masks
-from stem_compile.masks import Causal, Mask, Padding
+from stem_compile.algebra import masks
+from stem_compile.algebra.masks import Causal, Mask, Padding
 from stem_compile.selection import SelectionSpec
 
 
 @dataclass(frozen=True)
 class Case:
-    """One attention problem. prefix: keys before the first query. padding: "none", "left", "right" or "holes", per batch row."""
+    """One attention problem. prefix: keys before the first query. padding: "none", "left", "right" or "holes", per
+    batch row."""
 
     batch: int = 1
     key_heads: int = 1
@@ -41,10 +43,18 @@ class Case:
         """The same numbers in any dtype: drawn in the case's own, then cast."""
         generator = torch.Generator().manual_seed(self.seed)
         batch, heads, q_len, kv_len = self.shape
-        sizes = ((heads, q_len, self.head_dim), (self.key_heads, kv_len, self.head_dim), (self.key_heads, kv_len, self.value_dim))
+        sizes = (
+            (heads, q_len, self.head_dim),
+            (self.key_heads, kv_len, self.head_dim),
+            (self.key_heads, kv_len, self.value_dim),
+        )
         made = []
         for h, n, d in sizes:
-            x = torch.randn(batch, n, h, d, generator=generator).transpose(1, 2) if self.transposed else torch.randn(batch, h, n, d, generator=generator)
+            x = (
+                torch.randn(batch, n, h, d, generator=generator).transpose(1, 2)
+                if self.transposed
+                else torch.randn(batch, h, n, d, generator=generator)
+            )
             made.append(x.to(self.dtype).to(dtype or self.dtype))
         return made[0], made[1], made[2]
 
@@ -110,8 +120,16 @@ def terms(tensors: int = 1) -> st.SearchStrategy[Mask]:
         st.integers(-3, 40).map(Causal),
         st.integers(0, tensors - 1).map(Padding),
         st.integers(1, 30).map(lambda w: masks.predicate(masks.Q - masks.KV < w)),
-        st.integers(2, 20).map(lambda c: masks.predicate(masks.sympy.Eq(masks.symbolic.FloorDiv(masks.Q, c), masks.symbolic.FloorDiv(masks.KV, c)))),
+        st.integers(2, 20).map(
+            lambda c: masks.predicate(
+                masks.sympy.Eq(masks.symbolic.FloorDiv(masks.Q, c), masks.symbolic.FloorDiv(masks.KV, c))
+            )
+        ),
     )
     return st.recursive(
-        leaf, lambda inner: st.one_of(st.tuples(inner, inner).map(lambda p: p[0] & p[1]), st.tuples(inner, inner).map(lambda p: p[0] | p[1])), max_leaves=4
+        leaf,
+        lambda inner: st.one_of(
+            st.tuples(inner, inner).map(lambda p: p[0] & p[1]), st.tuples(inner, inner).map(lambda p: p[0] | p[1])
+        ),
+        max_leaves=4,
     )

@@ -1,4 +1,5 @@
-"""The backend as users meet it: failures leave the graph as it was, fallback="error" names the site, graphs without attention pass untouched."""
+"""The backend as users meet it: failures leave the graph as it was, fallback="error" names the site, graphs without
+attention pass untouched."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from stem_compile import backend
 from stem_compile.backend import StemError, StemWarning
 from stem_compile.passes import pipeline
-from stem_compile.sites import Reason, Rejected
+from stem_compile.passes.sites import Rejected
+from stem_compile.reasons import Reason
 
 OPTIONS: dict[str, Any] = {"min_length": 0, "budget": 1.0, "inner": "eager"}
 
@@ -62,7 +64,9 @@ def test_training_goes_on_dense() -> None:
 
 
 @pytest.mark.parametrize("step", ["match", "analyze_masks", "insert_selection", "lower", "cleanup"])
-def test_our_own_failure_leaves_the_graph_as_it_was(step: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_our_own_failure_leaves_the_graph_as_it_was(
+    step: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("planted")
 
@@ -139,7 +143,11 @@ def test_mode_reaches_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import compile_fx
 
     seen: list[Any] = []
-    monkeypatch.setattr(compile_fx, "compile_fx", lambda module, inputs, config_patches=None: seen.append(config_patches) or module.forward)
+    monkeypatch.setattr(
+        compile_fx,
+        "compile_fx",
+        lambda module, inputs, config_patches=None: seen.append(config_patches) or module.forward,
+    )
     with torch.no_grad():
         torch.compile(Block(), backend="stem", mode="max-autotune-no-cudagraphs")(X)
         torch._dynamo.reset()

@@ -16,8 +16,8 @@ pytest.importorskip("transformers")
 from typer.testing import CliRunner
 
 from stem_compile import commands
+from stem_compile.bench.packages import Mendable
 from stem_compile.demo import race
-from stem_compile.demo.packages import Mendable
 from tests.test_demo import Characters, tiny_llama
 
 STEM_EAGER = ["-o", "inner=eager", "-o", "min_length=1"]
@@ -32,7 +32,10 @@ def folder(tmp_path: Path) -> str:
 
 def shell(*args: str, block: str = "") -> subprocess.CompletedProcess[str]:
     """``stem-compile args`` in a fresh process in which package ``block`` is not installed."""
-    hide = f"import importlib.util as u; find = u.find_spec; u.find_spec = lambda n, *a: None if n == {block!r} else find(n, *a)"
+    hide = (
+        f"import importlib.util as u; find = u.find_spec; u.find_spec = lambda n, *a: None if n == {block!r} else"
+        " find(n, *a)"
+    )
     start = f"import sys; sys.argv = ['stem-compile', *{args!r}]; {hide}; from stem_compile.cli import main; main()"
     return subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, timeout=120)
 
@@ -72,14 +75,19 @@ def test_mistakes_are_one_line(args: list[str], block: str, said: str) -> None:
         (["explain", "os:getcwd", "--device", "abacus"], "--device 'abacus': Expected one of cpu, cuda"),
         (["explain", "os:getcwd", "-o", "budget="], "--option budget='': a part of"),
         (["check", "os:getcwd", "--text", "/absent/text"], "--text /absent/text: no such file"),
-        (["check", "os:getcwd", "-p", "budgets"], "--property: unknown property 'budgets'; properties: dense-equivalence"),
+        (
+            ["check", "os:getcwd", "-p", "budgets"],
+            "--property: unknown property 'budgets'; properties: dense-equivalence",
+        ),
         (["check", "os:getcwd", "--html", "/proc/absent/report.html"], "--html /proc/absent: "),
         (["demo", "--budget", "2"], "--option budget=2.0: a part of the causal block pairs in (0, 1]"),
         (["demo", "--out", "/proc/absent"], "--out /proc/absent: "),
     ],
 )
-def test_mistakes_are_said_before_the_work(args: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stem_compile.demo.target.smollm", lambda device, dtype: pytest.fail("too late"))
+def test_mistakes_are_said_before_the_work(
+    args: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stem_compile.bench.target.smollm", lambda device, dtype: pytest.fail("too late"))
     places = {"empty": str(tmp_path / "empty"), "unknown": str(tmp_path / "unknown")}
     for place in places.values():
         Path(place).mkdir()
@@ -98,7 +106,12 @@ def test_a_folder_without_weights_is_explained_with_random_ones(tmp_path: Path) 
 
 def test_option_values_are_python_or_text() -> None:
     given = ["budget=0.25", "pooling=max", "dense_layers=(0, 1)", "min_length=None"]
-    assert commands.backend_options(given) == {"budget": 0.25, "pooling": "max", "dense_layers": (0, 1), "min_length": None}
+    assert commands.backend_options(given) == {
+        "budget": 0.25,
+        "pooling": "max",
+        "dense_layers": (0, 1),
+        "min_length": None,
+    }
     with pytest.raises(Mendable, match="budget"):
         commands.backend_options(["budget=2"])
 
@@ -118,9 +131,24 @@ def test_demo_writes_table_chart_and_numbers(tmp_path: Path, monkeypatch: pytest
 
     everyone = race.contenders
     monkeypatch.setattr(race, "contenders", without_inductor)
-    monkeypatch.setattr("stem_compile.demo.target.smollm", lambda device, dtype: (tiny_llama(vocab=256), Characters()))
+    monkeypatch.setattr("stem_compile.bench.target.smollm", lambda device, dtype: (tiny_llama(vocab=256), Characters()))
     monkeypatch.setattr("stem_compile.demo.text.documentation", lambda: "plain text " * 500)
-    done = CliRunner().invoke(commands.app, ["demo", "--tokens", "2048", "--budget", "0.5", "--repeats", "1", "--out", str(tmp_path), *STEM_EAGER, *FEW_FORCED])
+    done = CliRunner().invoke(
+        commands.app,
+        [
+            "demo",
+            "--tokens",
+            "2048",
+            "--budget",
+            "0.5",
+            "--repeats",
+            "1",
+            "--out",
+            str(tmp_path),
+            *STEM_EAGER,
+            *FEW_FORCED,
+        ],
+    )
     assert done.exit_code == 0, done.output
     assert (tmp_path / "demo.png").stat().st_size > 10_000
     assert "stem, budget 0.5" in (tmp_path / "demo.md").read_text()

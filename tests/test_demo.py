@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from stem_compile.demo import chart, machine
-from stem_compile.demo.bench import bench, table
-from stem_compile.demo.measure import CHUNK, Prefill, greedy, predictions, run
-from stem_compile.demo.packages import Mendable, MissingPackage, need
+from stem_compile.bench import machine
+from stem_compile.bench.measure import CHUNK, Prefill, greedy, predictions, run
+from stem_compile.bench.packages import Mendable, MissingPackage, need
+from stem_compile.bench.speed import bench, table
+from stem_compile.bench.target import load, smollm
+from stem_compile.demo import chart
 from stem_compile.demo.race import Contender, Result, Stage, contenders, race
 from stem_compile.demo.report import COLUMNS, Report, memory, seconds
-from stem_compile.demo.target import load, smollm
 from stem_compile.demo.text import KEY, NEEDLE, QUESTION, Prompt, documentation, prompt
 
 transformers = pytest.importorskip("transformers")
@@ -33,7 +34,14 @@ class Characters:
 
 def tiny_llama(vocab: int = 64) -> Any:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": vocab}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": vocab,
+    }
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, max_position_embeddings=4096)).eval()
 
 
@@ -82,7 +90,9 @@ def test_greedy_is_generate() -> None:
     ids = torch.randint(0, 64, (1, 20))
     with torch.inference_mode():
         logits, _, cache = Prefill(model)(ids)
-        generated = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, eos_token_id=None)
+        generated = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, eos_token_id=None
+        )
     assert greedy(model, logits, cache, 4) == generated[0, 20:].tolist()
 
 
@@ -151,7 +161,17 @@ def report() -> Report:
 
 def test_report_rows_and_json_agree(report: Report, tmp_path: Path) -> None:
     assert report.rows()[0] == ("eager", "5.0 s", "1.00x", "3.00 GiB", "100%", "2.000 (NLL)", "100.0%", "found", "-")
-    assert report.rows()[2] == ("stem, budget 0.25", "2.0 s", "2.50x", "500 MiB", "26%", "+0.010", "95.5%", "not found", "30.0 s")
+    assert report.rows()[2] == (
+        "stem, budget 0.25",
+        "2.0 s",
+        "2.50x",
+        "500 MiB",
+        "26%",
+        "+0.010",
+        "95.5%",
+        "not found",
+        "30.0 s",
+    )
     assert report.markdown().splitlines()[0].count("|") == len(COLUMNS) + 1
     report.write(tmp_path / "demo.json")
     written = json.loads((tmp_path / "demo.json").read_text())
@@ -176,7 +196,7 @@ def test_units() -> None:
 def test_missing_packages_are_named_with_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MissingPackage, match="pip install no_such_package"):
         need("torch", "no_such_package")
-    monkeypatch.setattr("stem_compile.demo.target.SMOLLM", "no_such_model")
+    monkeypatch.setattr("stem_compile.bench.target.SMOLLM", "no_such_model")
     with pytest.raises(MissingPackage, match="no_such_model"):
         smollm("cpu", torch.float32)
 
@@ -195,16 +215,23 @@ def test_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = load("mine:make", "cpu", torch.float32)
     args, kwargs = made.inputs(9)
     assert made.model(*args, **kwargs).shape == (1, 9, 8)
-    for wrong, said in (("mine:bare", "tokens"), ("mine:absent", "absent"), ("absent:x", "absent"), (str(tmp_path / "x.gguf"), "no such file")):
+    for wrong, said in (
+        ("mine:bare", "tokens"),
+        ("mine:absent", "absent"),
+        ("absent:x", "absent"),
+        (str(tmp_path / "x.gguf"), "no such file"),
+    ):
         with pytest.raises(Mendable, match=said):
             load(wrong, "cpu", torch.float32)
 
 
 def test_bench_compares_at_every_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_llama().save_pretrained(tmp_path / "model")
-    monkeypatch.setattr("stem_compile.demo.bench.RIVALS", (Contender("eager"),))
+    monkeypatch.setattr("stem_compile.bench.speed.RIVALS", (Contender("eager"),))
     target = load(str(tmp_path / "model"), "cpu", torch.float32)
-    rows = list(bench(target, [256, 512], {"inner": "eager", "budget": 1.0, "min_length": 1}, 1, "cpu", lambda what: None))
+    rows = list(
+        bench(target, [256, 512], {"inner": "eager", "budget": 1.0, "min_length": 1}, 1, "cpu", lambda what: None)
+    )
     assert [(r.tokens, r.name) for r in rows] == [(256, "eager"), (256, "stem"), (512, "eager"), (512, "stem")]
     assert all(r.difference < 1e-4 for r in rows)
     assert all(r.density == 1.0 for r in rows if r.name == "stem")

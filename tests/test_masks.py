@@ -1,4 +1,5 @@
-"""The algebra: text round trips, block classification is sound, candidates are exact, and masks refuse to be truth values."""
+"""The algebra: text round trips, block classification is sound, candidates are exact, and masks refuse to be truth
+values."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stem_compile import blocks, masks, symbolic
-from stem_compile.masks import Block, Causal, Full, Mask, Padding
-from stem_compile.symbolic import KV, Q
+from stem_compile.algebra import blocks, masks, symbolic
+from stem_compile.algebra.masks import Block, Causal, Full, Mask, Padding
+from stem_compile.algebra.symbolic import KV, Q
 from tests.strategies import Case, cases, terms
 
 SHAPE = (2, 1, 37, 45)
@@ -49,7 +50,10 @@ def test_classification_is_sound(mask: Mask, row: int, rows: int, key: int, keys
     assert found is not Block.EMPTY or not block.any()
 
 
-@pytest.mark.parametrize(("rows", "keys", "expected"), [((0, 8), (8, 16), Block.EMPTY), ((8, 16), (8, 16), Block.PARTIAL), ((8, 16), (0, 8), Block.FULL)])
+@pytest.mark.parametrize(
+    ("rows", "keys", "expected"),
+    [((0, 8), (8, 16), Block.EMPTY), ((8, 16), (8, 16), Block.PARTIAL), ((8, 16), (0, 8), Block.FULL)],
+)
 def test_causal_blocks_are_told_exactly(rows: tuple[int, int], keys: tuple[int, int], expected: Block) -> None:
     assert Causal().classify(rows, keys, SHAPE) is expected
 
@@ -76,7 +80,9 @@ def test_text_that_is_no_mask_is_refused() -> None:
 @given(cases(), st.sampled_from((16, 64)), st.sampled_from((16, 32)))
 def test_candidates_are_exact(case: Case, block_q: int, block_k: int) -> None:
     mask, tensors = case.mask()
-    found = blocks.candidates(mask, case.shape, tensors, [], block_q, block_k, "cpu").expand(case.batch, case.shape[1], -1, -1)
+    found = blocks.candidates(mask, case.shape, tensors, [], block_q, block_k, "cpu").expand(
+        case.batch, case.shape[1], -1, -1
+    )
     visible = mask.dense(case.shape, tensors).expand(case.shape)
     rows, columns = blocks.cdiv(case.q_len, block_q), blocks.cdiv(case.shape[3], block_k)
     padded = torch.nn.functional.pad(visible, (0, columns * block_k - case.shape[3], 0, rows * block_q - case.q_len))

@@ -1,4 +1,5 @@
-"""Memory on a CPU: 32,768 tokens with a padding mask given, where the mask alone would take a gibibyte as a bool tensor of N x N."""
+"""Memory on a CPU: 32,768 tokens with a padding mask given, where the mask alone would take a gibibyte as a bool tensor
+of N x N."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Models of transformers through ``backend="stem"``: one graph, every layer rewritten, eager's outputs at ``budget=1.0``."""
+"""Models of transformers through ``backend="stem"``: one graph, every layer rewritten, eager's outputs at
+``budget=1.0``."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ import torch
 
 import stem_compile
 from stem_compile import backend
+from stem_compile.passes.graph.values import value
 from stem_compile.passes.pipeline import Rewrite
-from stem_compile.sites import value
 from tests.models import LAYERS, NAMES, build, left_padding, tokens
 from tests.numerics import assert_within
 
@@ -80,9 +81,9 @@ def test_a_second_call_on_a_cached_prefix(name: str) -> None:
 def test_explain_tells_every_layer() -> None:
     ids, mask = tokens(LENGTH), left_padding(LENGTH)
     with torch.no_grad():
-        told = stem_compile.explain(build("llama"), {"budget": 0.5, "min_length": 0, "block_size": 64, "sink_blocks": 1, "local_blocks": 1})(
-            ids, attention_mask=mask
-        )
+        told = stem_compile.explain(
+            build("llama"), {"budget": 0.5, "min_length": 0, "block_size": 64, "sink_blocks": 1, "local_blocks": 1}
+        )(ids, attention_mask=mask)
     data = told.to_dict()
     assert data["graphs"] == 1
     assert [s["name"] for s in data["sites"]] == [f"model.layers.{i}.self_attn" for i in range(LAYERS)]
@@ -104,7 +105,9 @@ def test_explain_says_why_not() -> None:
 
 def test_no_tensor_of_n_by_n_is_left() -> None:
     with torch.no_grad(), rewrites() as made:
-        torch.compile(build("llama"), backend="stem", options=OPTIONS)(tokens(LENGTH), attention_mask=left_padding(LENGTH), use_cache=False)
+        torch.compile(build("llama"), backend="stem", options=OPTIONS)(
+            tokens(LENGTH), attention_mask=left_padding(LENGTH), use_cache=False
+        )
     shapes = [tuple(value(n).shape) for n in made[0].module.graph.nodes if isinstance(value(n), torch.Tensor)]
     assert shapes
     assert not [s for s in shapes if s[-2:] == (LENGTH, LENGTH)]
@@ -142,7 +145,9 @@ def test_symbolic_chunks_on_a_cache() -> None:
 def test_other_inner_backends(inner: str) -> None:
     model, ids = build("llama"), tokens(LENGTH)
     with torch.no_grad():
-        ours = torch.compile(model, backend="stem", options={**OPTIONS, "inner": inner}, fullgraph=True)(ids, attention_mask=left_padding(LENGTH)).logits
+        ours = torch.compile(model, backend="stem", options={**OPTIONS, "inner": inner}, fullgraph=True)(
+            ids, attention_mask=left_padding(LENGTH)
+        ).logits
         eager = model(ids, attention_mask=left_padding(LENGTH)).logits
         golden = build("llama", torch.float64)(ids, attention_mask=left_padding(LENGTH)).logits
     assert_within(ours[1], golden[1], eager[1])

@@ -7,8 +7,8 @@ import math
 import torch
 from hypothesis import given, settings
 
-from stem_compile import blocks, oam
-from stem_compile.selection import SelectionSpec
+from stem_compile.algebra import blocks
+from stem_compile.selection import SelectionSpec, oam
 from tests.strategies import Case, cases, specs
 
 
@@ -66,7 +66,9 @@ def test_scores_are_fp32_and_finite_where_there_is_a_candidate(case: Case, spec:
     q, k, v = case.qkv()
     mask, tensors = case.mask()
     found = blocks.candidates(mask, case.shape, tensors, [], spec.block_q, spec.block_k, "cpu")
-    ours = oam.oam_scores(q, k, v, blocks.key_visible(mask, case.shape, tensors, [], torch.device("cpu")), found, spec, case.scale)
+    ours = oam.oam_scores(
+        q, k, v, blocks.key_visible(mask, case.shape, tensors, [], torch.device("cpu")), found, spec, case.scale
+    )
     assert ours.dtype == torch.float32
     assert torch.equal(ours > -torch.inf, found.expand(ours.shape))
     assert not ours.isnan().any()

@@ -1,4 +1,5 @@
-"""``policy="output_aware"``: bidirectional attention under one budget a row, and the same policy on causal attention."""
+"""``policy="output_aware"``: bidirectional attention under one budget a row, and the same policy on causal
+attention."""
 
 from __future__ import annotations
 
@@ -6,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stem_compile import policies, selection, tpd
-from stem_compile.selection import FULL, SelectionSpec
-from stem_compile.sites import Reason, Rejected
+from stem_compile import selection
+from stem_compile.passes.sites import Rejected
+from stem_compile.reasons import Reason
+from stem_compile.selection import FULL, SelectionSpec, policies, tpd
 from tests.passes.capture import rewritten
 
 
@@ -20,7 +22,9 @@ def _qkv(n: int = 640) -> tuple[torch.Tensor, ...]:
 def test_an_encoder_is_rewritten_for_who_asks(budget: float) -> None:
     made: list[selection.Observed] = []
     with selection.observe(made.append):
-        result, out = rewritten(F.scaled_dot_product_attention, _qkv(), policy="output_aware", budget=budget, block_size=64)
+        result, out = rewritten(
+            F.scaled_dot_product_attention, _qkv(), policy="output_aware", budget=budget, block_size=64
+        )
     assert [s.words for s in result.sites] == ["full"]
     assert made[0].density == (1.0 if budget == 1.0 else pytest.approx(0.3, abs=0.15))
     if budget == 1.0:

@@ -1,4 +1,5 @@
-"""Whole models whose attention is more than causal SDPA: rewritten, told in the right words, equal to eager at budget 1.0, exact at 0.25.
+"""Whole models whose attention is more than causal SDPA: rewritten, told in the right words, equal to eager at budget
+1.0, exact at 0.25.
 
 At 0.25 "exact" is against the reference under the same selection, attention by attention, in fp64.
 """
@@ -14,12 +15,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from benchmarks.zoo import Wide
-from stem_compile import backend, masks, scores, selection
+from stem_compile import backend, selection
+from stem_compile.algebra import masks, scores
+from stem_compile.algebra.blocks import cdiv
 from stem_compile.backend import Rewrite
-from stem_compile.blocks import cdiv
 from stem_compile.kernels import reference
-from stem_compile.kernels.targets import cpu
-from stem_compile.sites import Rejected
+from stem_compile.kernels.targets.cpu import target as cpu
+from stem_compile.passes.sites import Rejected
 
 LENGTH = 300
 Inputs = Callable[[Any], dict[str, Any]]
@@ -67,7 +69,14 @@ class Model:
 
     def build(self) -> Any:
         torch.manual_seed(0)
-        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128, "pad_token_id": 0}
+        sizes = {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "vocab_size": 128,
+            "pad_token_id": 0,
+        }
         config = AutoConfig.for_model(self.kind, **{**sizes, "max_position_embeddings": 1024, **self.config})
         return AutoModelForCausalLM.from_config(config, attn_implementation=self.implementation).eval()
 
@@ -75,41 +84,76 @@ class Model:
 GROUPED = {"num_key_value_heads": 2, "head_dim": 16}
 WINDOWS = {**GROUPED, "sliding_window": 64}
 MLA = {
-    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 24, "n_routed_experts": 4,
-    "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4,
-}  # fmt: skip
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 24,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+}
 WINDOW = "causal & sliding window of 64 & padding"
 PLAIN = "causal & padding"
 MODELS = {
     "gemma2": Model("gemma2", (f"{WINDOW}, softcap 50", f"{PLAIN}, softcap 50"), "eager", config=WINDOWS),
-    "gemma3": Model("gemma3_text", (WINDOW, PLAIN), config={**WINDOWS, "layer_types": ["sliding_attention", "full_attention"]}),
-    "gpt_oss": Model("gpt_oss", (f"{WINDOW}, sink", f"{PLAIN}, sink"), "eager", config={**WINDOWS, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gemma3": Model(
+        "gemma3_text", (WINDOW, PLAIN), config={**WINDOWS, "layer_types": ["sliding_attention", "full_attention"]}
+    ),
+    "gpt_oss": Model(
+        "gpt_oss",
+        (f"{WINDOW}, sink", f"{PLAIN}, sink"),
+        "eager",
+        config={**WINDOWS, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     "bloom": Model("bloom", (f"{PLAIN}, bias from a tensor",), "eager", config={"n_layer": 2, "n_head": 4}),
     "mpt": Model(
-        "mpt", (f"{PLAIN}, position bias linear in the distance",), "eager", config={"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 512}
+        "mpt",
+        (f"{PLAIN}, position bias linear in the distance",),
+        "eager",
+        config={"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 512},
     ),
     "llama4": Model(
-        "llama4_text", ("causal & chunks of 64 & padding", PLAIN),
-        config={**GROUPED, "attention_chunk_size": 64, "num_local_experts": 2, "intermediate_size_mlp": 96, "num_hidden_layers": 4},
+        "llama4_text",
+        ("causal & chunks of 64 & padding", PLAIN),
+        config={
+            **GROUPED,
+            "attention_chunk_size": 64,
+            "num_local_experts": 2,
+            "intermediate_size_mlp": 96,
+            "num_hidden_layers": 4,
+        },
     ),
     "deepseek_v3": Model("deepseek_v3", (PLAIN,), config=MLA),
     "deepseek_v3 by hand": Model("deepseek_v3", (PLAIN,), "eager", config=MLA),
-    "gptj": Model("gptj", (PLAIN,), "eager", config={"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 512}),
+    "gptj": Model(
+        "gptj", (PLAIN,), "eager", config={"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 512}
+    ),
     "gpt_neo": Model(
-        "gpt_neo", ("causal & given as a tensor & padding", "causal & padding & given as a tensor"), "eager",
+        "gpt_neo",
+        ("causal & given as a tensor & padding", "causal & padding & given as a tensor"),
+        "eager",
         config={"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 32},
         everywhere=False,  # it adds two masks up: a padded row weighs the keys that only one of them hides
     ),
     "packed positions": Model("llama", ("documents & causal by positions",), inputs=packed, config=GROUPED),
-    "packed positions by hand": Model("llama", ("documents & causal by positions",), "eager", inputs=packed, config=GROUPED),
+    "packed positions by hand": Model(
+        "llama", ("documents & causal by positions",), "eager", inputs=packed, config=GROUPED
+    ),
     "left padding": Model("llama", (PLAIN,), config=GROUPED),
     "static cache": Model("llama", ("causal", "causal(offset=T0())"), inputs=static, config=GROUPED),
     "static cache, windows": Model("mistral", ("causal & sliding window of 64",), inputs=static, config=WINDOWS),
     "second chunk": Model("llama", ("causal(offset=170)",), inputs=second_chunk, config=GROUPED),
     "second chunk, windows": Model(
-        "mistral", ("causal(offset=63) & sliding window of 64", "causal(offset=170) & sliding window of 64"), inputs=second_chunk, config=WINDOWS
+        "mistral",
+        ("causal(offset=63) & sliding window of 64", "causal(offset=170) & sliding window of 64"),
+        inputs=second_chunk,
+        config=WINDOWS,
     ),
-}  # fmt: skip
+}
 
 
 def run(model: Any, inputs: dict[str, Any], budget: float) -> tuple[torch.Tensor, Rewrite]:
@@ -117,7 +161,14 @@ def run(model: Any, inputs: dict[str, Any], budget: float) -> tuple[torch.Tensor
     ids = torch.randint(1, 100, (2, LENGTH), generator=torch.Generator().manual_seed(0))
     made: list[Rewrite] = []
     torch._dynamo.reset()
-    options = {"budget": budget, "min_length": 0, "inner": "eager", "verify": True, "block_size": 64, "key_block_size": 32}
+    options = {
+        "budget": budget,
+        "min_length": 0,
+        "inner": "eager",
+        "verify": True,
+        "block_size": 64,
+        "key_block_size": 32,
+    }
     with backend.listen(made.append):
         out = torch.compile(model, backend="stem", options=options)(ids, **inputs).logits
     assert len(made) == 1
@@ -159,9 +210,14 @@ def test_models_at_a_quarter_are_exact_under_their_selection(name: str, monkeypa
         out = real(q, k, v, indices, counts, *rest, score=score)
         tensors, scalars, mask, scale, spec, _ = rest
         chosen = selection.parse(spec)
-        made = selection.BlockSelection(indices, counts, chosen.block_q, chosen.block_k, cdiv(k.shape[2], chosen.block_k))
+        made = selection.BlockSelection(
+            indices, counts, chosen.block_q, chosen.block_k, cdiv(k.shape[2], chosen.block_k)
+        )
         meaning = (masks.decode(mask), tensors, scalars, scale, scores.decode(score))
-        golden, plain = (reference.sparse_attention(*(x.to(t) for x in (q, k, v)), made, *meaning) for t in (torch.float64, torch.float32))
+        golden, plain = (
+            reference.sparse_attention(*(x.to(t) for x in (q, k, v)), made, *meaning)
+            for t in (torch.float64, torch.float32)
+        )
         ours, theirs = (float((x.double() - golden).abs().max()) for x in (out, plain))
         errors.append(ours / (theirs + 1e-6))
         return out

@@ -1,4 +1,5 @@
-"""Selection: what must be kept is kept, nothing invisible is chosen, budgets are met and grow, equal inputs give equal blocks."""
+"""Selection: what must be kept is kept, nothing invisible is chosen, budgets are met and grow, equal inputs give equal
+blocks."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stem_compile import blocks, oam, policies, tpd
-from stem_compile.masks import Causal, Padding
-from stem_compile.selection import FULL, BlockSelection, SelectionSpec
+from stem_compile.algebra import blocks
+from stem_compile.algebra.masks import Causal, Padding
+from stem_compile.selection import FULL, BlockSelection, SelectionSpec, oam, policies, tpd
 from tests.strategies import Case, cases, specs
 
 
@@ -71,7 +72,17 @@ def test_the_density_asked_for_is_computed(budget: float, mu: float, count: int)
 
 
 @pytest.mark.parametrize(
-    ("tokens", "share"), [(4096, 1.0), (8192, 0.81), (16384, 0.60), (32768, 0.33), (65536, 0.25), (131072, 0.207), (262144, 0.185), (1048576, 0.169)]
+    ("tokens", "share"),
+    [
+        (4096, 1.0),
+        (8192, 0.81),
+        (16384, 0.60),
+        (32768, 0.33),
+        (65536, 0.25),
+        (131072, 0.207),
+        (262144, 0.185),
+        (1048576, 0.169),
+    ],
 )
 def test_the_published_schedule_is_the_published_one(tokens: int, share: float) -> None:
     spec = SelectionSpec()
@@ -112,23 +123,35 @@ def test_padding_on_the_right_selects_as_the_row_alone() -> None:
     found = blocks.candidates(padded, case.shape, [keep], [], 64, 64, "cpu")
     wide = tpd.tpd_select(oam.oam_scores(q, k, v, keep, found, spec, case.scale), spec)
     alone_found = blocks.candidates(Causal(), (1, 4, 640, 640), [], [], 64, 64, "cpu")
-    alone = tpd.tpd_select(oam.oam_scores(q[:, :, :640], k[:, :, :640], v[:, :, :640], None, alone_found, spec, case.scale), spec)
+    alone = tpd.tpd_select(
+        oam.oam_scores(q[:, :, :640], k[:, :, :640], v[:, :, :640], None, alone_found, spec, case.scale), spec
+    )
     wide_dense = wide.dense(found.expand(*wide.counts.shape, 16))[:, :, :10, :10]
     assert torch.equal(wide_dense, alone.dense(alone_found.expand(*alone.counts.shape, 10)))
 
 
 @pytest.mark.parametrize(
     ("indices", "count", "words"),
-    [([0, 2], 3, "count outside"), ([2, 1], 2, "ascending"), ([1, 1], 2, "ascending"), ([0, 9], 2, "index outside"), ([0, 3], 2, "without visible keys")],
+    [
+        ([0, 2], 3, "count outside"),
+        ([2, 1], 2, "ascending"),
+        ([1, 1], 2, "ascending"),
+        ([0, 9], 2, "index outside"),
+        ([0, 3], 2, "without visible keys"),
+    ],
 )
 def test_check_finds_what_is_wrong(indices: list[int], count: int, words: str) -> None:
-    made = BlockSelection(torch.tensor([[[indices]]], dtype=torch.int32), torch.tensor([[[count]]], dtype=torch.int32), 64, 64, 4)
+    made = BlockSelection(
+        torch.tensor([[[indices]]], dtype=torch.int32), torch.tensor([[[count]]], dtype=torch.int32), 64, 64, 4
+    )
     with pytest.raises(ValueError, match=words):
         made.check(torch.tensor([True, True, True, False]))
 
 
 def test_full_rows_compute_their_candidates() -> None:
-    made = BlockSelection(torch.zeros(1, 1, 2, 1, dtype=torch.int32), torch.tensor([[[FULL, 0]]], dtype=torch.int32), 64, 64, 3)
+    made = BlockSelection(
+        torch.zeros(1, 1, 2, 1, dtype=torch.int32), torch.tensor([[[FULL, 0]]], dtype=torch.int32), 64, 64, 3
+    )
     found = torch.tensor([[[[True, False, True], [True, True, True]]]])
     assert torch.equal(made.dense(found), torch.tensor([[[[True, False, True], [False, False, False]]]]))
     assert made.density(found) == pytest.approx(2 / 5)

@@ -1,4 +1,5 @@
-"""A representative part of the zoo (``benchmarks/zoo.py``): types whose attention differs in kind, under SDPA and written out."""
+"""A representative part of the zoo (``benchmarks/zoo.py``): types whose attention differs in kind, under SDPA and
+written out."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ EXPECTED: dict[str, dict[str, list[str] | None]] = {
     "granite_swa": {"eager": None},
     "dots3_note_text": {"sdpa": None, "eager": None},
 }
-"""Type, implementation: the masks and scores in words, an attention each, all of them rewritten. None: only what holds for every type."""
+"""Type, implementation: the masks and scores in words, an attention each, all of them rewritten. None: only what holds
+for every type."""
 
 CASES = [(model_type, implementation) for model_type, expected in EXPECTED.items() for implementation in expected]
 

@@ -1,6 +1,8 @@
-"""``flex_attention`` whose ``mask_mod`` and ``score_mod`` the algebra can express: the two functions are read like any other mask and score.
+"""``flex_attention`` whose ``mask_mod`` and ``score_mod`` the algebra can express: the two functions are read like any
+other mask and score.
 
-A block mask is taken to be that of its own ``mask_mod``, as ``create_block_mask`` makes it; one whose blocks say more than its function is not supported.
+A block mask is taken to be that of its own ``mask_mod``, as ``create_block_mask`` makes it; one whose blocks say more
+than its function is not supported.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ import torch
 from torch import fx
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from stem_compile.passes import normalize
-from stem_compile.sites import AttentionSite, Mods, Reason, Rejected, value
+from stem_compile.passes.graph import normalize
+from stem_compile.passes.graph.values import value
+from stem_compile.passes.sites import AttentionSite, Mods, Rejected
+from stem_compile.reasons import Reason
 
 
 def match(node: fx.Node) -> AttentionSite | Rejected | None:
@@ -36,7 +40,11 @@ def match(node: fx.Node) -> AttentionSite | Rejected | None:
 
 def _module(node: fx.Node, function: Any) -> fx.GraphModule | None:
     owner = node.graph.owning_module
-    found = owner.get_submodule(str(function.target)) if isinstance(function, fx.Node) and function.op == "get_attr" and owner is not None else None
+    found = (
+        owner.get_submodule(str(function.target))
+        if isinstance(function, fx.Node) and function.op == "get_attr" and owner is not None
+        else None
+    )
     return found if isinstance(found, fx.GraphModule) else None
 
 
@@ -77,6 +85,14 @@ def near_misses() -> dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...
     mask = create_block_mask(causal, None, None, 128, 128, device="cpu")
     return {
         "no mask": (lambda q, k, v: flex_attention(q, k, v), _qkv(4), Reason.BIDIRECTIONAL),
-        "an unread score_mod": (lambda q, k, v: flex_attention(q, k, v, score_mod=strange, block_mask=mask), _qkv(4), Reason.MASK),
-        "log-sum-exp used": (lambda q, k, v: flex_attention(q, k, v, block_mask=mask, return_lse=True), _qkv(4), Reason.ESCAPES),
+        "an unread score_mod": (
+            lambda q, k, v: flex_attention(q, k, v, score_mod=strange, block_mask=mask),
+            _qkv(4),
+            Reason.MASK,
+        ),
+        "log-sum-exp used": (
+            lambda q, k, v: flex_attention(q, k, v, block_mask=mask, return_lse=True),
+            _qkv(4),
+            Reason.ESCAPES,
+        ),
     }

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from stem_compile.passes import normalize
-from stem_compile.sites import AttentionSite, Reason, Rejected, value
+from stem_compile.passes.graph import normalize
+from stem_compile.passes.graph.values import value
+from stem_compile.passes.sites import AttentionSite, Rejected
+from stem_compile.reasons import Reason
 
 
 def match(node: fx.Node) -> AttentionSite | Rejected | None:
@@ -46,12 +48,17 @@ def examples() -> dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]]
 
     def biased(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         rows = torch.arange(q.shape[2])
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.masked_fill(rows[None, :] > rows[:, None], -torch.inf))
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias.masked_fill(rows[None, :] > rows[:, None], -torch.inf)
+        )
 
     return {
         "is_causal": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), _qkv()),
         "positional": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, None, 0.0, True), _qkv()),
-        "enable_gqa": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), _qkv(2)),
+        "enable_gqa": (
+            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+            _qkv(2),
+        ),
         "mask built in the graph": (masked, _qkv()),
         "scores in the mask": (biased, (*_qkv(), torch.randn(1, 4, 70, 70))),
         "a mask from outside": (
@@ -69,9 +76,21 @@ def near_misses() -> dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...
         return F.scaled_dot_product_attention(q, k, v, attn_mask=(rows[None, :] - rows[:, None]).abs() < 9)
 
     return {
-        "dropout": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.5, is_causal=True), _qkv(), Reason.DROPOUT),
+        "dropout": (
+            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.5, is_causal=True),
+            _qkv(),
+            Reason.DROPOUT,
+        ),
         "bidirectional": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v), _qkv(), Reason.BIDIRECTIONAL),
-        "cross attention": (lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :, :60], v[:, :, :60]), _qkv(), Reason.CROSS_ATTENTION),
-        "a mask of zeros": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=torch.zeros(70, 70)), _qkv(), Reason.BIDIRECTIONAL),
+        "cross attention": (
+            lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :, :60], v[:, :, :60]),
+            _qkv(),
+            Reason.CROSS_ATTENTION,
+        ),
+        "a mask of zeros": (
+            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=torch.zeros(70, 70)),
+            _qkv(),
+            Reason.BIDIRECTIONAL,
+        ),
         "a window on both sides": (window, _qkv(), Reason.BIDIRECTIONAL),
     }

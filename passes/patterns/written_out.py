@@ -1,7 +1,9 @@
 """Attention written out by hand: a product of queries and keys, a softmax over the keys, a product with the values.
 
-Whatever stands between the first product and the softmax (scale, mask, bias, softcap, sink) is read later as one expression (``split_logits.py``), so
-this file is about the products: ``matmul``, ``@``, ``bmm``, ``baddbmm`` or ``einsum``, 2 to 4 dimensions, casts and inactive dropout on the way.
+Whatever stands between the first product and the softmax (scale, mask, bias, softcap, sink) is read later as one
+expression (``split_logits.py``), so
+this file is about the products: ``matmul``, ``@``, ``bmm``, ``baddbmm`` or ``einsum``, 2 to 4 dimensions, casts and
+inactive dropout on the way.
 """
 
 from __future__ import annotations
@@ -14,19 +16,39 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from stem_compile.passes import normalize
-from stem_compile.passes.memory import functional, mutates
-from stem_compile.passes.products import PRODUCTS, contracts, factors, operands, weighted_values
-from stem_compile.sites import AttentionSite, Reason, Rejected, value
+from stem_compile.passes.graph import normalize
+from stem_compile.passes.graph.memory import functional, mutates
+from stem_compile.passes.graph.products import PRODUCTS, contracts, factors, operands, weighted_values
+from stem_compile.passes.graph.values import value
+from stem_compile.passes.sites import AttentionSite, Rejected
+from stem_compile.reasons import Reason
 
-_PASSING = ("to", "type", "type_as", "float", "half", "double", "bfloat16", "contiguous", "clone", "detach", "alias", "nan_to_num")
+_PASSING = (
+    "to",
+    "type",
+    "type_as",
+    "float",
+    "half",
+    "double",
+    "bfloat16",
+    "contiguous",
+    "clone",
+    "detach",
+    "alias",
+    "nan_to_num",
+)
 _RESHAPING = ("view", "reshape", "flatten", "squeeze", "unsqueeze")
 
 
 def match(node: fx.Node) -> AttentionSite | Rejected | None:
     """Site of a softmax between two products, None for any other node."""
     op = normalize.read(node)
-    if op is None or op.name != "softmax" or not isinstance(value(node), torch.Tensor) or op["dim"] not in (-1, value(node).dim() - 1):
+    if (
+        op is None
+        or op.name != "softmax"
+        or not isinstance(value(node), torch.Tensor)
+        or op["dim"] not in (-1, value(node).dim() - 1)
+    ):
         return None
     logits = _unshifted(op["input"])
     products = _products(logits)
@@ -51,14 +73,36 @@ def match(node: fx.Node) -> AttentionSite | Rejected | None:
     last = found if gate is None else _product_under(found)
     left, right = operands(product, heads), weighted_values(last, heads)
     if left is None or right is None:
-        return Rejected(node, Reason.SHAPE, f"{product.name} {tuple(map(str, value(product).shape))} and {last.name} {tuple(map(str, value(last).shape))}")
-    return AttentionSite(found, *left, right[0], 1.0, logits=logits, product=product, gate=gate, cleared=_cleared(node, last), result=right[1])
+        return Rejected(
+            node,
+            Reason.SHAPE,
+            f"{product.name} {tuple(map(str, value(product).shape))} and {last.name}"
+            f" {tuple(map(str, value(last).shape))}",
+        )
+    return AttentionSite(
+        found,
+        *left,
+        right[0],
+        1.0,
+        logits=logits,
+        product=product,
+        gate=gate,
+        cleared=_cleared(node, last),
+        result=right[1],
+    )
 
 
 def _gated(reader: fx.Node, logits: fx.Node, last: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """(g, the node of ``out * sigmoid(logsumexp(logits) - g)``) where ``reader`` is that logsumexp: a sink written as a gate."""
+    """(g, the node of ``out * sigmoid(logsumexp(logits) - g)``) where ``reader`` is that logsumexp: a sink written as a
+    gate."""
     op = normalize.read(reader)
-    if op is None or op.name != "logsumexp" or op["dim"] not in (-1, (-1,), [-1]) or op["keepdim"] or op["input"] is not logits:
+    if (
+        op is None
+        or op.name != "logsumexp"
+        or op["dim"] not in (-1, (-1,), [-1])
+        or op["keepdim"]
+        or op["input"] is not logits
+    ):
         return None
     node, gate, seen = reader, None, ["logsumexp"]
     while len(node.users) == 1:
@@ -85,11 +129,17 @@ def _product_under(gated: fx.Node) -> fx.Node:
 
 
 def _unshifted(logits: fx.Node) -> fx.Node:
-    """Logits without what a softmax does not see: casts, the subtraction of each row's maximum, heads merged into the batch."""
+    """Logits without what a softmax does not see: casts, the subtraction of each row's maximum, heads merged into the
+    batch."""
     while (op := normalize.read(logits)) is not None:
         cast = op.name in ("to", "type", "float", "contiguous", "type_as") and isinstance(op["input"], fx.Node)
         shift = op.name == "sub" and _is_peak(op["other"], op["input"])
-        merge = op.name in _RESHAPING and value(logits).dim() == 3 and value(op["input"]).dim() == 4 and _keeps_scores(op["input"], logits)
+        merge = (
+            op.name in _RESHAPING
+            and value(logits).dim() == 3
+            and value(op["input"]).dim() == 4
+            and _keeps_scores(op["input"], logits)
+        )
         if not (cast or shift or merge):
             break
         logits = op["input"]
@@ -104,16 +154,23 @@ def _keeps_scores(before: fx.Node, after: fx.Node) -> bool:
 def _is_peak(node: Any, of: Any) -> bool:
     """Whether ``node`` is the maximum of ``of`` over its last dimension, kept as a dimension."""
     while isinstance(node, fx.Node) and (
-        getattr(node.target, "__name__", "") in ("getitem", "getattr") or normalize.spelling(node) in ("detach", "contiguous")
+        getattr(node.target, "__name__", "") in ("getitem", "getattr")
+        or normalize.spelling(node) in ("detach", "contiguous")
     ):
         node = node.args[0]
     op = normalize.read(node)
-    return op is not None and op.name in ("max", "amax") and op["input"] is of and op["dim"] in (-1, (-1,), [-1]) and bool(op["keepdim"])
+    return (
+        op is not None
+        and op.name in ("max", "amax")
+        and op["input"] is of
+        and op["dim"] in (-1, (-1,), [-1])
+        and bool(op["keepdim"])
+    )
 
 
 def _products(logits: fx.Node) -> list[fx.Node]:
     """Products that the logits are computed from, elementwise and through views."""
-    from stem_compile.passes.interpret import readers
+    from stem_compile.passes.reading.interpret import readers
 
     found, seen, frontier = [], {logits}, [logits]
     length = str(value(logits).shape[-2])
@@ -128,7 +185,11 @@ def _products(logits: fx.Node) -> list[fx.Node]:
             continue
         if op.name in readers():
             # What a condition is made of is no score.
-            inputs = [n for n in node.all_input_nodes if n not in seen and isinstance(value(n), torch.Tensor) and value(n).dtype != torch.bool]
+            inputs = [
+                n
+                for n in node.all_input_nodes
+                if n not in seen and isinstance(value(n), torch.Tensor) and value(n).dtype != torch.bool
+            ]
             seen.update(inputs)
             frontier.extend(inputs)
     return sorted(found)
@@ -160,7 +221,11 @@ def _weighted(softmax: fx.Node) -> fx.Node | Rejected | None:
         elif op.name == "masked_fill" and _is_zero(op["value"]) and _fills(softmax, op["mask"]):
             pass  # hidden keys have no weight already
         elif op.name not in _PASSING:
-            return Rejected(softmax, Reason.ESCAPES, f"{user.name} changes the weights after the softmax") if _leads_on(user) else None
+            return (
+                Rejected(softmax, Reason.ESCAPES, f"{user.name} changes the weights after the softmax")
+                if _leads_on(user)
+                else None
+            )
         node = user
 
 
@@ -182,7 +247,11 @@ def _cleared(softmax: fx.Node, last: fx.Node) -> bool:
 
 def _is_zero(number: Any) -> bool:
     op = normalize.read(number)
-    return value(number if op is None else op.args.get("data")) == 0 if op is None or op.name in ("tensor", "scalar_tensor") else False
+    return (
+        value(number if op is None else op.args.get("data")) == 0
+        if op is None or op.name in ("tensor", "scalar_tensor")
+        else False
+    )
 
 
 def _fills(softmax: fx.Node, mask: Any) -> bool:
@@ -196,7 +265,14 @@ def _alike(a: Any, b: Any, depth: int = 4) -> bool:
     """Whether two nodes compute the same from the same."""
     if a is b or not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
         return bool(a is b or (not isinstance(a, fx.Node) and a == b))
-    if not depth or a.op != b.op or a.target != b.target or mutates(a) or normalize.read(a) is None or a.kwargs != b.kwargs:
+    if (
+        not depth
+        or a.op != b.op
+        or a.target != b.target
+        or mutates(a)
+        or normalize.read(a) is None
+        or a.kwargs != b.kwargs
+    ):
         return False
     return len(a.args) == len(b.args) and all(_alike(x, y, depth - 1) for x, y in zip(a.args, b.args))
 
@@ -217,7 +293,13 @@ def _drops_last(index: Any, before: torch.Tensor, after: torch.Tensor) -> bool:
     """Whether an index cuts columns off the end and nothing else: the sink's."""
     parts = index if isinstance(index, tuple) else (index,)
     plain = all(p is Ellipsis or p == slice(None) for p in parts[:-1])
-    return plain and isinstance(parts[-1], slice) and parts[-1].start in (None, 0) and parts[-1].step is None and before.dim() == after.dim()
+    return (
+        plain
+        and isinstance(parts[-1], slice)
+        and parts[-1].start in (None, 0)
+        and parts[-1].step is None
+        and before.dim() == after.dim()
+    )
 
 
 def _escapes(product: fx.Node, softmax: fx.Node) -> fx.Node | None:
@@ -278,7 +360,9 @@ def examples() -> dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]]
     def three_dimensions(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         b, h, n, d = q.shape
         q, k, v = (x.reshape(b * h, n, d) for x in (q, k, v))
-        scores = torch.baddbmm(torch.zeros(b * h, n, n), q, k.transpose(1, 2), beta=1.0, alpha=0.25).view(b, h, n, n) + _causal(n)
+        scores = torch.baddbmm(torch.zeros(b * h, n, n), q, k.transpose(1, 2), beta=1.0, alpha=0.25).view(
+            b, h, n, n
+        ) + _causal(n)
         return torch.bmm(scores.softmax(-1).view(b * h, n, n), v).view(b, h, n, d)
 
     def softcapped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -310,7 +394,10 @@ def examples() -> dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]]
         return (q @ k.transpose(-1, -2) + bias + _causal(q.shape[2])).softmax(-1) @ v
 
     def grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        k, v = (x[:, :, None].expand(x.shape[0], 2, 2, x.shape[2], 16).reshape(x.shape[0], 4, x.shape[2], 16) for x in (k, v))
+        k, v = (
+            x[:, :, None].expand(x.shape[0], 2, 2, x.shape[2], 16).reshape(x.shape[0], 4, x.shape[2], 16)
+            for x in (k, v)
+        )
         return added(q, k, v)
 
     return {
@@ -324,7 +411,10 @@ def examples() -> dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]]
         "a bias by distance": (buckets, (*_qkv(), torch.randn(16, 4))),
         "in place": (in_place, _qkv()),
         "grouped": (grouped, _qkv(4, 2)),
-        "one head": (lambda q, k, v: (q @ k.t() + _causal(70)).softmax(-1) @ v, tuple(torch.randn(70, 16) for _ in range(3))),
+        "one head": (
+            lambda q, k, v: (q @ k.t() + _causal(70)).softmax(-1) @ v,
+            tuple(torch.randn(70, 16) for _ in range(3)),
+        ),
     }
 
 
@@ -356,7 +446,9 @@ def near_misses() -> dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...
 
     def buckets(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         rows = torch.arange(q.shape[2])
-        return (q @ k.mT + F.embedding((rows[:, None] - rows[None, :]).abs().clamp(max=15), table).permute(2, 0, 1)).softmax(-1) @ v
+        return (
+            q @ k.mT + F.embedding((rows[:, None] - rows[None, :]).abs().clamp(max=15), table).permute(2, 0, 1)
+        ).softmax(-1) @ v
 
     return {
         "a learned bias and no mask": (buckets, (*_qkv(), torch.randn(16, 4)), Reason.BIDIRECTIONAL),

@@ -1,4 +1,5 @@
-"""The demo's race: every contender prefills the same prompt in one process, in turns, and is scored on the outputs that were timed."""
+"""The demo's race: every contender prefills the same prompt in one process, in turns, and is scored on the outputs that
+were timed."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from stem_compile.demo.measure import Predictions, Prefill, Run, greedy, predictions, run
+from stem_compile.bench.measure import Predictions, Prefill, Run, greedy, predictions, run
 from stem_compile.demo.text import Prompt
 from stem_compile.selection import Observed, observe
 
@@ -34,12 +35,15 @@ FINER = {"key_block_size": 64, "stride": 8}
 
 
 def contenders(budgets: Sequence[float], options: dict[str, Any]) -> list[Contender]:
-    """Eager and Inductor (both dense), Stem at the published length schedule and at each budget. options: Stem's further ones.
+    """Eager and Inductor (both dense), Stem at the published length schedule and at each budget. options: Stem's
+    further ones.
 
     A small model on a short prompt has few blocks to choose from, so the budgets choose among finer ones (``FINER``).
     """
     stem = [Contender("stem, published schedule", "stem", options)]
-    stem += [Contender(f"stem, budget {budget:g}", "stem", {**FINER, **options, "budget": budget}) for budget in budgets]
+    stem += [
+        Contender(f"stem, budget {budget:g}", "stem", {**FINER, **options, "budget": budget}) for budget in budgets
+    ]
     return [Contender("eager"), Contender("inductor", "inductor"), *stem]
 
 
@@ -47,8 +51,9 @@ def contenders(budgets: Sequence[float], options: dict[str, Any]) -> list[Conten
 class Result:
     """What one contender did. The reference of ``nll_change``, ``agreement`` and speed-ups is the first contender.
 
-    seconds: time to first token, each repeat. compile_seconds: the first call beyond that. peak_bytes: memory above the model's, most of all
-    repeats. density: computed part of the visible block pairs, mean over attentions. nll: mean nats a token. agreement: part of equal top-1.
+    seconds: time to first token, each repeat. compile_seconds: the first call beyond that. peak_bytes: memory above the
+    model's, most of all repeats. density: computed part of the visible block pairs, mean over attentions. nll: mean
+    nats a token. agreement: part of equal top-1.
     """
 
     name: str
@@ -78,9 +83,16 @@ class Stage:
 
 
 def race(
-    model: Any, tokenizer: Any, prompt: Prompt, entered: Sequence[Contender], repeats: int, device: str, tell: Callable[[Stage], None] = lambda stage: None
+    model: Any,
+    tokenizer: Any,
+    prompt: Prompt,
+    entered: Sequence[Contender],
+    repeats: int,
+    device: str,
+    tell: Callable[[Stage], None] = lambda stage: None,
 ) -> list[Result]:
-    """Run all contenders ``repeats`` times in turns. The first call of each (compilation, warm-up) is not timed, but it is what is scored."""
+    """Run all contenders ``repeats`` times in turns. The first call of each (compilation, warm-up) is not timed, but it
+    is what is scored."""
     ids = torch.tensor([prompt.ids], device=device)
     prefill = Prefill(model).eval()
     functions = [c.compile(prefill) for c in entered]
@@ -88,7 +100,13 @@ def race(
     total, done = len(entered) * (1 + repeats), 0
     reference: Predictions | None = None
     for contender, function, result in zip(entered, functions, results, strict=True):
-        tell(Stage(f"{contender.name}: compiling and first run" if contender.backend else f"{contender.name}: first run", done, total))
+        tell(
+            Stage(
+                f"{contender.name}: compiling and first run" if contender.backend else f"{contender.name}: first run",
+                done,
+                total,
+            )
+        )
         selections: list[Observed] = []
         with observe(selections.append):
             first = run(device, function, ids)
@@ -113,7 +131,14 @@ def race(
 
 
 def _score(
-    result: Result, first: Run, model: Any, tokenizer: Any, prompt: Prompt, ids: torch.Tensor, selections: Sequence[Observed], reference: Predictions | None
+    result: Result,
+    first: Run,
+    model: Any,
+    tokenizer: Any,
+    prompt: Prompt,
+    ids: torch.Tensor,
+    selections: Sequence[Observed],
+    reference: Predictions | None,
 ) -> Predictions:
     logits, hidden, cache = first.output
     mine = predictions(hidden, model.get_output_embeddings(), ids)

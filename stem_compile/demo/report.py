@@ -60,7 +60,8 @@ class Report:
         return "\n".join([_line(COLUMNS), _line(["---", *["---:"] * (len(COLUMNS) - 1)]), *map(_line, self.rows())])
 
     def to_dict(self) -> dict[str, Any]:
-        """{"settings": {...}, "results": [{"name", "seconds", "median_seconds", "peak_bytes", "density", "nll", ...}, ...]}."""
+        """{"settings": {...}, "results": [{"name", "seconds", "median_seconds", "peak_bytes", "density", "nll", ...},
+        ...]}."""
         return {"settings": self.settings, "results": [{**asdict(r), "median_seconds": r.time} for r in self.results]}
 
     def write(self, path: Path) -> None:

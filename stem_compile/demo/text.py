@@ -1,11 +1,12 @@
-"""The demo's prompt: documentation that every Python ships with, one pass key hidden in it, and the question at the end."""
+"""The demo's prompt: documentation that every Python ships with, one pass key hidden in it, and the question at the
+end."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from stem_compile.demo.packages import Mendable
+from stem_compile.bench.packages import Mendable
 
 KEY = "71432"
 NEEDLE = "\n\nThe pass key is {key}. Remember it: {key} is the pass key.\n\n"
@@ -14,7 +15,8 @@ QUESTION = "\n\nWhat is the pass key? The pass key is "
 
 @dataclass(frozen=True)
 class Prompt:
-    """ids: the tokens up to where the answer starts. answer: the tokens of the pass key. needle: where the key is hidden."""
+    """ids: the tokens up to where the answer starts. answer: the tokens of the pass key. needle: where the key is
+    hidden."""
 
     ids: list[int]
     answer: list[int]
@@ -29,7 +31,8 @@ def documentation() -> str:
 
 
 def prompt(tokenizer: Any, tokens: int, key: str = KEY, position: float = 0.5) -> Prompt:
-    """A prompt of exactly ``tokens`` tokens with ``key`` hidden at ``position`` (0 start, 1 end). Raises Mendable for too few or too many."""
+    """A prompt of exactly ``tokens`` tokens with ``key`` hidden at ``position`` (0 start, 1 end). Raises Mendable for
+    too few or too many."""
     needle, question, answer = (tokenizer(part).input_ids for part in (NEEDLE.format(key=key), QUESTION, key))
     room = tokens - len(needle) - len(question)
     if room < 128:

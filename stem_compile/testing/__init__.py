@@ -1,8 +1,9 @@
-"""Equivalence testing of anyone's model under ``backend="stem"``: for unit tests, for CI, and before putting it before customers.
+"""Equivalence testing of anyone's model under ``backend="stem"``: for unit tests, for CI, and before putting it before
+customers.
 
-``assert_equivalent`` is one call for a unit test, ``check_model`` runs every property and gives a ``Report``, ``check_case`` runs one property on one
-example, and ``model_inputs``, ``attention_inputs``, ``masks`` and ``spellings`` are Hypothesis strategies for tests of one's own. Hypothesis is imported when
-one of them is used.
+``assert_equivalent`` is one call for a unit test, ``check_model`` runs every property and gives a ``Report``,
+``check_case`` runs one property on one example, and ``model_inputs``, ``attention_inputs``, ``masks`` and ``spellings``
+are Hypothesis strategies for tests of one's own. Hypothesis is imported when one of them is used.
 """
 
 from __future__ import annotations
@@ -19,7 +20,18 @@ if TYPE_CHECKING:
     from stem_compile.testing.strategies import attention_inputs, masks, model_inputs
     from stem_compile.testing.violation import Violation
 
-__all__ = ["Case", "Report", "Violation", "assert_equivalent", "attention_inputs", "check_case", "check_model", "masks", "model_inputs", "spellings"]
+__all__ = [
+    "Case",
+    "Report",
+    "Violation",
+    "assert_equivalent",
+    "attention_inputs",
+    "check_case",
+    "check_model",
+    "masks",
+    "model_inputs",
+    "spellings",
+]
 
 _HOMES = {
     "Case": "case",

@@ -1,7 +1,8 @@
-"""Two runs that must select alike: the second computes what the first selected, and its own choice may differ by ties only.
+"""Two runs that must select alike: the second computes what the first selected, and its own choice may differ by ties
+only.
 
-Rounding differs with the shapes of a run, so a block score next to another may swap places and change everything behind it. Forcing the selection keeps
-outputs comparable; the choice itself is compared by its scores.
+Rounding differs with the shapes of a run, so a block score next to another may swap places and change everything behind
+it. Forcing the selection keeps outputs comparable; the choice itself is compared by its scores.
 """
 
 from __future__ import annotations
@@ -18,21 +19,26 @@ from stem_compile.testing.violation import Violation
 
 
 def forced(wanted: Sequence[torch.Tensor], what: str) -> Force:
-    """Computes ``wanted`` (bool [B, H, rows, key blocks], one an attention); Violation where the run's own selection differs by more than a tie."""
+    """Computes ``wanted`` (bool [B, H, rows, key blocks], one an attention); Violation where the run's own selection
+    differs by more than a tie."""
 
     def force(index: int, seen: Observed) -> BlockSelection | None:
         if index >= len(wanted):
             raise Violation(f"{what}: {index + 1} selections instead of {len(wanted)}")
         own, want = seen.selection.dense(seen.candidates), wanted[index]
         if own.shape != want.shape:
-            raise Violation(f"{what}: attention {index} selects from {tuple(own.shape)} blocks instead of {tuple(want.shape)}")
+            raise Violation(
+                f"{what}: attention {index} selects from {tuple(own.shape)} blocks instead of {tuple(want.shape)}"
+            )
         if bool((own == want).all()):
             return None
         place = _beyond_a_tie(seen, own, want)
         if place is not None:
             b, h, r = place
             lists = f"{_listed(own[b, h, r])} instead of {_listed(want[b, h, r])}"
-            raise Violation(f"{what}: attention {index} selects other blocks at (batch, head, query block) = {place}: {lists}")
+            raise Violation(
+                f"{what}: attention {index} selects other blocks at (batch, head, query block) = {place}: {lists}"
+            )
         return packed(want, seen)
 
     return force
@@ -47,7 +53,9 @@ def _beyond_a_tie(seen: Observed, own: torch.Tensor, want: torch.Tensor) -> tupl
     q, k, v = seen.inputs
     scores = launch.oam_scores(q, k, v, seen.tensors, seen.scalars, seen.mask, seen.scale, seen.spec, seen.score)
     # No score exceeds the product of the norms (Cauchy-Schwarz), which is what rounding is relative to.
-    largest = seen.scale * float(torch.linalg.vector_norm(q.double(), dim=-1).max() * torch.linalg.vector_norm(k.double(), dim=-1).max())
+    largest = seen.scale * float(
+        torch.linalg.vector_norm(q.double(), dim=-1).max() * torch.linalg.vector_norm(k.double(), dim=-1).max()
+    )
     noise = FACTOR * torch.finfo(q.dtype).eps * largest
     taken, left = own & ~want, want & ~own
     best = scores.masked_fill(~taken, -torch.inf).amax(-1)
@@ -64,7 +72,9 @@ def packed(dense: torch.Tensor, like: Observed) -> BlockSelection:
     every = (dense == like.candidates.expand(dense.shape)).all(-1)
     order = torch.where(dense, torch.arange(columns, device=dense.device), columns).sort(-1).values[..., :width]
     full = every & ((made.counts == FULL) | (counts > width))
-    return BlockSelection(order.clamp(max=columns - 1).int(), torch.where(full, FULL, counts).int(), made.block_q, made.block_k, columns)
+    return BlockSelection(
+        order.clamp(max=columns - 1).int(), torch.where(full, FULL, counts).int(), made.block_q, made.block_k, columns
+    )
 
 
 def dense_of(made: Sequence[Observed]) -> list[torch.Tensor]:

@@ -1,4 +1,5 @@
-"""Case: the small record from which an example is made. A failing check shrinks to one and prints it, so that it can be pasted."""
+"""Case: the small record from which an example is made. A failing check shrinks to one and prints it, so that it can be
+pasted."""
 
 from __future__ import annotations
 
@@ -12,9 +13,11 @@ from torch.utils._pytree import tree_map
 
 @dataclass(frozen=True)
 class Case:
-    """One example. pad: pad tokens of the last row, on ``side``; the other rows have none. style: "ids" or "embeds" (inputs_embeds).
+    """One example. pad: pad tokens of the last row, on ``side``; the other rows have none. style: "ids" or "embeds"
+    (inputs_embeds).
 
-    cut: a place in the sequence whose meaning is the property's (tokens before it, or tokens a chunk). given: inputs drawn by a user's own strategy.
+    cut: a place in the sequence whose meaning is the property's (tokens before it, or tokens a chunk). given: inputs
+    drawn by a user's own strategy.
     """
 
     length: int = 64
@@ -29,13 +32,18 @@ class Case:
 
     def __repr__(self) -> str:
         default = {f.name: f.default for f in dataclasses.fields(self)}
-        shown = (f"{k}={getattr(self, k)!r}" for k in default if k in ("length", "batch", "seed") or getattr(self, k) != default[k])
+        shown = (
+            f"{k}={getattr(self, k)!r}"
+            for k in default
+            if k in ("length", "batch", "seed") or getattr(self, k) != default[k]
+        )
         return f"Case({', '.join(shown)})"
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Arguments of one call. valid: bool [batch, length], positions whose output has a meaning; None is all. Hashed by identity, so that runs can be cached."""
+    """Arguments of one call. valid: bool [batch, length], positions whose output has a meaning; None is all. Hashed by
+    identity, so that runs can be cached."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -56,7 +64,10 @@ class Inputs:
 
     def spliced(self, other: Inputs, at: int, length: int) -> Inputs:
         """These tokens up to ``at``, the other's from there."""
-        mine, theirs = ([x for x in torch.utils._pytree.tree_leaves((i.args, i.kwargs)) if isinstance(x, torch.Tensor)] for i in (self, other))
+        mine, theirs = (
+            [x for x in torch.utils._pytree.tree_leaves((i.args, i.kwargs)) if isinstance(x, torch.Tensor)]
+            for i in (self, other)
+        )
         pairs = iter(zip(mine, theirs))
 
         def joined(_: torch.Tensor) -> torch.Tensor:
@@ -68,5 +79,6 @@ class Inputs:
 
 
 def packed(x: torch.Tensor) -> torch.Tensor:
-    """The same in memory of its own: Dynamo would trace anew for the strides of a part, also where a size of 1 makes them meaningless."""
+    """The same in memory of its own: Dynamo would trace anew for the strides of a part, also where a size of 1 makes
+    them meaningless."""
     return x.clone(memory_format=torch.contiguous_format)

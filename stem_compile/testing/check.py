@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from stem_compile.bench.packages import need
 from stem_compile.config import StemConfig
-from stem_compile.demo.packages import need
 from stem_compile.testing import properties as catalogue
 from stem_compile.testing.case import Case
 from stem_compile.testing.report import Report
@@ -36,30 +36,42 @@ def check_model(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Report:
-    """Check that ``torch.compile(model, backend="stem", options=options)`` computes what it should, with examples drawn by Hypothesis.
+    """Check that ``torch.compile(model, backend="stem", options=options)`` computes what it should, with examples drawn
+    by Hypothesis.
 
-    make_inputs: a function (batch, length, seed) -> inputs, a Hypothesis strategy of inputs, or an example batch; inputs are a tensor, a tuple of
-    arguments, a dict of keyword arguments, or a pair of both, in [batch, length, ...] order. None derives them from a transformers config or from forward's
-    signature. options: of the backend; those not given are set small (``subject.SMALL``), so that short prompts are sparse. properties: names, None for
-    all; max_examples: of each property, None for its own number (``FEW`` for large models). seconds: time for all that each property tries beyond its
-    first example, and the report says where more were wanted; None is no limit (``SECONDS`` for large models). expected: number of attentions that must be
-    rewritten, None for all. text: token ids [1, N] for the fidelity report; bounds: the most of its measures, such as {"nll change": 0.05}. seed: same
-    seed, same examples. progress: told of every example.
+    make_inputs: a function (batch, length, seed) -> inputs, a Hypothesis strategy of inputs, or an example batch;
+    inputs are a tensor, a tuple of arguments, a dict of keyword arguments, or a pair of both, in [batch, length, ...]
+    order. None derives them from a transformers config or from forward's signature. options: of the backend; those not
+    given are set small (``subject.SMALL``), so that short prompts are sparse. properties: names, None for all;
+    max_examples: of each property, None for its own number (``FEW`` for large models). seconds: time for all that each
+    property tries beyond its first example, and the report says where more were wanted; None is no limit (``SECONDS``
+    for large models). expected: number of attentions that must be rewritten, None for all. text: token ids [1, N] for
+    the fidelity report; bounds: the most of its measures, such as {"nll change": 0.05}. seed: same seed, same examples.
+    progress: told of every example.
 
-    Raises OptionError for wrong options, NoInputs when inputs cannot be derived, ValueError for an unknown property, MissingPackage.
-    Dynamo is reset before and after.
+    Raises OptionError for wrong options, NoInputs when inputs cannot be derived, ValueError for an unknown property,
+    MissingPackage. Dynamo is reset before and after.
     """
     need("hypothesis")
     chosen = [catalogue.get(name) for name in properties] if properties is not None else list(catalogue.every())
     subject = Subject(model, make_inputs, options, expected, text, bounds)
-    given = {"make_inputs": make_inputs is not None, "text": text is not None, "expected": expected, "bounds": bounds and dict(bounds)}
+    given = {
+        "make_inputs": make_inputs is not None,
+        "text": text is not None,
+        "expected": expected,
+        "bounds": bounds and dict(bounds),
+    }
     report = Report(_settings(subject, seed) | given | {"max_examples": max_examples})
     if subject.large:
         max_examples, seconds = max_examples or FEW, SECONDS if seconds is None else seconds
     begun = time.monotonic()
     torch._dynamo.reset()
     for number, module in enumerate(chosen):
-        examples = min(module.EXAMPLES, max_examples) if max_examples is not None and module.EXAMPLES <= 2 else max_examples or module.EXAMPLES
+        examples = (
+            min(module.EXAMPLES, max_examples)
+            if max_examples is not None and module.EXAMPLES <= 2
+            else max_examples or module.EXAMPLES
+        )
         # What a property leaves of its share goes to the others.
         share = None if seconds is None else (begun + seconds - time.monotonic()) / (len(chosen) - number)
         report.results.append(search(subject, module, examples, seed, progress, seconds=share))

@@ -1,4 +1,5 @@
-"""What ``stem-compile check`` does: load the model that TARGET names, check it with a progress bar, print the verdict."""
+"""What ``stem-compile check`` does: load the model that TARGET names, check it with a progress bar, print the
+verdict."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ from typing import Any
 
 import torch
 
-from stem_compile.demo.factory import factory_of, is_factory, placed, ready
-from stem_compile.demo.packages import Mendable, need
-from stem_compile.demo.target import causal_lm, first_line
+from stem_compile.bench.factory import factory_of, is_factory, placed, ready
+from stem_compile.bench.packages import Mendable, need
+from stem_compile.bench.target import causal_lm, first_line
 from stem_compile.testing import check_model
 from stem_compile.testing import properties as catalogue
 from stem_compile.testing.inputs import NoInputs
@@ -21,8 +22,8 @@ from stem_compile.testing.report import MARKS, Report
 def model_of(target: str, device: str, dtype: torch.dtype) -> tuple[torch.nn.Module, Any]:
     """(model, make_inputs) of what ``demo.target`` loads, or of ``package.module:factory``.
 
-    factory() gives a model, or (model, make_inputs) with a function or an example batch as in ``check_model``; factory(tokens) gives (model, args) or
-    (model, args, kwargs), which are an example batch. Raises Mendable.
+    factory() gives a model, or (model, make_inputs) with a function or an example batch as in ``check_model``;
+    factory(tokens) gives (model, args) or (model, args, kwargs), which are an example batch. Raises Mendable.
     """
     if not is_factory(target):
         return causal_lm(target, device, dtype), None
@@ -39,7 +40,14 @@ def _placed(inputs: Any, device: str, dtype: torch.dtype) -> Any:
     return placed(inputs, device, dtype)
 
 
-def check(target: str, device: str, dtype: torch.dtype, text: Path | None, tell: Callable[[str, int, int], None], **arguments: Any) -> Report:
+def check(
+    target: str,
+    device: str,
+    dtype: torch.dtype,
+    text: Path | None,
+    tell: Callable[[str, int, int], None],
+    **arguments: Any,
+) -> Report:
     """The report on ``target``. tell: progress. Raises Mendable for what the user can mend."""
     need("hypothesis")
     if text is not None and not text.is_file():
@@ -51,7 +59,9 @@ def check(target: str, device: str, dtype: torch.dtype, text: Path | None, tell:
         raise Mendable(f"--property: {error}") from None
     model, make_inputs = model_of(target, device, dtype)
     try:
-        report = check_model(model, make_inputs, text=_tokens(text, target) if text else None, progress=tell, **arguments)
+        report = check_model(
+            model, make_inputs, text=_tokens(text, target) if text else None, progress=tell, **arguments
+        )
     except (NoInputs, ValueError) as error:
         raise Mendable(str(error)) from None
     report.imports = [
@@ -67,7 +77,13 @@ def _tokens(text: Path, target: str) -> torch.Tensor:
     from transformers import AutoTokenizer
 
     path = Path(target)
-    files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "tokenizer.json").exists() else []
+    files = (
+        [path]
+        if path.suffix == ".gguf"
+        else sorted(path.glob("*.gguf"))
+        if path.is_dir() and not (path / "tokenizer.json").exists()
+        else []
+    )
     try:
         source, extra = (str(files[0].parent), {"gguf_file": files[0].name}) if files else (target, {})
         tokenizer = AutoTokenizer.from_pretrained(source, **extra)
@@ -82,7 +98,13 @@ def table(report: Report) -> Any:
     from rich.table import Table
 
     drawn = Table(title=report.headline, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for name, side in (("property", "left"), ("", "left"), ("examples", "right"), ("worst/budget", "right"), ("what it says", "left")):
+    for name, side in (
+        ("property", "left"),
+        ("", "left"),
+        ("examples", "right"),
+        ("worst/budget", "right"),
+        ("what it says", "left"),
+    ):
         drawn.add_column(name, justify=side)  # type: ignore[arg-type]
     colours = {"pass": "green", "fail": "bold red", "not applicable": "dim"}
     for r in report.results:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from stem_compile.config import StemConfig
-from stem_compile.sites import AttentionSite, module_path
+from stem_compile.passes.graph.values import module_path
+from stem_compile.passes.sites import AttentionSite
 from stem_compile.testing import numerics
 from stem_compile.testing.case import Inputs
 from stem_compile.testing.oracle import Mismatch
@@ -27,16 +28,24 @@ class _Compared:
     golden_taps: list[torch.Tensor]
 
 
-def assert_equivalent(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | StemConfig | None = None, **kwargs: Any) -> None:
+def assert_equivalent(
+    model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | StemConfig | None = None, **kwargs: Any
+) -> None:
     """Assert that ``model`` compiled with backend "stem" computes, for these arguments, what it should.
 
-    Without options: budget 1.0, so what the model itself computes. With a smaller budget: the model with dense attention under exactly the blocks that were
-    selected, so that the approximation is not called an error. Off from fp64 by at most a small factor of the model's own error in its dtype (see
-    ``numerics``), wherever ``attention_mask`` is not 0. Raises Violation (an AssertionError) naming the first attention and position that diverge, or why
-    nothing was rewritten; Inapplicable for a model whose own output is NaN or that does not run in fp64.
+    Without options: budget 1.0, so what the model itself computes. With a smaller budget: the model with dense
+    attention under exactly the blocks that were selected, so that the approximation is not called an error. Off from
+    fp64 by at most a small factor of the model's own error in its dtype (see
+    ``numerics``), wherever ``attention_mask`` is not 0. Raises Violation (an AssertionError) naming the first attention
+    and position that diverge, or why nothing was rewritten; Inapplicable for a model whose own output is NaN or that
+    does not run in fp64.
     """
     given = dict(options) if isinstance(options, Mapping) else options
-    subject = Subject(model, make_inputs=lambda batch, length, seed: (args, kwargs), options={"budget": 1.0} if given is None else given)
+    subject = Subject(
+        model,
+        make_inputs=lambda batch, length, seed: (args, kwargs),
+        options={"budget": 1.0} if given is None else given,
+    )
     mask = kwargs.get("attention_mask")
     inputs = Inputs(args, kwargs, mask.bool() if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None)
     torch._dynamo.reset()
@@ -60,9 +69,13 @@ def _compare(subject: Subject, inputs: Inputs) -> _Compared:
     except Mismatch as error:
         raise Violation(str(error)) from None
     except numerics.Undefined as error:
-        raise Inapplicable(f"the model's own output in fp64 is NaN at {named(error.where)}: there is nothing to compare with") from None
+        raise Inapplicable(
+            f"the model's own output in fp64 is NaN at {named(error.where)}: there is nothing to compare with"
+        ) from None
     except Exception as error:
-        raise Inapplicable(f"the model does not run in fp64, which others are compared with: {type(error).__name__}: {error}") from error
+        raise Inapplicable(
+            f"the model does not run in fp64, which others are compared with: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _witnessed(subject: Subject, inputs: Inputs, run: Run) -> _Compared:
@@ -78,16 +91,28 @@ def _witnessed(subject: Subject, inputs: Inputs, run: Run) -> _Compared:
 def _explained(subject: Subject, inputs: Inputs, compared: _Compared, found: numerics.Gap) -> list[str]:
     """The failure, line by line."""
     sites = [hit for hit in compared.run.found if isinstance(hit, AttentionSite)]
-    lines = ["the compiled model is not equivalent", f"  output: {found.words}, worst at {named(found.where)}", *_first(subject, inputs, compared, sites)]
+    lines = [
+        "the compiled model is not equivalent",
+        f"  output: {found.words}, worst at {named(found.where)}",
+        *_first(subject, inputs, compared, sites),
+    ]
     options = ", ".join(f"{k}={v}" for k, v in subject.options.items())
-    return [*lines, f"  options: {options}", "  reproduce:", "", *(f"    {line}".rstrip() for line in written(subject, inputs, _fails(subject)).splitlines())]
+    return [
+        *lines,
+        f"  options: {options}",
+        "  reproduce:",
+        "",
+        *(f"    {line}".rstrip() for line in written(subject, inputs, _fails(subject)).splitlines()),
+    ]
 
 
 def _first(subject: Subject, inputs: Inputs, compared: _Compared, sites: list[AttentionSite]) -> list[str]:
     seen = numerics.first_beyond(compared.run.output, compared.golden, compared.allowed, inputs.valid)
     position = f"  first position: {named(seen)}" if seen else ""
     rows = None if inputs.valid is None else inputs.valid[:, None]
-    for index, (made, site, own, golden) in enumerate(zip(compared.run.made, sites, compared.own_taps, compared.golden_taps)):
+    for index, (made, site, own, golden) in enumerate(
+        zip(compared.run.made, sites, compared.own_taps, compared.golden_taps)
+    ):
         q, k, v = made.inputs
         chosen = (
             made.selection.indices,
@@ -108,10 +133,22 @@ def _first(subject: Subject, inputs: Inputs, compared: _Compared, sites: list[At
             error = float(numerics.errors(out, golden)[place])
             block = place[2] // made.selection.block_q
             return [
-                f"  first attention: {module_path(site.node)} (number {index} of {len(sites)}, mask {site.words}, kernel {site.kernel!r})",
-                f"  first position there: {named(place)} (query block {block}): error {error:.2e}, budget {allowed:.2e}",
+                (
+                    f"  first attention: {module_path(site.node)} (number {index} of {len(sites)}, mask {site.words},"
+                    f" kernel {site.kernel!r})"
+                ),
+                (
+                    f"  first position there: {named(place)} (query block {block}): error {error:.2e}, budget"
+                    f" {allowed:.2e}"
+                ),
             ]
-    return [position, "  every attention is right for the inputs it got: what differs is between them, in the graph or in the inner compiler"]
+    return [
+        position,
+        (
+            "  every attention is right for the inputs it got: what differs is between them, in the graph or in the"
+            " inner compiler"
+        ),
+    ]
 
 
 def _fails(subject: Subject) -> Any:

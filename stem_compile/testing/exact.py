@@ -18,7 +18,9 @@ class Exact(TorchFunctionMode):
 
     _METHODS = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
 
-    def __torch_function__(self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if function in self._METHODS:
             return args[0].double()
         kwargs = {k: _raised(v) for k, v in (kwargs or {}).items()}

@@ -23,16 +23,22 @@ def page(report: dict[str, Any]) -> str:
     """The whole page. report: ``Report.to_dict``."""
     results = report["results"]
     rows = "".join(
-        f'<tr><td>{escape(r["name"])}</td><td class="{escape(r["verdict"])}">{escape(r["verdict"])}</td><td class="n">{escape(r["tried"])}</td>'
+        f'<tr><td>{escape(r["name"])}</td><td class="{escape(r["verdict"])}">{escape(r["verdict"])}</td><td'
+        f' class="n">{escape(r["tried"])}</td>'
         f'<td class="n">{_ratio(r["worst"])}</td><td>{escape(r["title"])}<br><small>{escape(r["remark"])}</small></td></tr>'
         for r in results
     )
     failures = "".join(
-        f"<h2>{escape(r['name'])}</h2><p>{escape(r['failure']['message'])}</p><pre>{escape(r['failure']['snippet'])}</pre>" for r in results if r["failure"]
+        f"<h2>{escape(r['name'])}</h2><p>{escape(r['failure']['message'])}</p><pre>{escape(r['failure']['snippet'])}</pre>"
+        for r in results
+        if r["failure"]
     )
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>stem-compile check</title>'
-        f'<style>{_STYLE}</style><h1>stem-compile check</h1><p class="verdict {"pass" if report["passed"] else "fail"}">{escape(report["verdict"])}</p>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport"'
+        f' content="width=device-width"><title>stem-compile check</title>'
+        f'<style>{_STYLE}</style><h1>stem-compile check</h1><p class="verdict'
+        f' {"pass" if report["passed"] else "fail"}">{escape(report["verdict"])}</p>'
         f"<p>{escape(report['headline'])}</p>"
-        f"<table><tr><th>property</th><th>verdict</th><th>examples</th><th>worst error / budget</th><th>what it says</th></tr>{rows}</table>{failures}</html>\n"
+        "<table><tr><th>property</th><th>verdict</th><th>examples</th><th>worst error / budget</th><th>what it"
+        f" says</th></tr>{rows}</table>{failures}</html>\n"
     )

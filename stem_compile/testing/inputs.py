@@ -1,4 +1,5 @@
-"""Where a model's inputs come from: its transformers config, its signature, an example batch, a function or a strategy of the user's."""
+"""Where a model's inputs come from: its transformers config, its signature, an example batch, a function or a strategy
+of the user's."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from stem_compile.testing.case import Case, Inputs
 class Source:
     """make: Case -> Inputs. can: what cases may ask for ("batch", "length", "padding", "embeds", "positions", "cache").
 
-    longest: tokens the model has positions for. frugal: draw one batch size where any would do, as each is a trace, and few seeds, so that runs are shared.
+    longest: tokens the model has positions for. frugal: draw one batch size where any would do, as each is a trace, and
+    few seeds, so that runs are shared.
     strategy: set when the user draws the inputs; then cases carry them in ``given``.
     """
 
@@ -35,14 +37,18 @@ class NoInputs(TypeError):
 
 
 def source_of(model: torch.nn.Module, given: Any = None) -> Source:
-    """given: None, a function (batch, length, seed) -> inputs, a Hypothesis strategy of inputs, or an example batch. Inputs are a tensor, a tuple of
-    arguments, a dict of keyword arguments, or the pair of both. Raises NoInputs."""
+    """given: None, a function (batch, length, seed) -> inputs, a Hypothesis strategy of inputs, or an example batch.
+    Inputs are a tensor, a tuple of arguments, a dict of keyword arguments, or the pair of both. Raises NoInputs."""
     if given is None:
         return _of_transformers(model) if _is_transformers(model) else _of_signature(model)
     if hasattr(given, "example") and hasattr(given, "map"):
         return Source(lambda case: _inputs(case.given), frozenset(), strategy=given, words="drawn by a strategy")
     if callable(given):
-        return Source(lambda case: _inputs(given(case.batch, case.length, case.seed)), frozenset({"batch", "length"}), words="made by make_inputs")
+        return Source(
+            lambda case: _inputs(given(case.batch, case.length, case.seed)),
+            frozenset({"batch", "length"}),
+            words="made by make_inputs",
+        )
     return _of_example(_inputs(given))
 
 
@@ -101,16 +107,32 @@ def _of_transformers(model: Any) -> Source:
             kwargs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
         return Inputs((), kwargs, mask.bool() if case.pad else None)
 
-    longest = next((int(n) for n in (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")) if n), 1 << 20)
+    longest = next(
+        (
+            int(n)
+            for n in (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+            if n
+        ),
+        1 << 20,
+    )
     return Source(make, frozenset(can), longest, words="token ids from the transformers config")
 
 
 def _of_signature(model: torch.nn.Module) -> Source:
     device, dtype = place_of(model)
     required = [
-        p.name for p in inspect.signature(model.forward).parameters.values() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        p.name
+        for p in inspect.signature(model.forward).parameters.values()
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     ]
-    first = next((m for m in model.modules() if isinstance(m, torch.nn.Embedding | torch.nn.Linear | torch.nn.LayerNorm | torch.nn.MultiheadAttention)), None)
+    first = next(
+        (
+            m
+            for m in model.modules()
+            if isinstance(m, torch.nn.Embedding | torch.nn.Linear | torch.nn.LayerNorm | torch.nn.MultiheadAttention)
+        ),
+        None,
+    )
     if len(required) != 1 or first is None:
         raise NoInputs(
             f"cannot tell what {type(model).__name__}.forward({', '.join(required)}) takes: pass make_inputs, "
@@ -119,7 +141,14 @@ def _of_signature(model: torch.nn.Module) -> Source:
 
     def make(case: Case) -> Inputs:
         if isinstance(first, torch.nn.Embedding):
-            return Inputs((torch.randint(0, first.num_embeddings, (case.batch, case.length), generator=_generator(case)).to(device),), {})
+            return Inputs(
+                (
+                    torch.randint(0, first.num_embeddings, (case.batch, case.length), generator=_generator(case)).to(
+                        device
+                    ),
+                ),
+                {},
+            )
         width = _width(first)
         return Inputs((torch.randn(case.batch, case.length, width, generator=_generator(case)).to(device, dtype),), {})
 
@@ -133,8 +162,13 @@ def _width(first: torch.nn.Module) -> int:
 
 
 def _of_example(example: Inputs) -> Source:
-    """Other lengths and batch sizes of an example: its first tensor's leading two dimensions, wherever another tensor has those sizes."""
-    tensors = [x for x in torch.utils._pytree.tree_leaves((example.args, example.kwargs)) if isinstance(x, torch.Tensor) and x.dim() > 1]
+    """Other lengths and batch sizes of an example: its first tensor's leading two dimensions, wherever another tensor
+    has those sizes."""
+    tensors = [
+        x
+        for x in torch.utils._pytree.tree_leaves((example.args, example.kwargs))
+        if isinstance(x, torch.Tensor) and x.dim() > 1
+    ]
     if not tensors:
         raise NoInputs("an example batch needs a tensor of shape [batch, length, ...]")
     batch, length = tensors[0].shape[:2]
@@ -142,7 +176,9 @@ def _of_example(example: Inputs) -> Source:
     def resized(x: Any, case: Case, generator: torch.Generator) -> Any:
         if not isinstance(x, torch.Tensor) or not x.dim():
             return x
-        shape = [case.batch if n == 0 and s == batch else case.length if s == length else s for n, s in enumerate(x.shape)]
+        shape = [
+            case.batch if n == 0 and s == batch else case.length if s == length else s for n, s in enumerate(x.shape)
+        ]
         if x.is_floating_point():
             return torch.randn(shape, generator=generator).to(x.device, x.dtype)
         if x.dtype == torch.bool or bool((x == x.flatten()[0]).all()):

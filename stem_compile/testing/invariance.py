@@ -1,4 +1,5 @@
-"""What properties of invariance share: whether the model itself has the property, before its compiled form is held to it."""
+"""What properties of invariance share: whether the model itself has the property, before its compiled form is held to
+it."""
 
 from __future__ import annotations
 

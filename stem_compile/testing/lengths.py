@@ -6,20 +6,23 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from stem_compile import policies, symbolic
-from stem_compile.symbolic import BLOCKS, ROW
+from stem_compile.algebra import symbolic
+from stem_compile.algebra.symbolic import BLOCKS, ROW
+from stem_compile.selection import policies
 from stem_compile.testing.subject import Subject
 from stem_compile.testing.violation import Inapplicable
 
 
 def dense(subject: Subject) -> Any:
-    """From one token to a few query blocks, ragged ends included. One token is a trace of its own, left to shape-robustness for large models."""
+    """From one token to a few query blocks, ragged ends included. One token is a trace of its own, left to
+    shape-robustness for large models."""
     longest = min(4 * subject.block + 3, subject.source.longest)
     return st.integers(min(2 * subject.block + 1, longest), longest) if subject.large else st.integers(1, longest)
 
 
 def bounds(subject: Subject) -> tuple[int, int]:
-    """Shortest length at which rows choose among blocks (beyond sinks and local ones), and one a few query blocks longer. Raises Inapplicable.
+    """Shortest length at which rows choose among blocks (beyond sinks and local ones), and one a few query blocks
+    longer. Raises Inapplicable.
 
     A model with too few positions gets the lengths at which rows leave blocks out at all.
     """
@@ -46,6 +49,11 @@ def _choosing(subject: Subject, forced: int) -> int:
 
 
 def sparse(subject: Subject) -> Any:
-    """Lengths at which rows leave blocks out, ragged ends included. Two of them for large models, so that properties share their runs."""
+    """Lengths at which rows leave blocks out, ragged ends included. Two of them for large models, so that properties
+    share their runs."""
     low, high = bounds(subject)
-    return st.sampled_from(sorted({low, min(low + subject.block // 2 + 5, high)})) if subject.large else st.integers(low, high)
+    return (
+        st.sampled_from(sorted({low, min(low + subject.block // 2 + 5, high)}))
+        if subject.large
+        else st.integers(low, high)
+    )

@@ -1,7 +1,8 @@
 """When two results are equal: an error budget measured on the model itself, never a tolerance picked by hand.
 
-The golden result is the model in fp64. The model in its own dtype is off from it by its rounding; a rewrite may be off by ``FACTOR`` times that, since
-it rounds in another order, plus ``ULPS`` units in the last place of the result's own size, where the model happens to be exact.
+The golden result is the model in fp64. The model in its own dtype is off from it by its rounding; a rewrite may be off
+by ``FACTOR`` times that, since it rounds in another order, plus ``ULPS`` units in the last place of the result's own
+size, where the model happens to be exact.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from dataclasses import dataclass
 import torch
 
 FACTOR = 4.0
-"""Error allowed relative to the model's own: two orders of summation differ by less, a wrong key or scale by orders of magnitude."""
+"""Error allowed relative to the model's own: two orders of summation differ by less, a wrong key or scale by orders of
+magnitude."""
 ULPS = 8.0
 """Floor, in units of the dtype's precision: a handful of roundings between equal inputs and the compared output."""
 
 
 class Undefined(ArithmeticError):
-    """The golden result is NaN at a position that counts, so nothing can be compared with it. where: indices of the position."""
+    """The golden result is NaN at a position that counts, so nothing can be compared with it. where: indices of the
+    position."""
 
     def __init__(self, where: tuple[int, ...]) -> None:
         super().__init__(f"the golden result is NaN at {where}")
@@ -26,7 +29,8 @@ class Undefined(ArithmeticError):
 
 @dataclass(frozen=True)
 class Gap:
-    """The worst position. error, budget: root mean square over the last dimension; ratio: error over budget; where: indices of the position."""
+    """The worst position. error, budget: root mean square over the last dimension; ratio: error over budget; where:
+    indices of the position."""
 
     error: float
     budget: float
@@ -47,7 +51,8 @@ class Gap:
 
 
 def errors(actual: torch.Tensor, golden: torch.Tensor) -> torch.Tensor:
-    """Root mean square of the difference over the last dimension, fp64; infinite where only ``actual`` is not finite."""
+    """Root mean square of the difference over the last dimension, fp64; infinite where only ``actual`` is not
+    finite."""
     same = (actual.double() == golden.double()) | (actual.isnan() & golden.isnan())
     difference = (actual.double() - golden.double()).masked_fill(same, 0)
     return difference.square().mean(-1).sqrt().nan_to_num(nan=torch.inf, posinf=torch.inf)
@@ -80,10 +85,16 @@ def gap(actual: torch.Tensor, golden: torch.Tensor, allowed: float, valid: torch
     if not found.numel():
         return Gap(0.0, allowed, ())
     worst = int(found.argmax())
-    return Gap(float(found.flatten()[worst]), allowed, tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), found.shape)))
+    return Gap(
+        float(found.flatten()[worst]),
+        allowed,
+        tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), found.shape)),
+    )
 
 
-def first_beyond(actual: torch.Tensor, golden: torch.Tensor, allowed: float, valid: torch.Tensor | None = None) -> tuple[int, ...] | None:
+def first_beyond(
+    actual: torch.Tensor, golden: torch.Tensor, allowed: float, valid: torch.Tensor | None = None
+) -> tuple[int, ...] | None:
     """Indices of the earliest position (smallest along the second dimension) whose error is beyond the budget."""
     beyond = errors(actual, golden) > allowed
     if valid is not None and valid.shape == beyond.shape:

@@ -1,6 +1,8 @@
-"""The oracle of a sparse run: the model's own graph with dense attention, restricted to exactly the blocks that were selected.
+"""The oracle of a sparse run: the model's own graph with dense attention, restricted to exactly the blocks that were
+selected.
 
-It takes from the pipeline only which nodes are attentions. The mask is the tensor that the graph itself computes, not what was recovered from it.
+It takes from the pipeline only which nodes are attentions. The mask is the tensor that the graph itself computes, not
+what was recovered from it.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from torch import fx
 
 from stem_compile.config import StemConfig
 from stem_compile.passes import pipeline
+from stem_compile.passes.graph.values import View
+from stem_compile.passes.sites import AttentionSite, Mods
 from stem_compile.selection import Observed
-from stem_compile.sites import AttentionSite, Mods, View
 from stem_compile.testing.case import Inputs
 from stem_compile.testing.exact import Exact, doubled
 from stem_compile.testing.traced import Traced, primary
@@ -27,11 +30,19 @@ class Mismatch(AssertionError):
 
 
 def restricted(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, scale: float, blocks: torch.Tensor | None, size: tuple[int, int]
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    blocks: torch.Tensor | None,
+    size: tuple[int, int],
 ) -> torch.Tensor:
     """Dense attention over the visible keys of ``blocks`` (bool [B, H, rows, columns] of ``size`` tokens; None is all).
 
-    A row whose mask shows it no key, whatever the blocks, weighs hidden keys by their finite scores; else a row that sees none is 0.
+    A row whose mask shows it no key, whatever the blocks, weighs hidden keys by their finite scores; else a row that
+    sees none is 0.
     """
     q_len, kv_len = q.shape[2], k.shape[2]
     group = q.shape[1] // k.shape[1]
@@ -49,18 +60,32 @@ def restricted(
     if blind is not None:
         seen = seen | blind
     shown = seen if bias is None else bias.masked_fill(~seen, -torch.inf)
-    out = F.scaled_dot_product_attention(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), attn_mask=shown, scale=scale)
+    out = F.scaled_dot_product_attention(
+        q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), attn_mask=shown, scale=scale
+    )
     out = torch.where(seen.any(-1, keepdim=True), out, 0)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def weighted(logits: torch.Tensor, v: torch.Tensor, heads: int, blocks: torch.Tensor | None, size: tuple[int, int], cleared: bool = False) -> torch.Tensor:
-    """The same for attention written out. logits: what its softmax gets, [.., q_len, kv_len] or with one more column, the sink's.
+def weighted(
+    logits: torch.Tensor,
+    v: torch.Tensor,
+    heads: int,
+    blocks: torch.Tensor | None,
+    size: tuple[int, int],
+    cleared: bool = False,
+) -> torch.Tensor:
+    """The same for attention written out. logits: what its softmax gets, [.., q_len, kv_len] or with one more column,
+    the sink's.
 
     cleared: whether the weights of hidden keys are set to 0 after it.
     """
     batch, (q_len, columns), kv_len = v.shape[0], logits.shape[-2:], v.shape[2]
-    logits = logits.expand(batch, heads, q_len, columns) if logits.dim() == 4 else logits.reshape(batch, heads, q_len, columns)
+    logits = (
+        logits.expand(batch, heads, q_len, columns)
+        if logits.dim() == 4
+        else logits.reshape(batch, heads, q_len, columns)
+    )
     seen = _scored(logits[..., :kv_len])
     blind = _blind(seen, logits[..., :kv_len])
     if blocks is not None:
@@ -88,7 +113,10 @@ def _tokens(blocks: torch.Tensor, size: tuple[int, int], q_len: int, kv_len: int
 
 def _modified(mods: Mods, q: torch.Tensor, k: torch.Tensor, scale: float, value: Callable[[Any], Any]) -> torch.Tensor:
     """Scores of a flex_attention after the user's own functions."""
-    axes = [torch.arange(n, device=q.device).view([-1 if i == j else 1 for j in range(4)]) for i, n in enumerate((*q.shape[:3], k.shape[2]))]
+    axes = [
+        torch.arange(n, device=q.device).view([-1 if i == j else 1 for j in range(4)])
+        for i, n in enumerate((*q.shape[:3], k.shape[2]))
+    ]
     scores: torch.Tensor = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2) * scale
     if mods.score is not None:
         scores = mods.score(scores, *axes, *(value(b) for b in mods.score_buffers))
@@ -100,7 +128,9 @@ def _modified(mods: Mods, q: torch.Tensor, k: torch.Tensor, scale: float, value:
 class _Replay(fx.Interpreter):
     """Runs a graph with its attentions answered by ``attend``."""
 
-    def __init__(self, module: fx.GraphModule, sites: dict[fx.Node, AttentionSite], attend: Callable[..., torch.Tensor]) -> None:
+    def __init__(
+        self, module: fx.GraphModule, sites: dict[fx.Node, AttentionSite], attend: Callable[..., torch.Tensor]
+    ) -> None:
         # A site's keys may be taken from before they were repeated: nothing is freed early.
         super().__init__(module, garbage_collect_values=False)
         self._sites, self._attend = sites, attend
@@ -124,8 +154,11 @@ class Oracle:
         self._next: Iterator[Any] = iter(())
         self._taps: list[torch.Tensor] = []
 
-    def run(self, inputs: Inputs, made: Sequence[Observed] | None, config: StemConfig, exact: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """(output, each attention's output [B, H, q_len, dv]). made: the captured selections, None for all blocks; exact: in fp64. Raises Mismatch."""
+    def run(
+        self, inputs: Inputs, made: Sequence[Observed] | None, config: StemConfig, exact: bool
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """(output, each attention's output [B, H, q_len, dv]). made: the captured selections, None for all blocks;
+        exact: in fp64. Raises Mismatch."""
         self._taps, self._next = [], iter(made or ())
         self._dense, self._exact = made is None, exact
         build = functools.partial(self._build, config=config)

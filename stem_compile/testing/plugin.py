@@ -1,6 +1,7 @@
 """The pytest plugin: ``@pytest.mark.stem(...)``, the fixture ``stem_check`` and ``pytest --stem-options budget=0.25``.
 
-Loaded by its entry point in every pytest run where stem-compile is installed, so nothing heavy is imported before a test asks for it.
+Loaded by its entry point in every pytest run where stem-compile is installed, so nothing heavy is imported before a
+test asks for it.
 """
 
 from __future__ import annotations
@@ -14,13 +15,23 @@ import pytest
 if TYPE_CHECKING:
     from stem_compile.testing.report import Report
 
-MARK = "stem(options={...}, properties=[...], max_examples=n, expected=n): arguments of check_model for the fixture stem_check"
+MARK = (
+    "stem(options={...}, properties=[...], max_examples=n, expected=n): arguments of check_model for the fixture"
+    " stem_check"
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("stem-compile")
-    group.addoption("--stem-options", default="", metavar="NAME=VALUE,...", help="options of backend 'stem' for stem_check, such as budget=0.25,pooling=max")
-    group.addoption("--stem-seed", default=0, type=int, metavar="N", help="seed of the examples that stem_check draws (default 0)")
+    group.addoption(
+        "--stem-options",
+        default="",
+        metavar="NAME=VALUE,...",
+        help="options of backend 'stem' for stem_check, such as budget=0.25,pooling=max",
+    )
+    group.addoption(
+        "--stem-seed", default=0, type=int, metavar="N", help="seed of the examples that stem_check draws (default 0)"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -40,9 +51,11 @@ def options_from(text: str) -> dict[str, Any]:
 
 @pytest.fixture
 def stem_check(request: pytest.FixtureRequest) -> Callable[..., Report]:
-    """``stem_check(model, make_inputs=None, **arguments of check_model)``: fails the test when a property does not hold; gives the report.
+    """``stem_check(model, make_inputs=None, **arguments of check_model)``: fails the test when a property does not
+    hold; gives the report.
 
-    Arguments are taken from the call, then from ``@pytest.mark.stem``, then from the command line; options of all three are merged in that order.
+    Arguments are taken from the call, then from ``@pytest.mark.stem``, then from the command line; options of all three
+    are merged in that order.
     """
     from stem_compile.testing import check_model
 

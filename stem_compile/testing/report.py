@@ -34,9 +34,11 @@ class Failure:
 
 @dataclass
 class Result:
-    """One property. worst: largest error relative to its budget. facts: means over the examples. verdict: a key of ``MARKS``.
+    """One property. worst: largest error relative to its budget. facts: means over the examples. verdict: a key of
+    ``MARKS``.
 
-    note: what else its facts need to be understood. wanted: examples that would have been tried with more time; 0 where time did not run out.
+    note: what else its facts need to be understood. wanted: examples that would have been tried with more time; 0 where
+    time did not run out.
     """
 
     name: str
@@ -61,12 +63,17 @@ class Result:
         """What else a reader wants to know, in a line."""
         if self.failure is not None:
             return self.failure.message.splitlines()[0]
-        return self.reason if self.verdict == "not applicable" else ", ".join([*(f"{k} {v:.3g}" for k, v in self.facts.items()), *filter(None, [self.note])])
+        return (
+            self.reason
+            if self.verdict == "not applicable"
+            else ", ".join([*(f"{k} {v:.3g}" for k, v in self.facts.items()), *filter(None, [self.note])])
+        )
 
 
 @dataclass
 class Report:
-    """Results of ``check_model``. ``print`` it; ``passed`` says it in a word; ``raise_for_failures()`` makes a test of it.
+    """Results of ``check_model``. ``print`` it; ``passed`` says it in a word; ``raise_for_failures()`` makes a test of
+    it.
 
     settings: model, dtype, device, options, seed, versions. model, imports: the expression that gives the
     model in snippets, and what it needs.
@@ -98,7 +105,9 @@ class Report:
         held = [r for r in self.results if r.verdict == "pass"]
         skipped = [r for r in self.results if r.verdict == "not applicable"]
         short = [r for r in self.results if r.wanted]
-        rest = (f"; {len(skipped)} not applicable" if skipped else "") + (f"; {len(short)} cut short by the time limit" if short else "")
+        rest = (f"; {len(skipped)} not applicable" if skipped else "") + (
+            f"; {len(short)} cut short by the time limit" if short else ""
+        )
         if self.failures:
             names = ", ".join(r.name for r in self.failures)
             others = _counted(len(held), "other property holds", "other properties hold")
@@ -120,17 +129,33 @@ class Report:
         needs = "".join(f"{line}\n" for line in self.imports)
         case = result.failure.case
         if case is None or case.given is not None or "bounds" in given:
-            words = [self.model, made, options, f"properties={[result.name]!r}", *(f"{k}={v!r}" for k, v in given.items())]
+            words = [
+                self.model,
+                made,
+                options,
+                f"properties={[result.name]!r}",
+                *(f"{k}={v!r}" for k, v in given.items()),
+            ]
             words += ["text=text" if self.settings.get("text") else "", f"seed={self.settings['seed']}"]
-            return f"{needs}from stem_compile.testing import check_model\n\ncheck_model({', '.join(filter(None, words))}).raise_for_failures()"
-        words = [options, made and f"make_inputs={made}", f"expected={given['expected']}" if "expected" in given else ""]
+            return (
+                f"{needs}from stem_compile.testing import"
+                f" check_model\n\ncheck_model({', '.join(filter(None, words))}).raise_for_failures()"
+            )
+        words = [
+            options,
+            made and f"make_inputs={made}",
+            f"expected={given['expected']}" if "expected" in given else "",
+        ]
         last = ", ".join(filter(None, words))
         head = f"{needs}from stem_compile.testing import Case, check_case\n\n"
         return f"{head}check_case(\n    {self.model},\n    {result.name!r},\n    {case!r},\n    {last},\n)"
 
     def __str__(self) -> str:
         columns = ("property", "", "examples", "worst/budget", "what it says")
-        rows = [columns, *((r.name, MARKS[r.verdict], r.tried, f"{r.worst:.2f}" if r.worst else "-", r.title) for r in self.results)]
+        rows = [
+            columns,
+            *((r.name, MARKS[r.verdict], r.tried, f"{r.worst:.2f}" if r.worst else "-", r.title) for r in self.results),
+        ]
         widths = [max(len(r[i]) for r in rows) for i in range(len(columns))]
         lines = [self.headline, "", *("  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows), ""]
         lines += [f"{r.name}: {r.remark}" for r in self.results if r.remark and r.verdict != "fail"]
@@ -142,15 +167,27 @@ class Report:
     def headline(self) -> str:
         """What was checked."""
         options = ", ".join(f"{k}={v}" for k, v in self.settings["options"].items())
-        return f"{self.settings['model']}, {self.settings['dtype']} on {self.settings['device']}, {options}, seed {self.settings['seed']}"
+        return (
+            f"{self.settings['model']}, {self.settings['dtype']} on {self.settings['device']}, {options}, seed"
+            f" {self.settings['seed']}"
+        )
 
     def failure_lines(self) -> list[str]:
         """What failed, with a snippet each."""
         lines: list[str] = []
         for result in self.failures:
             assert result.failure is not None
-            lines += ["", f"{result.name} does not hold ({result.title}):", f"  {result.failure.message}", f"  found at example {result.failure.needed}"]
-            lines += ["  reproduce the smallest one found:", "", *(f"    {line}".rstrip() for line in self.snippet(result).splitlines())]
+            lines += [
+                "",
+                f"{result.name} does not hold ({result.title}):",
+                f"  {result.failure.message}",
+                f"  found at example {result.failure.needed}",
+            ]
+            lines += [
+                "  reproduce the smallest one found:",
+                "",
+                *(f"    {line}".rstrip() for line in self.snippet(result).splitlines()),
+            ]
         return lines
 
     def to_dict(self) -> dict[str, Any]:
@@ -159,14 +196,26 @@ class Report:
         for r in self.results:
             plain = asdict(r) | {"tried": r.tried, "remark": r.remark}
             if r.failure is not None:
-                plain["failure"] |= {"case": repr(r.failure.case), "snippet": self.snippet(r), "gap": asdict(r.failure.gap) if r.failure.gap else None}
+                plain["failure"] |= {
+                    "case": repr(r.failure.case),
+                    "snippet": self.snippet(r),
+                    "gap": asdict(r.failure.gap) if r.failure.gap else None,
+                }
             results.append(plain)
-        return {"headline": self.headline, "verdict": self.verdict, "passed": self.passed, "settings": self.settings, "results": results}
+        return {
+            "headline": self.headline,
+            "verdict": self.verdict,
+            "passed": self.passed,
+            "settings": self.settings,
+            "results": results,
+        }
 
     def write(self, path: str | Path) -> None:
         """As JSON, or as a page of HTML for a path that ends in .html."""
         path = Path(path)
-        path.write_text(page(self.to_dict()) if path.suffix == ".html" else json.dumps(self.to_dict(), indent=2, default=str) + "\n")
+        path.write_text(
+            page(self.to_dict()) if path.suffix == ".html" else json.dumps(self.to_dict(), indent=2, default=str) + "\n"
+        )
 
     def raise_for_failures(self) -> None:
         """Violation with the whole report when a property failed or none applies."""

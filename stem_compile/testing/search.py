@@ -1,4 +1,5 @@
-"""Try a property on examples that Hypothesis draws, and shrink one that fails: deterministic for a seed, and bounded in time."""
+"""Try a property on examples that Hypothesis draws, and shrink one that fails: deterministic for a seed, and bounded in
+time."""
 
 from __future__ import annotations
 
@@ -37,14 +38,18 @@ def attempt(subject: Subject, module: ModuleType, case: Case) -> Measure:
         try:
             subject.golden(case)
         except Exception:
-            raise Inapplicable(f"the model does not run in fp64, which others are compared with: {type(error).__name__}: {first}") from error
+            raise Inapplicable(
+                f"the model does not run in fp64, which others are compared with: {type(error).__name__}: {first}"
+            ) from error
         raise Violation(f"raises {type(error).__name__}: {first}") from error
 
 
 class _Search:
     """The state of one search: what was tried, what was learnt."""
 
-    def __init__(self, subject: Subject, module: ModuleType, progress: Callable[[int], None], seconds: float | None) -> None:
+    def __init__(
+        self, subject: Subject, module: ModuleType, progress: Callable[[int], None], seconds: float | None
+    ) -> None:
         self.subject, self.module, self.progress = subject, module, progress
         self.until = time.monotonic() + (float("inf") if seconds is None else seconds)
         self.shrinking = SHRINK_SECONDS if seconds is None else min(SHRINK_SECONDS, max(seconds, 1.0))
@@ -95,10 +100,16 @@ class _Search:
 
 
 def search(
-    subject: Subject, module: ModuleType, examples: int, seed: int, progress: Progress | None = None, shrink: bool = True, seconds: float | None = None
+    subject: Subject,
+    module: ModuleType,
+    examples: int,
+    seed: int,
+    progress: Progress | None = None,
+    shrink: bool = True,
+    seconds: float | None = None,
 ) -> Result:
-    """The result of one property on ``examples`` examples. shrink: whether to look for a smaller one that fails. seconds: no further example that would
-    end after these."""
+    """The result of one property on ``examples`` examples. shrink: whether to look for a smaller one that fails.
+    seconds: no further example that would end after these."""
     import hypothesis
 
     begun = time.monotonic()
@@ -148,4 +159,6 @@ def _function(state: _Search) -> Callable[[Any], None]:
 
 def _averages(measures: list[Measure]) -> dict[str, float]:
     names = [n for n, v in (measures[0].facts if measures else {}).items() if isinstance(v, int | float)]
-    return {n: sum(m.facts[n] for m in measures if n in m.facts) / len([m for m in measures if n in m.facts]) for n in names}
+    return {
+        n: sum(m.facts[n] for m in measures if n in m.facts) / len([m for m in measures if n in m.facts]) for n in names
+    }

@@ -17,7 +17,8 @@ SHORT = 16
 
 
 def written(subject: Subject, inputs: Inputs, fails: Callable[[Inputs], bool]) -> str:
-    """A script that calls ``assert_equivalent`` with inputs that fail: random ones of these shapes where those fail too, else the very ones from a file."""
+    """A script that calls ``assert_equivalent`` with inputs that fail: random ones of these shapes where those fail
+    too, else the very ones from a file."""
     given = brief(subject.options)
     call = ["from stem_compile.testing import assert_equivalent", ""]
     names = [f"arg{i}" for i in range(len(inputs.args))] + list(inputs.kwargs)
@@ -30,12 +31,23 @@ def written(subject: Subject, inputs: Inputs, fails: Callable[[Inputs], bool]) -
         torch.manual_seed(0)
         lines = [f"{n} = {t}" for n, t in zip(names, texts)]
         exec("\n".join(lines), space)
-        if fails(Inputs(tuple(space[n] for n in names[: len(inputs.args)]), {k: space[k] for k in inputs.kwargs}, inputs.valid)):
+        if fails(
+            Inputs(
+                tuple(space[n] for n in names[: len(inputs.args)]), {k: space[k] for k in inputs.kwargs}, inputs.valid
+            )
+        ):
             return "\n".join(["import torch", *call, "torch.manual_seed(0)", *lines, final])
     path = Path(tempfile.mkdtemp(prefix="stem-compile-")) / "inputs.pt"
     torch.save({"args": inputs.args, "kwargs": inputs.kwargs}, path)
     loaded = f'saved = torch.load("{path}", weights_only=False)  # random inputs of these shapes do not fail'
-    return "\n".join(["import torch", *call, loaded, f'assert_equivalent(model, *saved["args"], options={given!r}, **saved["kwargs"])'])
+    return "\n".join(
+        [
+            "import torch",
+            *call,
+            loaded,
+            f'assert_equivalent(model, *saved["args"], options={given!r}, **saved["kwargs"])',
+        ]
+    )
 
 
 def _text(value: Any) -> str | None:
@@ -64,7 +76,9 @@ def _mask_text(value: torch.Tensor, where: str) -> str | None:
     spans = [(int(r.nonzero()[0]), int(r.nonzero()[-1]) + 1) for r in value if bool(r.any())]
     positions = f"torch.arange({value.shape[1]}{where})"
     again = torch.arange(value.shape[1], device=value.device)
-    if len(spans) != len(value) or not torch.equal(torch.stack([(again >= a) & (again < b) for a, b in spans]).to(value.dtype), value):
+    if len(spans) != len(value) or not torch.equal(
+        torch.stack([(again >= a) & (again < b) for a, b in spans]).to(value.dtype), value
+    ):
         return None
     rows = ", ".join(f"({positions} >= {a}) & ({positions} < {b})" for a, b in spans)
     return f"torch.stack([{rows}]).to({value.dtype})"

@@ -15,7 +15,8 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Spelling:
-    """A way to write causal attention of q [B, H, N, d] over k, v [B, Hk, N, d]: call it like a function. name: key of ``WAYS``."""
+    """A way to write causal attention of q [B, H, N, d] over k, v [B, Hk, N, d]: call it like a function. name: key of
+    ``WAYS``."""
 
     name: str
 
@@ -25,7 +26,9 @@ class Spelling:
 
 def _repeated(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     batch, heads, length, width = x.shape
-    return x[:, :, None].expand(batch, heads, q.shape[1] // heads, length, width).reshape(batch, q.shape[1], length, width)
+    return (
+        x[:, :, None].expand(batch, heads, q.shape[1] // heads, length, width).reshape(batch, q.shape[1], length, width)
+    )
 
 
 def _triangle(q: torch.Tensor) -> torch.Tensor:
@@ -43,7 +46,9 @@ def _positional(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tens
 
 def _interleaved(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     group = q.shape[1] // k.shape[1]
-    return F.scaled_dot_product_attention(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, dim=1), is_causal=True)
+    return F.scaled_dot_product_attention(
+        q, k.repeat_interleave(group, 1), v.repeat_interleave(group, dim=1), is_causal=True
+    )
 
 
 def _compared(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -52,7 +57,9 @@ def _compared(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
 
 def _tril(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     ones = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device)
-    return F.scaled_dot_product_attention(q, _repeated(k, q), _repeated(v, q), attn_mask=ones.tril(), scale=1 / math.sqrt(q.shape[-1]))
+    return F.scaled_dot_product_attention(
+        q, _repeated(k, q), _repeated(v, q), attn_mask=ones.tril(), scale=1 / math.sqrt(q.shape[-1])
+    )
 
 
 def _negated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""Hypothesis strategies. They draw small records, never tensors: a failure shrinks to a line that one can read and paste."""
+"""Hypothesis strategies. They draw small records, never tensors: a failure shrinks to a line that one can read and
+paste."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from stem_compile.masks import Causal, Mask, Padding, predicate
-from stem_compile.symbolic import KV, FloorDiv, Q
+from stem_compile.algebra.masks import Causal, Mask, Padding, predicate
+from stem_compile.algebra.symbolic import KV, FloorDiv, Q
 from stem_compile.testing.case import Case, Inputs
 from stem_compile.testing.inputs import Source, source_of
 
@@ -23,9 +24,17 @@ def seeds(source: Source) -> st.SearchStrategy[int]:
 
 @st.composite
 def cases(
-    draw: Any, source: Source, lengths: Any, batches: tuple[int, ...] = (1, 2), pad: bool = True, pad_step: int = 1, wide: bool = True, cuts: Any = None
+    draw: Any,
+    source: Source,
+    lengths: Any,
+    batches: tuple[int, ...] = (1, 2),
+    pad: bool = True,
+    pad_step: int = 1,
+    wide: bool = True,
+    cuts: Any = None,
 ) -> Case:
-    """Cases that ``source`` can make. lengths, cuts: strategies of ints; batches: sizes; pad: whether to pad, left pads being whole ``pad_step``s;
+    """Cases that ``source`` can make. lengths, cuts: strategies of ints; batches: sizes; pad: whether to pad, left pads
+    being whole ``pad_step``s;
     wide: also embeds and explicit positions."""
     if source.strategy is not None:
         return Case(given=draw(source.strategy))
@@ -40,12 +49,15 @@ def cases(
             batch = 2
     style = draw(st.sampled_from(("ids", "embeds"))) if wide and "embeds" in source.can and not padding else "ids"
     positions = bool(wide and "positions" in source.can and not padding and draw(st.booleans()))
-    return Case(length, batch, draw(seeds(source)), padding, side, style, positions, draw(cuts) if cuts is not None else 0)
+    return Case(
+        length, batch, draw(seeds(source)), padding, side, style, positions, draw(cuts) if cuts is not None else 0
+    )
 
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """Inputs of a model as a record: ``model(*drawn.args, **drawn.kwargs)``. valid: positions that are no padding, None for all."""
+    """Inputs of a model as a record: ``model(*drawn.args, **drawn.kwargs)``. valid: positions that are no padding, None
+    for all."""
 
     case: Case
     source: Source = field(repr=False, compare=False)
@@ -67,15 +79,19 @@ class ModelInputs:
         return self.inputs.valid
 
 
-def model_inputs(model: torch.nn.Module, make_inputs: Any = None, max_length: int = 512) -> st.SearchStrategy[ModelInputs]:
-    """Inputs of ``model`` over lengths, batch sizes, paddings, embeddings and positions, as ``ModelInputs``. make_inputs: see ``check_model``."""
+def model_inputs(
+    model: torch.nn.Module, make_inputs: Any = None, max_length: int = 512
+) -> st.SearchStrategy[ModelInputs]:
+    """Inputs of ``model`` over lengths, batch sizes, paddings, embeddings and positions, as ``ModelInputs``.
+    make_inputs: see ``check_model``."""
     source = source_of(model, make_inputs)
     return cases(source, st.integers(1, min(max_length, source.longest))).map(lambda case: ModelInputs(case, source))
 
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """Shapes of one attention. ``tensors()`` gives q [B, H, q_len, d], k [B, Hk, kv_len, d], v [B, Hk, kv_len, dv], normal numbers times ``spread``.
+    """Shapes of one attention. ``tensors()`` gives q [B, H, q_len, d], k [B, Hk, kv_len, d], v [B, Hk, kv_len, dv],
+    normal numbers times ``spread``.
 
     transposed: memory is [B, length, heads, d], as models have it after splitting heads.
     """
@@ -100,10 +116,16 @@ class AttentionInputs:
         """(batch, heads, q_len, kv_len): what masks are asked about."""
         return self.batch, self.heads, self.q_len, self.kv_len
 
-    def tensors(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def tensors(
+        self, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k and v; the same ones for the same record."""
         generator = torch.Generator().manual_seed(self.seed)
-        sizes = ((self.heads, self.q_len, self.head_dim), (self.key_heads, self.kv_len, self.head_dim), (self.key_heads, self.kv_len, self.value_dim))
+        sizes = (
+            (self.heads, self.q_len, self.head_dim),
+            (self.key_heads, self.kv_len, self.head_dim),
+            (self.key_heads, self.kv_len, self.value_dim),
+        )
 
         def drawn(heads: int, length: int, width: int) -> torch.Tensor:
             x = self.spread * torch.randn(self.batch, length, heads, width, generator=generator).transpose(1, 2)
@@ -113,12 +135,18 @@ class AttentionInputs:
         return q, k, v
 
 
-def attention_inputs(max_length: int = 320, head_dims: tuple[int, ...] = (16, 32, 64)) -> st.SearchStrategy[AttentionInputs]:
+def attention_inputs(
+    max_length: int = 320, head_dims: tuple[int, ...] = (16, 32, 64)
+) -> st.SearchStrategy[AttentionInputs]:
     """Shapes of one attention: grouped heads, cached prefixes, ragged lengths, large scores, transposed memory."""
     groups = st.tuples(st.sampled_from((1, 2, 3)), st.sampled_from((1, 2, 4)))
     return st.builds(
         lambda groups, dims, **rest: AttentionInputs(
-            key_heads=groups[0], heads=groups[0] * groups[1], head_dim=dims, value_dim=dims if not rest.pop("narrow") else head_dims[0], **rest
+            key_heads=groups[0],
+            heads=groups[0] * groups[1],
+            head_dim=dims,
+            value_dim=dims if not rest.pop("narrow") else head_dims[0],
+            **rest,
         ),
         groups=groups,
         dims=st.sampled_from(head_dims),
@@ -133,7 +161,8 @@ def attention_inputs(max_length: int = 320, head_dims: tuple[int, ...] = (16, 32
 
 
 def masks(offset: int = 0, padding: bool = True) -> st.SearchStrategy[Mask]:
-    """Causal masks of the algebra, alone or with a window, documents of equal length, or padding (mask tensor 0, [batch, kv_len])."""
+    """Causal masks of the algebra, alone or with a window, documents of equal length, or padding (mask tensor 0,
+    [batch, kv_len])."""
     causal = Causal(offset)
     windows = st.integers(1, 200).map(lambda n: causal & predicate(KV > Q + offset - n))
     documents = st.integers(16, 200).map(lambda n: causal & predicate(_same(FloorDiv(Q + offset, n), FloorDiv(KV, n))))

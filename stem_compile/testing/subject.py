@@ -14,8 +14,8 @@ from torch import fx
 
 from stem_compile import backend
 from stem_compile.config import StemConfig
+from stem_compile.passes.sites import AttentionSite, Rejected
 from stem_compile.selection import BlockSelection, Observed, observe
-from stem_compile.sites import AttentionSite, Rejected
 from stem_compile.testing import numerics
 from stem_compile.testing.case import Case, Inputs
 from stem_compile.testing.exact import Exact, golden_copy
@@ -23,11 +23,20 @@ from stem_compile.testing.inputs import Source, place_of, source_of
 from stem_compile.testing.oracle import Oracle
 from stem_compile.testing.traced import Traced, primary
 
-SMALL = {"budget": 0.5, "block_size": 64, "key_block_size": 32, "sink_blocks": 1, "local_blocks": 1, "min_length": 0, "inner": "eager"}
+SMALL = {
+    "budget": 0.5,
+    "block_size": 64,
+    "key_block_size": 32,
+    "sink_blocks": 1,
+    "local_blocks": 1,
+    "min_length": 0,
+    "inner": "eager",
+}
 """What a check sets where the user says nothing: blocks small enough that short, quick prompts are sparse."""
 
 LARGE = 20_000_000
-"""Models with more parameters get no sinks, so that fewer tokens leave blocks to choose from, few lengths, seeds and batch sizes, so that properties share
+"""Models with more parameters get no sinks, so that fewer tokens leave blocks to choose from, few lengths, seeds and
+batch sizes, so that properties share
 runs and traces, and a limit of time: minutes on a CPU, not hours."""
 
 Force = Callable[[int, Observed], BlockSelection | None]
@@ -36,7 +45,8 @@ Force = Callable[[int, Observed], BlockSelection | None]
 
 @dataclass(frozen=True)
 class Run:
-    """One compiled call. output: [batch, length, ...]; made: the selections, in order; found: every attention of the graphs that ran."""
+    """One compiled call. output: [batch, length, ...]; made: the selections, in order; found: every attention of the
+    graphs that ran."""
 
     output: torch.Tensor
     made: list[Observed]
@@ -51,9 +61,17 @@ def is_large(model: torch.nn.Module) -> bool:
 
 def options_of(options: Mapping[str, Any] | StemConfig | None, large: bool = False) -> dict[str, Any]:
     """The options a check runs with: the user's, and ``SMALL`` where they say nothing. Raises OptionError."""
-    given = {f: getattr(options, f) for f in options.__dataclass_fields__} if isinstance(options, StemConfig) else dict(options or {})
+    given = (
+        {f: getattr(options, f) for f in options.__dataclass_fields__}
+        if isinstance(options, StemConfig)
+        else dict(options or {})
+    )
     # Key blocks that suit the user's query blocks, not ours.
-    small = {k: v for k, v in (SMALL | ({"sink_blocks": 0} if large else {})).items() if not (k == "key_block_size" and "block_size" in given)}
+    small = {
+        k: v
+        for k, v in (SMALL | ({"sink_blocks": 0} if large else {})).items()
+        if not (k == "key_block_size" and "block_size" in given)
+    }
     merged = small | given
     StemConfig.from_options(merged)
     return merged
@@ -61,11 +79,16 @@ def options_of(options: Mapping[str, Any] | StemConfig | None, large: bool = Fal
 
 def brief(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options without those that ``options_of`` would add again."""
-    return {k: v for k, v in options.items() if k not in SMALL or SMALL[k] != v or (k == "key_block_size" and options["block_size"] != SMALL["block_size"])}
+    return {
+        k: v
+        for k, v in options.items()
+        if k not in SMALL or SMALL[k] != v or (k == "key_block_size" and options["block_size"] != SMALL["block_size"])
+    }
 
 
 class Subject:
-    """options: the backend's, merged with ``SMALL``. expected: sites that must be rewritten, None for all. text: token ids [1, N] for fidelity;
+    """options: the backend's, merged with ``SMALL``. expected: sites that must be rewritten, None for all. text: token
+    ids [1, N] for fidelity;
     bounds: the most of each of its measures."""
 
     def __init__(
@@ -123,7 +146,9 @@ class Subject:
     def _cached(self, case: Case) -> Inputs:
         """What a case makes, with the cache that chunks need, so that they share its graph."""
         made = self.source.make(case)
-        return dataclasses.replace(made, kwargs=made.kwargs | {"use_cache": True}) if "cache" in self.source.can else made
+        return (
+            dataclasses.replace(made, kwargs=made.kwargs | {"use_cache": True}) if "cache" in self.source.can else made
+        )
 
     def text_inputs(self) -> Inputs:
         """The user's text."""
@@ -168,7 +193,8 @@ class Subject:
             self._around = contextlib.nullcontext
 
     def run_of(self, case: Case) -> Run:
-        """``run`` under the subject's own options, kept where runs are expensive: not for a property that compares two of them."""
+        """``run`` under the subject's own options, kept where runs are expensive: not for a property that compares two
+        of them."""
         return self._kept(case) if self.large else self.run(case)
 
     def _call(self, options: dict[str, Any], ran: list[AttentionSite | Rejected], inputs: Inputs) -> Any:

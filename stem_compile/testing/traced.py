@@ -1,6 +1,7 @@
 """One Dynamo trace that serves many options: the backend runs on copies of the graph, each when it is first asked for.
 
-Tracing a model costs seconds and a check runs it under many options, so ``torch.compile`` captures once and ``choose`` says what a call runs. Only for
+Tracing a model costs seconds and a check runs it under many options, so ``torch.compile`` captures once and ``choose``
+says what a call runs. Only for
 ``inner="eager"``: other inner compilers work while Dynamo traces, and get a ``torch.compile`` of their own.
 """
 
@@ -68,7 +69,8 @@ def copied(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def primary(result: Any) -> torch.Tensor:
-    """The output that is compared: logits, else the last hidden state, else the first floating tensor. Raises TypeError without one."""
+    """The output that is compared: logits, else the last hidden state, else the first floating tensor. Raises TypeError
+    without one."""
     for name in ("logits", "last_hidden_state"):
         found = getattr(result, name, None)
         if isinstance(found, torch.Tensor):

@@ -9,7 +9,8 @@ from stem_compile.testing.numerics import Gap
 
 
 class Violation(AssertionError):
-    """A property does not hold for an example. ``message`` says what differs and where, in words; ``gap`` by how much."""
+    """A property does not hold for an example. ``message`` says what differs and where, in words; ``gap`` by
+    how much."""
 
     def __init__(self, message: str, gap: Gap | None = None) -> None:
         super().__init__(message)
@@ -23,7 +24,8 @@ class Inapplicable(Exception):
 
 @dataclass
 class Measure:
-    """What an example that holds showed. worst: largest error over its budget (0 where a property has none); facts: numbers for the report."""
+    """What an example that holds showed. worst: largest error over its budget (0 where a property has none); facts:
+    numbers for the report."""
 
     worst: float = 0.0
     facts: dict[str, Any] = field(default_factory=dict)

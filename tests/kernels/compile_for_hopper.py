@@ -1,6 +1,8 @@
-"""Compile every kernel for sm_90 without a GPU and print registers, shared memory and spills: ``python tests/kernels/compile_for_hopper.py``.
+"""Compile every kernel for sm_90 without a GPU and print registers, shared memory and spills: ``python
+tests/kernels/compile_for_hopper.py``.
 
-Launches are replaced by Triton's warm-up under a driver that only names its target, so argument handling is the real one.
+Launches are replaced by Triton's warm-up under a driver that only names its target, so argument handling is the real
+one.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from stem_compile.kernels import device
-from stem_compile.kernels.targets import cuda
+from stem_compile.kernels.targets.cuda import device
+from stem_compile.kernels.targets.cuda import target as cuda
 from stem_compile.selection import SelectionSpec
 
 
@@ -48,12 +50,19 @@ def resources(kernel: Any) -> str:
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(kernel.asm["ptx"])
         for tool in ("ptxas", "ptxas-blackwell"):
-            done = subprocess.run([tools / tool, "-v", "-arch=sm_90a", ptx, "-o", ptx.with_suffix(".cubin")], capture_output=True, text=True)
+            done = subprocess.run(
+                [tools / tool, "-v", "-arch=sm_90a", ptx, "-o", ptx.with_suffix(".cubin")],
+                capture_output=True,
+                text=True,
+            )
             if done.returncode == 0:
                 break
     registers = re.search(r"Used (\d+) registers", done.stderr)
     spills = re.search(r"(\d+) bytes spill stores", done.stderr)
-    text = f"{registers.group(1) if registers else '?'} registers, {kernel.metadata.shared} bytes shared, {kernel.asm['ptx'].count('wgmma.mma_async')} wgmma"
+    text = (
+        f"{registers.group(1) if registers else '?'} registers, {kernel.metadata.shared} bytes shared,"
+        f" {kernel.asm['ptx'].count('wgmma.mma_async')} wgmma"
+    )
     stored = int(spills.group(1)) if spills else 0
     return text + (f", {stored} bytes spilled" if stored else "")
 
@@ -71,7 +80,11 @@ def main() -> None:
     device.capability = lambda device: (9, 0)
     device.multiprocessors = lambda device: 132
     pad, head = torch.ones(1, 8192, dtype=torch.bool), torch.ones(2)
-    padded, window, left = "(kv <= q + S0) & Ne(T0(b, kv), 0)", "(kv <= q) & (kv > q - 1024)", "Eq(FloorDiv(q - T0(b), 2048), FloorDiv(kv - T0(b), 2048))"
+    padded, window, left = (
+        "(kv <= q + S0) & Ne(T0(b, kv), 0)",
+        "(kv <= q) & (kv > q - 1024)",
+        "Eq(FloorDiv(q - T0(b), 2048), FloorDiv(kv - T0(b), 2048))",
+    )
     softcap, bias = "50.0*tanh(0.02*s)", torch.ones(1, 2, 64, 64, dtype=torch.bfloat16)
     for template, d, dv, blocks, mask, dtype, score, tensors in (
         ("hopper", 128, 128, (128, 128), "kv <= q", torch.bfloat16, "", ()),
@@ -82,22 +95,55 @@ def main() -> None:
         ("hopper", 256, 256, (128, 128), "kv <= q", torch.bfloat16, "", ()),
         ("hopper", 128, 128, (128, 128), "kv <= q", torch.bfloat16, softcap, ()),
         ("hopper", 64, 64, (128, 128), window, torch.bfloat16, " ; sink T0(h)", (head,)),
-        ("hopper", 128, 128, (128, 128), f"(kv <= q) & {left}", torch.bfloat16, "s + T1(h)*(kv - q)", (head.long(), head)),
-        ("hopper", 128, 128, (128, 128), "kv <= q + T0()", torch.bfloat16, "s + T1(0, h, q, kv)", (torch.tensor(0), bias)),
-        ("hopper", 80, 80, (64, 128), "(kv <= q) & Ne(T0(b, 0, q, kv), 0)", torch.bfloat16, "s/T1()", (bias.bool(), torch.ones(()))),
+        (
+            "hopper",
+            128,
+            128,
+            (128, 128),
+            f"(kv <= q) & {left}",
+            torch.bfloat16,
+            "s + T1(h)*(kv - q)",
+            (head.long(), head),
+        ),
+        (
+            "hopper",
+            128,
+            128,
+            (128, 128),
+            "kv <= q + T0()",
+            torch.bfloat16,
+            "s + T1(0, h, q, kv)",
+            (torch.tensor(0), bias),
+        ),
+        (
+            "hopper",
+            80,
+            80,
+            (64, 128),
+            "(kv <= q) & Ne(T0(b, 0, q, kv), 0)",
+            torch.bfloat16,
+            "s/T1()",
+            (bias.bool(), torch.ones(())),
+        ),
         ("hopper", 256, 256, (128, 128), window, torch.bfloat16, softcap, ()),
         ("portable", 128, 128, (128, 128), "kv <= q", torch.bfloat16, "", ()),
         ("portable", 80, 80, (64, 64), "kv <= q", torch.float32, "", ()),
         ("portable", 128, 128, (128, 128), window, torch.bfloat16, f"{softcap} ; sink T0(h)", (head,)),
     ):
-        q, k, v = torch.empty(1, 2, 8192, d, dtype=dtype), torch.empty(1, 1, 8192, d, dtype=dtype), torch.empty(1, 1, 8192, dv, dtype=dtype)
+        q, k, v = (
+            torch.empty(1, 2, 8192, d, dtype=dtype),
+            torch.empty(1, 1, 8192, d, dtype=dtype),
+            torch.empty(1, 1, 8192, dv, dtype=dtype),
+        )
         extra = (tensors, (0,) if "S0" in mask else ())
         for pooling in ("mean", "max"):
             spec = SelectionSpec(pooling=pooling, block_q=blocks[0], block_k=blocks[1]).text()
             print(f"{template} d{d}/{dv} {blocks} {dtype} {mask} {pooling}{' [' + score + ']' if score else ''}")
             indices, counts = cuda.select(q, k, v, *extra, mask, 0.1, spec, "select")
             if pooling == "max":
-                cuda.select(q[:, :, :8100], k, v, *extra, mask, 0.1, spec, "select")  # its last row of blocks is cut short
+                cuda.select(
+                    q[:, :, :8100], k, v, *extra, mask, 0.1, spec, "select"
+                )  # its last row of blocks is cut short
                 cuda.select(q, k, v, *extra, mask, 0.1, f"{spec},score_dtype=fp8", "select")
         cuda.attend(q, k, v, indices, counts, *extra, mask, 0.1, spec, template, score=score)
 

@@ -1,4 +1,5 @@
-"""Attention problems for kernel tests: small frozen descriptions, so that failures print and shrink to something readable."""
+"""Attention problems for kernel tests: small frozen descriptions, so that failures print and shrink to something
+readable."""
 
 from __future__ import annotations
 
@@ -8,10 +9,10 @@ from typing import Any
 import torch
 
 from stem_compile import ops
-from stem_compile.blocks import candidates, cdiv
+from stem_compile.algebra.blocks import candidates, cdiv
+from stem_compile.algebra.masks import decode
+from stem_compile.algebra.scores import decode as decode_score
 from stem_compile.kernels import launch, reference
-from stem_compile.masks import decode
-from stem_compile.scores import decode as decode_score
 from stem_compile.selection import BlockSelection, SelectionSpec
 
 CAUSAL = "kv <= q"
@@ -27,10 +28,15 @@ PREFIX = "(kv <= q) | (kv < 50)"
 GIVEN = "(kv <= q) & Ne(T0(b, 0, q, kv), 0)"
 MASKS = (CAUSAL, LAST_ROWS, SCALAR, PADDED, WINDOW, DOCUMENT, CHUNKED, LEFT_CHUNKED, SHIFTED, PREFIX, GIVEN, "True")
 EDGED = (
-    "(kv <= q) & (kv > q - 333)", "(kv <= q) & Eq(FloorDiv(q, 384), FloorDiv(kv, 384))", "(kv <= q + 70) & (kv > q - 70)", "kv > q - 200",
-    "(kv <= q + kv_len - q_len) & (kv > q + kv_len - q_len - 200)", "(kv <= q + S0) & (kv > q + S0 - 100) & Ne(T0(b, kv), 0)",
-    "(kv <= q + S0) & Eq(FloorDiv(q + S0, 150), FloorDiv(kv, 150)) & (kv > q + S0 - 120)", "Eq(FloorDiv(q, 200), FloorDiv(kv, 200))",
-)  # fmt: skip
+    "(kv <= q) & (kv > q - 333)",
+    "(kv <= q) & Eq(FloorDiv(q, 384), FloorDiv(kv, 384))",
+    "(kv <= q + 70) & (kv > q - 70)",
+    "kv > q - 200",
+    "(kv <= q + kv_len - q_len) & (kv > q + kv_len - q_len - 200)",
+    "(kv <= q + S0) & (kv > q + S0 - 100) & Ne(T0(b, kv), 0)",
+    "(kv <= q + S0) & Eq(FloorDiv(q + S0, 150), FloorDiv(kv, 150)) & (kv > q + S0 - 120)",
+    "Eq(FloorDiv(q, 200), FloorDiv(kv, 200))",
+)
 """More masks with far edges: alone, together, with padding, without a causal term, under a prefix."""
 
 # "#" is the number of the first tensor that the mask leaves free.
@@ -41,13 +47,15 @@ TEMPERATURE = "s/T#()"
 SINK = " ; sink T#(h)"
 SCORES = ("", SOFTCAP, ALIBI, BIAS, TEMPERATURE, SINK, SOFTCAP + SINK)
 
-# Weights and outputs are each rounded once to the working type: two half-ulps bound the relative error of a block of rows.
+# Weights and outputs are each rounded once to the working type: two half-ulps bound the relative error of a block of
+# rows.
 TOLERANCE = {torch.bfloat16: 2 * 2.0**-9, torch.float16: 2 * 2.0**-12, torch.float32: 2.0**-18}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One attention with a random selection. layout: how q, k and v lie in memory. pad: "left", "right" or "holes" under PADDED. kind: of SCORES.
+    """One attention with a random selection. layout: how q, k and v lie in memory. pad: "left", "right" or "holes"
+    under PADDED. kind: of SCORES.
 
     rise, fall: factors of the first and of the last key; those between lie on a line.
     """
@@ -80,9 +88,17 @@ class Case:
     @property
     def spec(self) -> SelectionSpec:
         return SelectionSpec(
-            budget=self.budget, pooling=self.pooling, metric=self.metric, stride=self.stride, block_q=self.block_q, block_k=self.block_k,
-            sink_blocks=1, local_blocks=1, prompt_length=self.prompt_length, score_dtype=self.score_dtype,
-        )  # fmt: skip
+            budget=self.budget,
+            pooling=self.pooling,
+            metric=self.metric,
+            stride=self.stride,
+            block_q=self.block_q,
+            block_k=self.block_k,
+            sink_blocks=1,
+            local_blocks=1,
+            prompt_length=self.prompt_length,
+            score_dtype=self.score_dtype,
+        )
 
     @property
     def score(self) -> str:
@@ -93,7 +109,9 @@ class Case:
     def shape(self) -> tuple[int, int, int, int]:
         return self.batch, self.heads, self.q_len, self.kv_len
 
-    def _tensor(self, generator: torch.Generator, heads: int, length: int, dim: int, scale: float = 1.0) -> torch.Tensor:
+    def _tensor(
+        self, generator: torch.Generator, heads: int, length: int, dim: int, scale: float = 1.0
+    ) -> torch.Tensor:
         x = torch.randn(self.batch, heads, length, dim, generator=generator) * scale
         x = x.to(self.dtype).to(self.device)
         if self.layout == "bnhd":
@@ -141,14 +159,24 @@ class Case:
     def random_selection(self, tensors: Any, scalars: Any) -> BlockSelection:
         """A valid selection whose scores are noise."""
         found = self.candidates(tensors, scalars)
-        noise = torch.rand(self.batch, self.heads, *found.shape[2:], generator=torch.Generator().manual_seed(self.seed)).to(self.device)
+        noise = torch.rand(
+            self.batch, self.heads, *found.shape[2:], generator=torch.Generator().manual_seed(self.seed)
+        ).to(self.device)
         qk = torch.empty(self.batch, self.heads, self.q_len, 0), torch.empty(self.batch, self.heads, self.kv_len, 0)
-        lists = launch.tpd_select(noise.masked_fill(~found, -torch.inf), *(x.to(self.device) for x in qk), tensors, scalars, self.mask, self.spec.text())
+        lists = launch.tpd_select(
+            noise.masked_fill(~found, -torch.inf),
+            *(x.to(self.device) for x in qk),
+            tensors,
+            scalars,
+            self.mask,
+            self.spec.text(),
+        )
         return BlockSelection(*lists, self.block_q, self.block_k, cdiv(self.kv_len, self.block_k))
 
 
 def attention_error(case: Case, target: Any, kernel: str, monkeypatch: Any) -> float:
-    """Relative error of ``target.attend`` against the fp64 reference, on poisoned memory; also checks rows without keys."""
+    """Relative error of ``target.attend`` against the fp64 reference, on poisoned memory; also checks rows without
+    keys."""
     real = ops.attention_output
     monkeypatch.setattr(ops, "attention_output", lambda q, v: real(q, v).fill_(float("nan")))
     data = case.inputs()
@@ -157,8 +185,23 @@ def attention_error(case: Case, target: Any, kernel: str, monkeypatch: Any) -> f
     extra = (data["tensors"], data["scalars"])
     q, k, v = (data[x] for x in "qkv")
     lse = torch.full(q.shape[:3], float("nan"), device=q.device)
-    out = target.attend(q, k, v, chosen.indices, chosen.counts, *extra, case.mask, scale, case.spec.text(), kernel, lse=lse, score=case.score)
-    expected = reference.sparse_attention(q.double(), k.double(), v.double(), chosen, decode(case.mask), *extra, scale, decode_score(case.score))
+    out = target.attend(
+        q,
+        k,
+        v,
+        chosen.indices,
+        chosen.counts,
+        *extra,
+        case.mask,
+        scale,
+        case.spec.text(),
+        kernel,
+        lse=lse,
+        score=case.score,
+    )
+    expected = reference.sparse_attention(
+        q.double(), k.double(), v.double(), chosen, decode(case.mask), *extra, scale, decode_score(case.score)
+    )
     assert out.shape == expected.shape and out.dtype == q.dtype
     error = float((out.double() - expected).norm() / expected.norm().clamp(min=1e-30))
     empty = expected.abs().sum(-1) == 0
@@ -169,10 +212,16 @@ def attention_error(case: Case, target: Any, kernel: str, monkeypatch: Any) -> f
     assert blind[empty].all(), said + places(~blind & empty) + " (log-sum-exp without a visible key)"
     assert lse[~empty].isfinite().all(), said + places(~lse.isfinite() & ~empty) + " (log-sum-exp)"
     if case.mask == CAUSAL and not case.kind:
-        seen = chosen.dense(case.candidates(*extra)).repeat_interleave(case.block_q, 2).repeat_interleave(case.block_k, 3)[..., : case.q_len, : case.kv_len]
+        seen = (
+            chosen.dense(case.candidates(*extra))
+            .repeat_interleave(case.block_q, 2)
+            .repeat_interleave(case.block_k, 3)[..., : case.q_len, : case.kv_len]
+        )
         logits = q.double() @ k.double().repeat_interleave(case.heads // case.key_heads, 1).mT * scale
         want = logits.masked_fill(~(seen & torch.ones_like(seen).tril()), -torch.inf).logsumexp(-1)
-        assert (lse - want).abs().max() <= 1e-2 + 1e-5 * want.abs().max(), said + places((lse - want).abs() > 1e-2) + " (log-sum-exp)"
+        assert (lse - want).abs().max() <= 1e-2 + 1e-5 * want.abs().max(), (
+            said + places((lse - want).abs() > 1e-2) + " (log-sum-exp)"
+        )
     if error >= TOLERANCE[case.dtype]:
         per_row = (out.double() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
         print(said + places(per_row > 4 * TOLERANCE[case.dtype]))
@@ -192,12 +241,17 @@ def places(wrong: torch.Tensor) -> str:
 
 
 def selection_gap(case: Case, target: Any) -> tuple[float, bool]:
-    """(how far blocks chosen differently are from a tie, in standard deviations of the row's scores; whether counts agree)."""
+    """(how far blocks chosen differently are from a tie, in standard deviations of the row's scores; whether counts
+    agree)."""
     data = case.inputs()
     q, k, v = (data[x] for x in "qkv")
     extra = (data["tensors"], data["scalars"])
     scale, spec = case.head_dim**-0.5, case.spec
-    scored = (rounded_to_fp8(q, case.block_q), rounded_to_fp8(k, case.block_k)) if case.score_dtype == "fp8" else (q.double(), k.double())
+    scored = (
+        (rounded_to_fp8(q, case.block_q), rounded_to_fp8(k, case.block_k))
+        if case.score_dtype == "fp8"
+        else (q.double(), k.double())
+    )
     scores = launch.oam_scores(*scored, v.double(), *extra, case.mask, scale, spec.text())
     lists = launch.tpd_select(scores, q, k, *extra, case.mask, spec.text())
     expected = BlockSelection(*lists, case.block_q, case.block_k, cdiv(case.kv_len, case.block_k))

@@ -1,4 +1,5 @@
-"""Generated source: equal specs give equal bytes, generated masks mean what ``Mask.dense`` says, every template compiles for Hopper without one."""
+"""Generated source: equal specs give equal bytes, generated masks mean what ``Mask.dense`` says, every template
+compiles for Hopper without one."""
 
 from __future__ import annotations
 
@@ -17,14 +18,15 @@ from hypothesis import strategies as st
 from tests.kernels.kernel_cases import EDGED, MASKS, SCORES, Case
 
 pytest.importorskip("triton")
-from stem_compile import policies, symbolic
-from stem_compile.kernels import cache, codegen
-from stem_compile.kernels.arguments import arguments
+from stem_compile.algebra import symbolic
+from stem_compile.algebra.masks import decode, encode, environment
+from stem_compile.algebra.scores import decode as decode_score
+from stem_compile.algebra.symbolic import BLOCKS, KV, ROW, B, H, Q
+from stem_compile.kernels import cache
 from stem_compile.kernels.spec import KernelSpec, template_of
-from stem_compile.masks import decode, encode, environment
-from stem_compile.scores import decode as decode_score
-from stem_compile.selection import SelectionSpec
-from stem_compile.symbolic import BLOCKS, KV, ROW, B, H, Q
+from stem_compile.kernels.triton import codegen
+from stem_compile.kernels.triton.arguments import arguments
+from stem_compile.selection import SelectionSpec, policies
 
 TEMPLATES = sorted(p.stem for p in codegen.TEMPLATES.glob("*.py"))
 
@@ -36,10 +38,15 @@ def test_equal_specs_give_equal_bytes_in_any_process(template: str, mask: str, t
     source = codegen.generate(spec)
     compile(source, template, "exec")
     assert spec.header in source
-    code = "import sys; from stem_compile.kernels import codegen, spec; sys.stdout.write(codegen.generate(eval('spec.' + sys.argv[1])))"
+    code = (
+        "import sys; from stem_compile.kernels import spec; from stem_compile.kernels.triton import codegen; sys.stdout.write(codegen.generate(eval('spec.' +"
+        " sys.argv[1])))"
+    )
     if mask == MASKS[3]:  # one fresh process a template: other hash seeds, same text
         env = os.environ | {"PYTHONHASHSEED": "77"}
-        other = subprocess.run([sys.executable, "-c", code, repr(spec)], capture_output=True, text=True, env=env, check=True).stdout
+        other = subprocess.run(
+            [sys.executable, "-c", code, repr(spec)], capture_output=True, text=True, env=env, check=True
+        ).stdout
         assert other == source
 
 
@@ -90,7 +97,12 @@ def test_generated_score_equals_its_definition(kind: str) -> None:
     tensors, layouts, scalars = arguments(data["tensors"], [], case.mask, case.score)
     module = cache.load(KernelSpec("portable", mask=case.mask, score=case.score))
     s = torch.randn(30, 40) * 8
-    env = environment(case.shape, data["tensors"], []) | {B: torch.tensor(1), H: torch.tensor(1), Q: torch.arange(30)[:, None], KV: torch.arange(40)}
+    env = environment(case.shape, data["tensors"], []) | {
+        B: torch.tensor(1),
+        H: torch.tensor(1),
+        Q: torch.arange(30)[:, None],
+        KV: torch.arange(40),
+    }
     expected = meaning.apply(s.double(), env)
     made, sink = torch.zeros(30, 40), torch.zeros(1)
     _store_score[(1,)](s, made, sink, 1, 1, 30, 40, tensors, layouts, scalars, module.score, module.sink, BLOCK=64)
@@ -101,7 +113,13 @@ def test_generated_score_equals_its_definition(kind: str) -> None:
 
 def test_tanh_is_accurate_everywhere() -> None:
     module = cache.load(KernelSpec("portable", score="tanh(s)"))
-    x = torch.cat([torch.linspace(-30, 30, 200_001), torch.logspace(-30, 38, 5000), torch.tensor([0.0, -0.0, 0.1, -0.1, torch.inf, -torch.inf])])
+    x = torch.cat(
+        [
+            torch.linspace(-30, 30, 200_001),
+            torch.logspace(-30, 38, 5000),
+            torch.tensor([0.0, -0.0, 0.1, -0.1, torch.inf, -torch.inf]),
+        ]
+    )
     x = torch.cat([x, -x]).contiguous()
     made = torch.full_like(x, float("nan"))
     _store_tanh[(len(x) // 4096 + 1,)](x, made, len(x), module.tanh, BLOCK=4096)
@@ -112,7 +130,17 @@ def test_tanh_is_accurate_everywhere() -> None:
     assert ((made.double() - exact).abs() < 2.0**-23).all()
 
 
-@pytest.mark.parametrize("text", ["FloorDiv(q - 7, 4)", "FloorDiv(q - 7, 3)", "Mod(q - 7, 4)", "Mod(q - 7, 3)", "FloorDiv(q - S0, S1)", "Mod(q - S0, S1)"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "FloorDiv(q - 7, 4)",
+        "FloorDiv(q - 7, 3)",
+        "Mod(q - 7, 4)",
+        "Mod(q - 7, 3)",
+        "FloorDiv(q - S0, S1)",
+        "Mod(q - S0, S1)",
+    ],
+)
 def test_division_floors(text: str) -> None:
     module = cache.load(KernelSpec("portable", mask=f"kv <= {text} + 5"))
     seen = torch.zeros(20, 20, dtype=torch.int32)
@@ -123,7 +151,14 @@ def test_division_floors(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", [SelectionSpec(), SelectionSpec(budget=0.25), SelectionSpec(budget=0.1, mu=0.3), SelectionSpec(policy="dense"), SelectionSpec(block_k=64)]
+    "spec",
+    [
+        SelectionSpec(),
+        SelectionSpec(budget=0.25),
+        SelectionSpec(budget=0.1, mu=0.3),
+        SelectionSpec(policy="dense"),
+        SelectionSpec(block_k=64),
+    ],
 )
 def test_generated_budget_equals_its_definition(spec: SelectionSpec) -> None:
     names = {ROW: "row", BLOCKS: "blocks"}
@@ -162,12 +197,28 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         tl.store(out + q * kv_len + kv, seen.to(tl.int32), mask=(q < q_len) & (kv < kv_len))
 
     @triton.jit
-    def _store_score(s, out, logit, b, h, q_len, kv_len, tensors, layouts, scalars, score: tl.constexpr, sink: tl.constexpr, BLOCK: tl.constexpr):
+    def _store_score(
+        s,
+        out,
+        logit,
+        b,
+        h,
+        q_len,
+        kv_len,
+        tensors,
+        layouts,
+        scalars,
+        score: tl.constexpr,
+        sink: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
         q = tl.arange(0, BLOCK)[:, None]
         kv = tl.arange(0, BLOCK)[None, :]
         inside = (q < q_len) & (kv < kv_len)
         value = tl.load(s + q * kv_len + kv, mask=inside, other=0.0)
-        tl.store(out + q * kv_len + kv, score(value, b, h, q, kv, q_len, kv_len, tensors, layouts, scalars), mask=inside)
+        tl.store(
+            out + q * kv_len + kv, score(value, b, h, q, kv, q_len, kv_len, tensors, layouts, scalars), mask=inside
+        )
         tl.store(logit, sink(b, h, tensors, layouts, scalars))
 
     @triton.jit
@@ -184,7 +235,8 @@ def test_every_template_compiles_for_hopper() -> None:
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     hopper = [block for block in done.stdout.split("\nhopper ")[1:]]
-    # Plain scores spill nothing. Modified ones may: position biases under chunks that begin with each row's padding 320 bytes, under triton 3.9.
+    # Plain scores spill nothing. Modified ones may: position biases under chunks that begin with each row's padding 320
+    # bytes, under triton 3.9.
     for block in hopper:
         attend = [line for line in block.split("\nportable")[0].splitlines() if line.startswith("  attend")]
         spilled = max((int(n) for n in re.findall(r"(\d+) bytes spilled", " ".join(attend))), default=0)

@@ -21,11 +21,18 @@ class Layers(torch.nn.Module):
     def __init__(self, layers: int, heads: int = 4, key_heads: int = 2, dim: int = 64) -> None:
         super().__init__()
         self.heads, self.key_heads, self.dim = heads, key_heads, dim
-        self.qkv = torch.nn.ModuleList(torch.nn.Linear(heads * dim, (heads + 2 * key_heads) * dim) for _ in range(layers))
+        self.qkv = torch.nn.ModuleList(
+            torch.nn.Linear(heads * dim, (heads + 2 * key_heads) * dim) for _ in range(layers)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for project in self.qkv:
-            parts = project(x).unflatten(-1, (-1, self.dim)).transpose(1, 2).split((self.heads, self.key_heads, self.key_heads), 1)
+            parts = (
+                project(x)
+                .unflatten(-1, (-1, self.dim))
+                .transpose(1, 2)
+                .split((self.heads, self.key_heads, self.key_heads), 1)
+            )
             x = x + F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
         return x
 
@@ -71,7 +78,9 @@ def test_many_layers_compile_each_kernel_once() -> None:
     before, triton.knobs.runtime.jit_post_compile_hook = triton.knobs.runtime.jit_post_compile_hook, count
     try:
         with torch.inference_mode():
-            run = torch.compile(made, backend="stem", options={"budget": 0.2, "min_length": 0, "inner": "eager", "mu": 0.61})
+            run = torch.compile(
+                made, backend="stem", options={"budget": 0.2, "min_length": 0, "inner": "eager", "mu": 0.61}
+            )
             run(x)
             first = sum(compiled.values())
             run(x)
@@ -89,7 +98,9 @@ def test_the_crossover_is_measured_and_obeyed(monkeypatch: pytest.MonkeyPatch, t
     made, width = model(2, heads=32, key_heads=8, dim=64)
     with torch.inference_mode():
         for length in (2048, 16384):
-            told = stem_compile.explain(made, {"budget": 0.1})(torch.randn(1, length, width, device="cuda", dtype=torch.bfloat16))
+            told = stem_compile.explain(made, {"budget": 0.1})(
+                torch.randn(1, length, width, device="cuda", dtype=torch.bfloat16)
+            )
             reasons = {s["reason"] for s in told.sites}
             assert len(told.sites) == 2
             assert reasons in ({None}, {"slower"})

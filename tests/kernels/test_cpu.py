@@ -1,4 +1,5 @@
-"""The CPU target against the reference and the definitions: any shape, any selection, poisoned memory, several threads."""
+"""The CPU target against the reference and the definitions: any shape, any selection, poisoned memory, several
+threads."""
 
 from __future__ import annotations
 
@@ -15,26 +16,41 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stem_compile import ops
-from stem_compile.blocks import cdiv
-from stem_compile.kernels import gather, pooling, reference, workers
-from stem_compile.kernels.targets import cpu
-from stem_compile.masks import decode, environment
-from stem_compile.scores import decode as decode_score
+from stem_compile.algebra.blocks import cdiv
+from stem_compile.algebra.masks import decode, environment
+from stem_compile.algebra.scores import decode as decode_score
+from stem_compile.algebra.symbolic import KV, B, H, Q
+from stem_compile.kernels import reference
+from stem_compile.kernels.targets.cpu import gather, pooling, workers
+from stem_compile.kernels.targets.cpu import target as cpu
 from stem_compile.selection import FULL, BlockSelection, SelectionSpec
-from stem_compile.symbolic import KV, B, H, Q
-from tests.kernels.kernel_cases import CAUSAL, CHUNKED, DOCUMENT, LAST_ROWS, MASKS, PADDED, SCALAR, SCORES, WINDOW, Case, selection_gap
+from tests.kernels.kernel_cases import (
+    CAUSAL,
+    CHUNKED,
+    DOCUMENT,
+    LAST_ROWS,
+    MASKS,
+    PADDED,
+    SCALAR,
+    SCORES,
+    WINDOW,
+    Case,
+    selection_gap,
+)
 
 FACTOR = 2.0
 """Our error over that of SDPA in the same dtype on the same scores."""
 FLOOR = {torch.float64: 16.0}
-"""Ulps of the largest output granted where SDPA happens to be exact; 2 but in fp64, where the golden result is no better."""
+"""Ulps of the largest output granted where SDPA happens to be exact; 2 but in fp64, where the golden result is no
+better."""
 
 quick = settings(derandomize=True, max_examples=60)
 
 
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
-    """Memory that nobody wrote is NaN. One thread but where threads are the point: many small calls crawl when other programs want the cores."""
+    """Memory that nobody wrote is NaN. One thread but where threads are the point: many small calls crawl when other
+    programs want the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -50,15 +66,26 @@ def cases(draw: Any) -> Case:
     extra = 0 if mask in (CAUSAL, WINDOW, DOCUMENT, CHUNKED) else draw(st.integers(0, 200))
     key_heads = draw(st.integers(1, 2))
     return Case(
-        q_len=q_len, kv_len=q_len + extra, batch=draw(st.integers(1, 2)), heads=key_heads * draw(st.integers(1, 3)), key_heads=key_heads,
-        head_dim=draw(st.sampled_from([16, 40])), value_dim=draw(st.sampled_from([16, 24, 64])),
-        block_q=draw(st.sampled_from([32, 64])), block_k=draw(st.sampled_from([16, 32, 64])),
+        q_len=q_len,
+        kv_len=q_len + extra,
+        batch=draw(st.integers(1, 2)),
+        heads=key_heads * draw(st.integers(1, 3)),
+        key_heads=key_heads,
+        head_dim=draw(st.sampled_from([16, 40])),
+        value_dim=draw(st.sampled_from([16, 24, 64])),
+        block_q=draw(st.sampled_from([32, 64])),
+        block_k=draw(st.sampled_from([16, 32, 64])),
         dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])),
-        mask=mask, kind=draw(st.one_of(st.just(""), st.sampled_from(SCORES))), pad=draw(st.sampled_from(["left", "right", "holes"])),
+        mask=mask,
+        kind=draw(st.one_of(st.just(""), st.sampled_from(SCORES))),
+        pad=draw(st.sampled_from(["left", "right", "holes"])),
         layout=draw(st.sampled_from(["bhnd", "bnhd", "sliced"])),
-        budget=draw(st.sampled_from([0.2, 0.5, 1.0])), pooling=draw(st.sampled_from(["mean", "max"])),
-        metric=draw(st.sampled_from(["paper", "released"])), stride=draw(st.sampled_from([8, 16])), seed=draw(st.integers(0, 99)),
-    )  # fmt: skip
+        budget=draw(st.sampled_from([0.2, 0.5, 1.0])),
+        pooling=draw(st.sampled_from(["mean", "max"])),
+        metric=draw(st.sampled_from(["paper", "released"])),
+        stride=draw(st.sampled_from([8, 16])),
+        seed=draw(st.integers(0, 99)),
+    )
 
 
 def any_lists(case: Case, chosen: BlockSelection, found: torch.Tensor) -> BlockSelection:
@@ -66,7 +93,11 @@ def any_lists(case: Case, chosen: BlockSelection, found: torch.Tensor) -> BlockS
     generator = torch.Generator().manual_seed(case.seed)
     keep = (torch.rand(*chosen.counts.shape, chosen.key_blocks, generator=generator) < 0.4) & found
     counts = keep.sum(-1)
-    indices = torch.where(keep, torch.arange(chosen.key_blocks), chosen.key_blocks).sort(-1).values.clamp(max=chosen.key_blocks - 1)
+    indices = (
+        torch.where(keep, torch.arange(chosen.key_blocks), chosen.key_blocks)
+        .sort(-1)
+        .values.clamp(max=chosen.key_blocks - 1)
+    )
     counts = torch.where(torch.rand(counts.shape, generator=generator) < 0.2, FULL, counts)
     return replace(chosen, indices=indices.int(), counts=counts.int())
 
@@ -76,9 +107,13 @@ def sdpa_error(case: Case, data: dict[str, Any], chosen: BlockSelection, golden:
     q, k, v = (data[x] for x in "qkv")
     dense = chosen.dense(case.candidates(data["tensors"], data["scalars"]))
     seen = decode(case.mask).dense(case.shape, data["tensors"], data["scalars"]).expand(case.shape)
-    computed = dense.repeat_interleave(case.block_q, 2)[:, :, : case.q_len].repeat_interleave(case.block_k, 3)[..., : case.kv_len]
+    computed = dense.repeat_interleave(case.block_q, 2)[:, :, : case.q_len].repeat_interleave(case.block_k, 3)[
+        ..., : case.kv_len
+    ]
     if not case.score:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen & computed, scale=case.head_dim**-0.5, enable_gqa=True)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen & computed, scale=case.head_dim**-0.5, enable_gqa=True
+        )
     else:
         # Written out as models do: products in the case's dtype, the rest in fp32.
         keys, values = (x.repeat_interleave(case.heads // case.key_heads, 1) for x in (k, v))
@@ -103,11 +138,28 @@ def check_attention(case: Case, every_list: bool) -> None:
     if every_list:
         chosen = any_lists(case, chosen, case.candidates(*extra))
     lse = torch.full(q.shape[:3], torch.nan, dtype=torch.float64)
-    out = cpu.attend(q, k, v, chosen.indices, chosen.counts, *extra, case.mask, scale, case.spec.text(), "", lse=lse, score=case.score)
-    golden = reference.sparse_attention(q.double(), k.double(), v.double(), chosen, decode(case.mask), *extra, scale, decode_score(case.score))
+    out = cpu.attend(
+        q,
+        k,
+        v,
+        chosen.indices,
+        chosen.counts,
+        *extra,
+        case.mask,
+        scale,
+        case.spec.text(),
+        "",
+        lse=lse,
+        score=case.score,
+    )
+    golden = reference.sparse_attention(
+        q.double(), k.double(), v.double(), chosen, decode(case.mask), *extra, scale, decode_score(case.score)
+    )
     like = ops.attention_output(q, v)
     assert (out.shape, out.stride(), out.dtype) == (like.shape, like.stride(), q.dtype)
-    allowed = FACTOR * sdpa_error(case, data, chosen, golden) + FLOOR.get(q.dtype, 2.0) * torch.finfo(q.dtype).eps * float(golden.abs().max())
+    allowed = FACTOR * sdpa_error(case, data, chosen, golden) + FLOOR.get(q.dtype, 2.0) * torch.finfo(
+        q.dtype
+    ).eps * float(golden.abs().max())
     assert float((out.double() - golden).abs().max()) <= allowed
     # exp(lse) is what the weights sum to: an attention over values of one must come back as one.
     empty = golden.abs().sum(-1) == 0
@@ -157,8 +209,22 @@ def test_log_sum_exp() -> None:
     extra = (data["tensors"], data["scalars"])
     chosen = case.random_selection(*extra)
     lse = torch.full(data["q"].shape[:3], torch.nan, dtype=torch.float64)
-    cpu.attend(data["q"], data["k"], data["v"], chosen.indices, chosen.counts, *extra, PADDED, 0.2, case.spec.text(), "", lse=lse)
-    computed = chosen.dense(case.candidates(*extra)).repeat_interleave(64, 2)[:, :, :400].repeat_interleave(32, 3)[..., :460]
+    cpu.attend(
+        data["q"],
+        data["k"],
+        data["v"],
+        chosen.indices,
+        chosen.counts,
+        *extra,
+        PADDED,
+        0.2,
+        case.spec.text(),
+        "",
+        lse=lse,
+    )
+    computed = (
+        chosen.dense(case.candidates(*extra)).repeat_interleave(64, 2)[:, :, :400].repeat_interleave(32, 3)[..., :460]
+    )
     seen = computed & decode(PADDED).dense(case.shape, *extra)
     scores = data["q"] @ data["k"].repeat_interleave(2, 1).transpose(-1, -2) * 0.2
     torch.testing.assert_close(lse, scores.masked_fill(~seen, -torch.inf).logsumexp(-1))
@@ -183,7 +249,9 @@ def test_runs_cover_every_row_once(case: Case) -> None:
     extra = (data["tensors"], data["scalars"])
     chosen = case.random_selection(*extra)
     out = ops.attention_output(data["q"], data["v"])
-    problem = cpu._problem(data["q"], data["k"], data["v"], chosen.indices, *extra, decode(case.mask), 1.0, case.spec, out)
+    problem = cpu._problem(
+        data["q"], data["k"], data["v"], chosen.indices, *extra, decode(case.mask), 1.0, case.spec, out
+    )
     times = torch.zeros(chosen.counts.shape, dtype=torch.int)
     for run in cpu._runs(problem, chosen.counts, case.spec):
         times[run.batch, run.heads.start : run.heads.stop, run.rows.start : run.rows.stop] += 1
@@ -255,7 +323,11 @@ class Largest(TorchDispatchMode):
 def test_memory_grows_linearly(mask: str, pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Modes are thread-local: run the pieces here.
     monkeypatch.setattr(workers, "run", lambda work, pieces: [work(piece) for piece in pieces])
-    for module, name, small in ((pooling, "PIECE", {"mean": 128, "max": 128}), (gather, "GATHERED", 1), (cpu, "TALL", 1)):
+    for module, name, small in (
+        (pooling, "PIECE", {"mean": 128, "max": 128}),
+        (gather, "GATHERED", 1),
+        (cpu, "TALL", 1),
+    ):
         monkeypatch.setattr(module, name, small)
     largest = []
     for length in (2048, 4096):

@@ -1,4 +1,5 @@
-"""The crossover between dense and selected attention: read from races, kept on disk, obeyed by the passes, never measured on a CPU."""
+"""The crossover between dense and selected attention: read from races, kept on disk, obeyed by the passes, never
+measured on a CPU."""
 
 from __future__ import annotations
 
@@ -69,8 +70,13 @@ def attention(x: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(x, x, x, is_causal=True)
 
 
-@pytest.mark.parametrize(("options", "decision"), [({}, "slower"), ({"min_length": 0}, None), ({"min_length": 4000}, "short"), ({"budget": None}, "short")])
-def test_below_the_crossover_attention_stays_dense(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], decision: str | None) -> None:
+@pytest.mark.parametrize(
+    ("options", "decision"),
+    [({}, "slower"), ({"min_length": 0}, None), ({"min_length": 4000}, "short"), ({"budget": None}, "short")],
+)
+def test_below_the_crossover_attention_stays_dense(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], decision: str | None
+) -> None:
     monkeypatch.setattr(crossover, "shortest", lambda q, k, v, spec, masked, least: max(least, 3072))
     with torch.no_grad():
         told = stem_compile.explain(attention, {"budget": 0.25, **options})(torch.randn(1, 1, 2304, 16))

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from stem_compile import ops
-from stem_compile.kernels import device, launch
+from stem_compile.kernels import launch
+from stem_compile.kernels.targets.cuda import device
 from tests.kernels.kernel_cases import (
     ALIBI,
     BIAS,
@@ -33,7 +34,7 @@ from tests.kernels.kernel_cases import (
     Case,
     attention_error,
     selection_gap,
-)  # fmt: skip
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 TEMPLATES = ("portable", "hopper")
@@ -52,7 +53,10 @@ def check(case: Case, template: str, monkeypatch: Any) -> None:
     target = launch.target("cuda")
     assert target is not None
     name = target.kernel_name(
-        *(torch.empty(1, 1, 1, d, dtype=case.dtype, device="cuda") for d in (case.head_dim, case.head_dim, case.value_dim)),
+        *(
+            torch.empty(1, 1, 1, d, dtype=case.dtype, device="cuda")
+            for d in (case.head_dim, case.head_dim, case.value_dim)
+        ),
         case.mask,
         case.spec.text(),
         case.score,
@@ -78,7 +82,11 @@ def test_masks_and_lengths(template: str, mask: str, lengths: tuple[int, int], m
     if mask in SQUARE and lengths[0] != lengths[1]:
         mask = LAST_ROWS
     for pad in ("left", "right", "holes") if mask == PADDED else ("left",):
-        check(Case(*lengths, 2, 4, 2, 128, 128, dtype=torch.bfloat16, mask=mask, pad=pad, device="cuda"), template, monkeypatch)
+        check(
+            Case(*lengths, 2, 4, 2, 128, 128, dtype=torch.bfloat16, mask=mask, pad=pad, device="cuda"),
+            template,
+            monkeypatch,
+        )
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -86,14 +94,22 @@ def test_masks_and_lengths(template: str, mask: str, lengths: tuple[int, int], m
 def test_scores_under_masks(template: str, mask: str, monkeypatch: Any) -> None:
     lengths = (900, 900) if mask in SQUARE else (900, 1100)
     for kind in SCORES[1:]:
-        check(Case(*lengths, 2, 4, 2, 64, 64, dtype=torch.bfloat16, mask=mask, kind=kind, device="cuda"), template, monkeypatch)
+        check(
+            Case(*lengths, 2, 4, 2, 64, 64, dtype=torch.bfloat16, mask=mask, kind=kind, device="cuda"),
+            template,
+            monkeypatch,
+        )
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("dims", [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)])
 @pytest.mark.parametrize("kind", [SOFTCAP + SINK, BIAS, ALIBI, TEMPERATURE])
 def test_scores_of_head_dims(template: str, dims: tuple[int, int], kind: str, monkeypatch: Any) -> None:
-    for dtype, mask in ((torch.float16, CAUSAL), (torch.bfloat16, WINDOW), *([(torch.float32, CHUNKED)] if template == "portable" else [])):
+    for dtype, mask in (
+        (torch.float16, CAUSAL),
+        (torch.bfloat16, WINDOW),
+        *([(torch.float32, CHUNKED)] if template == "portable" else []),
+    ):
         check(Case(700, 700, 1, 4, 2, *dims, dtype=dtype, mask=mask, kind=kind, device="cuda"), template, monkeypatch)
 
 
@@ -104,23 +120,36 @@ def test_edges_cut_blocks_of_every_size(template: str, blocks: tuple[int, int], 
         for budget, lengths in ((0.3, (1000, 1000)), (1.0, (1000, 1000)), (0.3, (500, 1100))):
             if mask in SQUARE and lengths[0] != lengths[1]:
                 continue
-            check(Case(*lengths, 2, 4, 2, 64, 64, *blocks, dtype=torch.bfloat16, mask=mask, budget=budget, device="cuda"), template, monkeypatch)
+            check(
+                Case(*lengths, 2, 4, 2, 64, 64, *blocks, dtype=torch.bfloat16, mask=mask, budget=budget, device="cuda"),
+                template,
+                monkeypatch,
+            )
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("blocks", [(128, 128), (128, 64), (128, 32), (64, 64), (64, 128), (64, 32)])
 @pytest.mark.parametrize("layout", ["bhnd", "bnhd", "sliced"])
 def test_blocks_and_layouts(template: str, blocks: tuple[int, int], layout: str, monkeypatch: Any) -> None:
-    check(Case(900, 1100, 1, 8, 2, 64, 64, *blocks, dtype=torch.float16, mask=SCALAR, layout=layout, device="cuda"), template, monkeypatch)
+    check(
+        Case(900, 1100, 1, 8, 2, 64, 64, *blocks, dtype=torch.float16, mask=SCALAR, layout=layout, device="cuda"),
+        template,
+        monkeypatch,
+    )
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128), (256, 256)])
 @pytest.mark.parametrize("dtype", HALF)
 def test_peaks_that_rise(template: str, dims: tuple[int, int], dtype: torch.dtype, monkeypatch: Any) -> None:
-    """Lists are walked from their ends: scores that grow towards the first keys raise each row's peak again and again."""
+    """Lists are walked from their ends: scores that grow towards the first keys raise each row's peak again and
+    again."""
     for rise, block_k in ((4.0, 128), (40.0, 128), (40.0, 64)):
-        check(Case(1500, 1500, 1, 4, 2, *dims, block_k=block_k, dtype=dtype, rise=rise, budget=0.6, device="cuda"), template, monkeypatch)
+        check(
+            Case(1500, 1500, 1, 4, 2, *dims, block_k=block_k, dtype=dtype, rise=rise, budget=0.6, device="cuda"),
+            template,
+            monkeypatch,
+        )
 
 
 @pytest.mark.parametrize("garbage", [1.0, 1e4, float("inf"), float("nan")])
@@ -135,7 +164,9 @@ def test_hidden_keys_say_nothing_about_a_rows_peak(garbage: float, block_k: int,
             return data
 
     for pad in ("left", "right", "holes"):
-        case = Garbage(1100, 1100, 2, 4, 2, 128, 128, 128, block_k, dtype=torch.bfloat16, mask=PADDED, pad=pad, device="cuda")
+        case = Garbage(
+            1100, 1100, 2, 4, 2, 128, 128, 128, block_k, dtype=torch.bfloat16, mask=PADDED, pad=pad, device="cuda"
+        )
         for template in TEMPLATES:
             check(case, template, monkeypatch)
 
@@ -146,7 +177,22 @@ def test_same_inputs_same_bits(template: str) -> None:
     data = case.inputs()
     target, chosen = launch.target("cuda"), case.random_selection([], [])
     assert target is not None
-    runs = [target.attend(data["q"], data["k"], data["v"], chosen.indices, chosen.counts, [], [], CAUSAL, 0.1, case.spec.text(), template) for _ in range(5)]
+    runs = [
+        target.attend(
+            data["q"],
+            data["k"],
+            data["v"],
+            chosen.indices,
+            chosen.counts,
+            [],
+            [],
+            CAUSAL,
+            0.1,
+            case.spec.text(),
+            template,
+        )
+        for _ in range(5)
+    ]
     assert all(torch.equal(runs[0], r) for r in runs)
 
 
@@ -205,7 +251,19 @@ def test_selection_of_whole_groups(pooling: str, dtype: torch.dtype, lengths: tu
     """Lengths that are multiples of the stride and no padding: tiles come by TMA where the device has it."""
     target = launch.target("cuda")
     for blocks, dims in (((128, 128), 128), ((128, 64), 64), ((64, 64), 96)):
-        case = Case(*lengths, 1, 4, 2, dims, dims, *blocks, dtype=dtype, mask=CAUSAL if lengths[0] == lengths[1] else SCALAR, pooling=pooling, device="cuda")
+        case = Case(
+            *lengths,
+            1,
+            4,
+            2,
+            dims,
+            dims,
+            *blocks,
+            dtype=dtype,
+            mask=CAUSAL if lengths[0] == lengths[1] else SCALAR,
+            pooling=pooling,
+            device="cuda",
+        )
         gap, counts = selection_gap(case, target)
         assert counts, case
         assert gap < 2e-2, case
@@ -215,7 +273,22 @@ def test_selection_of_whole_groups(pooling: str, dtype: torch.dtype, lengths: tu
 @pytest.mark.parametrize("mask", [EDGED[0], EDGED[1], EDGED[5]])
 def test_selection_leaves_out_what_lies_beyond_the_far_edge(pooling: str, mask: str) -> None:
     """Long enough that whole tiles of scores are never written."""
-    case = Case(20_000, 20_000, 1, 2, 1, 64, 64, 64, 64, dtype=torch.bfloat16, mask=mask, pooling=pooling, budget=0.02, device="cuda")
+    case = Case(
+        20_000,
+        20_000,
+        1,
+        2,
+        1,
+        64,
+        64,
+        64,
+        64,
+        dtype=torch.bfloat16,
+        mask=mask,
+        pooling=pooling,
+        budget=0.02,
+        device="cuda",
+    )
     gap, counts = selection_gap(case, launch.target("cuda"))
     assert counts, case
     assert gap < 2e-2, case
@@ -230,15 +303,31 @@ def test_max_pooling_of_ragged_lengths(dtype: torch.dtype, lengths: tuple[int, i
     for blocks, dims, stride in (((128, 128), 128, 16), ((64, 32), 96, 8)):
         for prompt_length in (0, 20000):
             case = Case(
-                *lengths, 1, 4, 2, dims, dims, *blocks, dtype=dtype, mask=LAST_ROWS, pooling="max", layout=layout, stride=stride,
-                prompt_length=prompt_length, budget=0.2, device="cuda",
-            )  # fmt: skip
+                *lengths,
+                1,
+                4,
+                2,
+                dims,
+                dims,
+                *blocks,
+                dtype=dtype,
+                mask=LAST_ROWS,
+                pooling="max",
+                layout=layout,
+                stride=stride,
+                prompt_length=prompt_length,
+                budget=0.2,
+                device="cuda",
+            )
             gap, counts = selection_gap(case, target)
             assert counts, case
             assert gap < 2e-2, case
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="block scores in fp8 are Hopper's")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+    reason="block scores in fp8 are Hopper's",
+)
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("lengths", [(8192, 8192), (2048, 6144), (4099, 6001), (1, 3000)])
 @pytest.mark.parametrize("layout", ["bhnd", "sliced"])
@@ -246,9 +335,22 @@ def test_block_scores_in_fp8(dtype: torch.dtype, lengths: tuple[int, int], layou
     """Against fp64 scores of operands rounded the same way."""
     for blocks, dims, stride in (((128, 128), 128, 16), ((128, 64), 80, 16), ((64, 32), 96, 8), ((64, 64), 256, 16)):
         case = Case(
-            *lengths, 1, 4, 2, dims, dims, *blocks, dtype=dtype, mask=LAST_ROWS, pooling="max", layout=layout, stride=stride, score_dtype="fp8",
-            budget=0.2, device="cuda",
-        )  # fmt: skip
+            *lengths,
+            1,
+            4,
+            2,
+            dims,
+            dims,
+            *blocks,
+            dtype=dtype,
+            mask=LAST_ROWS,
+            pooling="max",
+            layout=layout,
+            stride=stride,
+            score_dtype="fp8",
+            budget=0.2,
+            device="cuda",
+        )
         gap, counts = selection_gap(case, launch.target("cuda"))
         assert counts, case
         assert gap < 2e-2, case

@@ -1,4 +1,5 @@
-"""The GPU target in Triton's interpreter: the portable template and the selection kernels against their definitions, anywhere.
+"""The GPU target in Triton's interpreter: the portable template and the selection kernels against their definitions,
+anywhere.
 
 The interpreter multiplies bf16 as integers, so these run in fp16 and fp32; ``test_triton_gpu.py`` has the rest.
 """
@@ -36,11 +37,11 @@ from tests.kernels.kernel_cases import (
     Case,
     attention_error,
     selection_gap,
-)  # fmt: skip
+)
 
 pytest.importorskip("triton")
 from stem_compile.kernels import cache, launch
-from stem_compile.kernels.targets import cuda
+from stem_compile.kernels.targets.cuda import target as cuda
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the compiled kernels")
 
@@ -52,15 +53,28 @@ def cases(draw: Any) -> Case:
     extra = 0 if mask in (CAUSAL, WINDOW, DOCUMENT, CHUNKED, LEFT_CHUNKED) else draw(st.integers(0, 100))
     key_heads = draw(st.integers(1, 2))
     return Case(
-        q_len=q_len, kv_len=q_len + extra, batch=draw(st.integers(1, 2)), heads=key_heads * draw(st.integers(1, 2)), key_heads=key_heads,
-        head_dim=draw(st.sampled_from([16, 32, 40])), value_dim=draw(st.sampled_from([16, 24])),
-        block_q=draw(st.sampled_from([16, 32])), block_k=draw(st.sampled_from([16, 32])), dtype=draw(st.sampled_from([torch.float32, torch.float16])),
-        mask=mask, kind=draw(st.sampled_from(SCORES)),
-        pad=draw(st.sampled_from(["left", "right", "holes"])), layout=draw(st.sampled_from(["bhnd", "bnhd", "sliced"])),
-        budget=draw(st.sampled_from([0.2, 0.5, 1.0])), pooling=draw(st.sampled_from(["mean", "max"])),
-        metric=draw(st.sampled_from(["paper", "released"])), stride=draw(st.sampled_from([8, 16])), seed=draw(st.integers(0, 99)),
-        rise=draw(st.sampled_from([1.0, 100.0])), fall=draw(st.sampled_from([1.0, 100.0])),
-    )  # fmt: skip
+        q_len=q_len,
+        kv_len=q_len + extra,
+        batch=draw(st.integers(1, 2)),
+        heads=key_heads * draw(st.integers(1, 2)),
+        key_heads=key_heads,
+        head_dim=draw(st.sampled_from([16, 32, 40])),
+        value_dim=draw(st.sampled_from([16, 24])),
+        block_q=draw(st.sampled_from([16, 32])),
+        block_k=draw(st.sampled_from([16, 32])),
+        dtype=draw(st.sampled_from([torch.float32, torch.float16])),
+        mask=mask,
+        kind=draw(st.sampled_from(SCORES)),
+        pad=draw(st.sampled_from(["left", "right", "holes"])),
+        layout=draw(st.sampled_from(["bhnd", "bnhd", "sliced"])),
+        budget=draw(st.sampled_from([0.2, 0.5, 1.0])),
+        pooling=draw(st.sampled_from(["mean", "max"])),
+        metric=draw(st.sampled_from(["paper", "released"])),
+        stride=draw(st.sampled_from([8, 16])),
+        seed=draw(st.integers(0, 99)),
+        rise=draw(st.sampled_from([1.0, 100.0])),
+        fall=draw(st.sampled_from([1.0, 100.0])),
+    )
 
 
 @given(cases())
@@ -112,7 +126,7 @@ def test_equal_scores_go_to_the_earlier_blocks(loud: int, mask: str) -> None:
 
 
 def test_scores_in_row_chunks_are_the_same(monkeypatch: Any) -> None:
-    from stem_compile.kernels import device_selection
+    from stem_compile.kernels.targets.cuda import device_selection
 
     case = Case(700, 700, 1, 2, 1, 16, 16, 16, 16, budget=0.3)
     data = case.inputs()
@@ -127,7 +141,9 @@ def test_scores_in_row_chunks_are_the_same(monkeypatch: Any) -> None:
 
 
 @pytest.mark.parametrize("block_k", [32, 64, 128])
-@pytest.mark.parametrize(("block_q", "mask", "kind"), [(64, CAUSAL, ""), (128, CAUSAL, SINK), (128, PADDED, SOFTCAP), (128, WINDOW, "")])
+@pytest.mark.parametrize(
+    ("block_q", "mask", "kind"), [(64, CAUSAL, ""), (128, CAUSAL, SINK), (128, PADDED, SOFTCAP), (128, WINDOW, "")]
+)
 def test_marked_rows_are_computed_again_and_no_others(block_q: int, block_k: int, mask: str, kind: str) -> None:
     case = Case(450, 450, 2, 2, 1, 16, 32, block_q, block_k, mask=mask, kind=kind)
     data = case.inputs()
@@ -137,7 +153,15 @@ def test_marked_rows_are_computed_again_and_no_others(block_q: int, block_k: int
     parts = block_q // cuda.MARKED_ROWS
     marks = (torch.rand(2, 2, chosen.counts.shape[2], parts) < 0.4).int()
     marks[-1, -1, -1, -1] = 1  # beyond the last query where only 2 rows are left
-    runtime = (2, 2, 450, 450, chosen.indices.shape[-1], 0.25 * (1.0 if kind == SOFTCAP else cuda.LOG2E), *cuda.arguments(*extra, mask, case.score))
+    runtime = (
+        2,
+        2,
+        450,
+        450,
+        chosen.indices.shape[-1],
+        0.25 * (1.0 if kind == SOFTCAP else cuda.LOG2E),
+        *cuda.arguments(*extra, mask, case.score),
+    )
     fill = float("nan")
     out, lse = torch.full_like(q[..., :1], fill).repeat(1, 1, 1, 32), torch.full(q.shape[:3], fill)
     module = cache.load(cuda._attention_spec("portable", q, v, mask, case.spec.text(), case.score))
@@ -145,7 +169,20 @@ def test_marked_rows_are_computed_again_and_no_others(block_q: int, block_k: int
     config = cuda.Config(min(64, block_k), 2, 4, cuda.MARKED_ROWS)
     cuda.attend_marked(marks, module, config, q, k, v, out, lse, chosen.indices, chosen.counts, strides, runtime, False)
     expected, expected_lse = torch.empty_like(out), torch.empty_like(lse)
-    expected = cuda.attend(q, k, v, chosen.indices, chosen.counts, *extra, mask, 0.25, case.spec.text(), "portable", lse=expected_lse, score=case.score)
+    expected = cuda.attend(
+        q,
+        k,
+        v,
+        chosen.indices,
+        chosen.counts,
+        *extra,
+        mask,
+        0.25,
+        case.spec.text(),
+        "portable",
+        lse=expected_lse,
+        score=case.score,
+    )
     again = marks.bool().flatten(2).repeat_interleave(cuda.MARKED_ROWS, -1)[..., :450]
     assert out[~again].isnan().all()
     assert lse[~again].isnan().all()

@@ -26,7 +26,9 @@ def graph_of(function: Callable[..., Any], inputs: tuple[Any, ...], dynamic: boo
     return graphs[0]
 
 
-def rewritten(function: Callable[..., Any], inputs: tuple[Any, ...], dynamic: bool | None = None, **options: Any) -> tuple[Rewrite, Any]:
+def rewritten(
+    function: Callable[..., Any], inputs: tuple[Any, ...], dynamic: bool | None = None, **options: Any
+) -> tuple[Rewrite, Any]:
     """(what the pipeline did with every pass verified, the compiled function's output)."""
     config = StemConfig(**{"min_length": 0, "budget": 1.0, "verify": True, **options})
     made: list[Rewrite] = []

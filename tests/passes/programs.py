@@ -56,7 +56,9 @@ TERMS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tens
     "window by abs": lambda q, k, p: (q - k).abs() <= 8,
     "chunks": lambda q, k, p: q // 16 == k // 16,
     "chunks by floor": lambda q, k, p: torch.div(q, 16, rounding_mode="floor") == torch.floor_divide(k, 16),
-    "chunks from the padding": lambda q, k, p: (q + (~p).sum(-1)[:, None, None, None]) // 16 == (k + (~p).sum(-1)[:, None, None, None]) // 16,
+    "chunks from the padding": lambda q, k, p: (
+        (q + (~p).sum(-1)[:, None, None, None]) // 16 == (k + (~p).sum(-1)[:, None, None, None]) // 16
+    ),
     "stripes": lambda q, k, p: (k % 4 != 3) | (k == q),
     "prefix": lambda q, k, p: (k < 5) | (k <= q),
     "sinks and a window": lambda q, k, p: (k < 2) | (k >= q - 7),
@@ -119,16 +121,33 @@ class Program:
     def inputs(self) -> tuple[torch.Tensor, ...]:
         """q, k, v and a padding mask with holes."""
         generator = torch.Generator().manual_seed(self.q_len)
-        q, k, v = (torch.randn(self.batch, 2, n, 16, generator=generator) for n in (self.q_len, self.q_len + self.prefix, self.q_len + self.prefix))
+        q, k, v = (
+            torch.randn(self.batch, 2, n, 16, generator=generator)
+            for n in (self.q_len, self.q_len + self.prefix, self.q_len + self.prefix)
+        )
         return q, k, v, torch.rand(self.batch, self.q_len + self.prefix, generator=generator) < 0.7
 
 
 def programs(wide: bool = False) -> st.SearchStrategy[Program]:
     """Random spellings at random sizes. wide: more than causal and padding, and masks that are added."""
     choose: dict[str, Any] = {
-        name: st.sampled_from(sorted(table)) for name, table in (("grid", GRIDS), ("causal", CAUSAL), ("padding", PADDING), ("join", JOIN))
+        name: st.sampled_from(sorted(table))
+        for name, table in (("grid", GRIDS), ("causal", CAUSAL), ("padding", PADDING), ("join", JOIN))
     }
-    more = {"terms": st.lists(st.sampled_from(sorted(TERMS)), max_size=2).map(tuple), "floats": st.sampled_from(sorted(FLOATS))} if wide else {}
+    more = (
+        {
+            "terms": st.lists(st.sampled_from(sorted(TERMS)), max_size=2).map(tuple),
+            "floats": st.sampled_from(sorted(FLOATS)),
+        }
+        if wide
+        else {}
+    )
     return st.builds(
-        Program, **choose, **more, swapped=st.booleans(), q_len=st.integers(17, 60), prefix=st.sampled_from((0, 0, 7, 33)), batch=st.integers(1, 3)
+        Program,
+        **choose,
+        **more,
+        swapped=st.booleans(),
+        q_len=st.integers(17, 60),
+        prefix=st.sampled_from((0, 0, 7, 33)),
+        batch=st.integers(1, 3),
     )

@@ -1,4 +1,5 @@
-"""Rows that see no key give what eager attention gives: the mean of all values under finite scores for hidden keys, and nothing changes under -inf."""
+"""Rows that see no key give what eager attention gives: the mean of all values under finite scores for hidden keys, and
+nothing changes under -inf."""
 
 from __future__ import annotations
 
@@ -34,9 +35,13 @@ EVEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "multiplied": lambda s, m: s + (1.0 - m.to(s.dtype)) * lowest(s),
     "filled": lambda s, m: s.masked_fill(~m, lowest(s)),
     "filled, not deep": lambda s, m: s.masked_fill(~m, -1e4),
-    "where": lambda s, m: torch.where(m, s, torch.tensor(-1e9, dtype=s.dtype)) if s.dtype != torch.float16 else s.masked_fill(~m, -6e4),
+    "where": lambda s, m: (
+        torch.where(m, s, torch.tensor(-1e9, dtype=s.dtype)) if s.dtype != torch.float16 else s.masked_fill(~m, -6e4)
+    ),
     "chosen and multiplied": lambda s, m: s * m.to(s.dtype) - 1e4 * (1 - m.to(s.dtype)),
-    "twice, then clamped": lambda s, m: (s + torch.where(m, 0.0, lowest(s)).to(s.dtype)).masked_fill(~m, lowest(s)).clamp(min=lowest(s)),
+    "twice, then clamped": lambda s, m: (
+        (s + torch.where(m, 0.0, lowest(s)).to(s.dtype)).masked_fill(~m, lowest(s)).clamp(min=lowest(s))
+    ),
     "in place": lambda s, m: s.add_(dtype_zeros(s, m).masked_fill_(~m, lowest(s))),
 }
 # Ways under which they are not: -inf, or scores that stay what they were.
@@ -195,7 +200,9 @@ def test_a_finite_mask_given_to_sdpa(dtype: torch.dtype) -> None:
     def attention(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
         rows = torch.arange(q.shape[2])
         mask = (rows[None, :] <= rows[:, None]) & padding[:, None, None, :]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.where(mask, 0.0, lowest(q)).to(q.dtype), scale=0.25, enable_gqa=True)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=torch.where(mask, 0.0, lowest(q)).to(q.dtype), scale=0.25, enable_gqa=True
+        )
 
     given = inputs(dtype)
     result, out = rewritten(attention, given)
@@ -205,7 +212,8 @@ def test_a_finite_mask_given_to_sdpa(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("fill", ["lowest", "-inf"])
 def test_a_mask_from_outside(fill: str) -> None:
-    """A float mask [B, 1, N, N] that no graph explains: rows are looked up in it, and only its lowest entries are even."""
+    """A float mask [B, 1, N, N] that no graph explains: rows are looked up in it, and only its lowest entries
+    are even."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         return (q @ k.mT * 0.25 + mask).softmax(-1) @ v
@@ -278,7 +286,8 @@ def test_a_bias_of_positions_is_rounded_away_only_by_the_lowest() -> None:
 
 
 def test_every_kernel_and_budget_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that see no key are no business of a kernel: the reference and the CPU's, dense rows and selected ones give the same."""
+    """Rows that see no key are no business of a kernel: the reference and the CPU's, dense rows and selected ones give
+    the same."""
     function, given = by_hand(EVEN["added"]), inputs()
     options = {"block_size": 64, "key_block_size": 32, "sink_blocks": 1, "local_blocks": 1}
     outs = [rewritten(function, given, budget=budget, **options)[1] for budget in (1.0, 0.5)]

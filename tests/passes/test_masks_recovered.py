@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 
-from stem_compile.masks import And, Causal, Padding
-from stem_compile.sites import AttentionSite, Reason, Rejected, value
+from stem_compile.algebra.masks import And, Causal, Padding
+from stem_compile.passes.graph.values import value
+from stem_compile.passes.sites import AttentionSite, Rejected
+from stem_compile.reasons import Reason
 from tests.passes.capture import rewritten
 from tests.passes.programs import Program, programs
 
@@ -36,7 +38,8 @@ def test_recovered_masks_are_right(program: Program) -> None:
 @settings(max_examples=60)
 @given(programs(wide=True))
 def test_wider_masks_are_right_and_leave_no_square(program: Program) -> None:
-    """Rows that see no key too: the mean of all values where hidden scores are finite, 0 where they are -inf or there is a Boolean mask."""
+    """Rows that see no key too: the mean of all values where hidden scores are finite, 0 where they are -inf or there
+    is a Boolean mask."""
     inputs = program.inputs()
     result, out = rewritten(program, inputs, dynamic=False)
     hit = result.found[0]
@@ -66,7 +69,9 @@ def _qkv(n: int = 40) -> tuple[torch.Tensor, ...]:
 
 
 def _unread(build: Any) -> Any:
-    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=build(torch.arange(40)[:, None], torch.arange(40)[None, :]))
+    return lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, attn_mask=build(torch.arange(40)[:, None], torch.arange(40)[None, :])
+    )
 
 
 READ = {
@@ -83,10 +88,16 @@ READ = {
     "causal & window by a product": lambda q, k: torch.ones(40, 40).tril() * torch.ones(40, 40).triu(-7) > 0,
     "causal & window by a sum": lambda q, k: (k <= q).int() + (k > q - 8).int() == 2,
     "causal & window by a difference": lambda q, k: torch.ones(40, 40).tril() - torch.ones(40, 40).tril(-8) != 0,
-    "a place counted from the end": lambda q, k: ((torch.arange(40)[torch.arange(40) - 1][None, :] <= q) & (k <= q)) | (q == k),
+    "a place counted from the end": lambda q, k: (
+        ((torch.arange(40)[torch.arange(40) - 1][None, :] <= q) & (k <= q)) | (q == k)
+    ),
     "positions that wrap": lambda q, k: ((k * 7).to(torch.int8) <= (q * 7).to(torch.int8)) | (q == k),
-    "a prefix in a choice": lambda q, k: torch.where(k < 5, 0.0, torch.where(k <= q, 0.0, torch.finfo(torch.float32).min)),
-    "outer product": lambda q, k: torch.einsum("i,j->ij", torch.ones(40), (torch.arange(40) % 5 != 2).float()).tril() != 0,
+    "a prefix in a choice": lambda q, k: torch.where(
+        k < 5, 0.0, torch.where(k <= q, 0.0, torch.finfo(torch.float32).min)
+    ),
+    "outer product": lambda q, k: (
+        torch.einsum("i,j->ij", torch.ones(40), (torch.arange(40) % 5 != 2).float()).tril() != 0
+    ),
 }
 
 
@@ -104,7 +115,9 @@ def test_masks_beyond_causal_are_rewritten_and_right(name: str) -> None:
 IDS: dict[str, Any] = {
     "in order": lambda ids, n: ids[None, :] <= ids[:, None],
     "widened": lambda ids, n: ids.long()[None, :] * 2 + 200 <= ids.long()[:, None] * 2 + 200,
-    "shifted": lambda ids, n: (ids[torch.arange(n) - 5][None, :] == ids[:, None]) & (torch.arange(n)[None, :] <= torch.arange(n)[:, None]),
+    "shifted": lambda ids, n: (
+        (ids[torch.arange(n) - 5][None, :] == ids[:, None]) & (torch.arange(n)[None, :] <= torch.arange(n)[:, None])
+    ),
     "places that are data": lambda ids, n: ids[ids.long() % n - 3][None, :] <= ids[:, None],
 }
 
@@ -116,7 +129,9 @@ def test_ids_are_compared_as_numbers_of_any_dtype(name: str, dtype: torch.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=IDS[name](ids, 40) | torch.eye(40, dtype=torch.bool))
 
     limits = torch.iinfo(dtype)
-    ids = torch.linspace(max(limits.min, -1000), min(limits.max, 1000), 40).to(dtype)[torch.randperm(40, generator=torch.Generator().manual_seed(0))]
+    ids = torch.linspace(max(limits.min, -1000), min(limits.max, 1000), 40).to(dtype)[
+        torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    ]
     inputs = (*_qkv(), ids)
     result, out = rewritten(model, inputs)
     assert len(result.found) == 1
@@ -166,7 +181,8 @@ def test_a_padding_mask_written_in_place_is_not_believed() -> None:
 
 
 def test_packed_positions_fold_to_nothing() -> None:
-    """transformers compares document ids that it derives from position ids; for positions 0..n-1 all are one document."""
+    """transformers compares document ids that it derives from position ids; for positions 0..n-1 all are one
+    document."""
 
     def model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(q.shape[2])[None, :]

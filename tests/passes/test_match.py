@@ -1,4 +1,5 @@
-"""Matching: every pattern fires on its examples, not on its near misses, and grouped keys are found behind their repetition."""
+"""Matching: every pattern fires on its examples, not on its near misses, and grouped keys are found behind their
+repetition."""
 
 from __future__ import annotations
 
@@ -11,23 +12,36 @@ import torch.nn.functional as F
 
 from stem_compile.config import StemConfig
 from stem_compile.passes import match as matching
-from stem_compile.passes import normalize, pipeline
-from stem_compile.sites import AttentionSite, Reason, Rejected, value
+from stem_compile.passes import pipeline
+from stem_compile.passes.graph import normalize
+from stem_compile.passes.graph.values import value
+from stem_compile.passes.sites import AttentionSite, Rejected
+from stem_compile.reasons import Reason
 from tests.passes.capture import graph_of, rewritten
 
-EXAMPLES = [(p.__name__.rpartition(".")[2], name, *case) for p in matching.patterns() for name, case in p.examples().items()]
-NEAR_MISSES = [(p.__name__.rpartition(".")[2], name, *case) for p in matching.patterns() for name, case in p.near_misses().items()]
+EXAMPLES = [
+    (p.__name__.rpartition(".")[2], name, *case) for p in matching.patterns() for name, case in p.examples().items()
+]
+NEAR_MISSES = [
+    (p.__name__.rpartition(".")[2], name, *case) for p in matching.patterns() for name, case in p.near_misses().items()
+]
 
 
-@pytest.mark.parametrize(("pattern", "name", "function", "inputs"), EXAMPLES, ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    ("pattern", "name", "function", "inputs"), EXAMPLES, ids=lambda x: x if isinstance(x, str) else ""
+)
 def test_examples_are_rewritten_and_right(pattern: str, name: str, function: Callable[..., Any], inputs: Any) -> None:
     result, out = rewritten(function, inputs)
     assert len(result.sites) == len(result.found) == 1
     torch.testing.assert_close(out, function(*inputs), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("pattern", "name", "function", "inputs", "reason"), NEAR_MISSES, ids=lambda x: x if isinstance(x, str) else "")
-def test_near_misses_are_rejected_and_untouched(pattern: str, name: str, function: Callable[..., Any], inputs: Any, reason: Reason) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "name", "function", "inputs", "reason"), NEAR_MISSES, ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_near_misses_are_rejected_and_untouched(
+    pattern: str, name: str, function: Callable[..., Any], inputs: Any, reason: Reason
+) -> None:
     module = graph_of(function, inputs)
     before = module.graph.python_code("self").src
     result = pipeline.run(module, StemConfig(min_length=0, verify=True))
@@ -37,14 +51,20 @@ def test_near_misses_are_rejected_and_untouched(pattern: str, name: str, functio
 
 
 REPEATS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "transformers": lambda x: x[:, :, None, :, :].expand(x.shape[0], 2, 3, x.shape[2], x.shape[3]).reshape(x.shape[0], 6, x.shape[2], x.shape[3]),
+    "transformers": lambda x: (
+        x[:, :, None, :, :]
+        .expand(x.shape[0], 2, 3, x.shape[2], x.shape[3])
+        .reshape(x.shape[0], 6, x.shape[2], x.shape[3])
+    ),
     "unsqueeze": lambda x: x.unsqueeze(2).expand(-1, -1, 3, -1, -1).reshape(x.shape[0], 6, x.shape[2], x.shape[3]),
     "repeat_interleave": lambda x: x.repeat_interleave(3, dim=1),
     "contiguous": lambda x: x.repeat_interleave(3, 1).contiguous(),
 }
 NOT_REPEATS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "repeat tiles": lambda x: x.repeat(1, 3, 1, 1),
-    "expanded in front": lambda x: x[:, None].expand(x.shape[0], 3, 2, x.shape[2], x.shape[3]).reshape(x.shape[0], 6, x.shape[2], x.shape[3]),
+    "expanded in front": lambda x: (
+        x[:, None].expand(x.shape[0], 3, 2, x.shape[2], x.shape[3]).reshape(x.shape[0], 6, x.shape[2], x.shape[3])
+    ),
     "along the length": lambda x: x.repeat_interleave(3, dim=2)[:, :, : x.shape[2]].repeat(1, 3, 1, 1),
 }
 
@@ -102,9 +122,21 @@ CASTS: dict[str, tuple[Callable[..., torch.Tensor], torch.dtype, torch.dtype]] =
     "autocast, by hand": (_autocast(_by_hand), torch.float32, torch.bfloat16),
     "autocast, of half precision": (_autocast(_sdpa), torch.bfloat16, torch.bfloat16),
     "wanted in fp32": (lambda q, k, v: _by_hand(q.float(), k.float(), v.float()), torch.bfloat16, torch.float32),
-    "wanted in fp32 for more": (lambda q, k, v: _by_hand(q.float(), k.float(), v.float()) + 1.0, torch.float16, torch.float32),
-    "computed in fp32": (lambda q, k, v: _by_hand(q.float(), k.float(), v.float()).transpose(1, 2).to(q.dtype), torch.bfloat16, torch.bfloat16),
-    "keys not cast": (lambda q, k, v: _by_hand(q.float(), k.float() + 0.0, v.float()).to(q.dtype), torch.bfloat16, torch.float32),
+    "wanted in fp32 for more": (
+        lambda q, k, v: _by_hand(q.float(), k.float(), v.float()) + 1.0,
+        torch.float16,
+        torch.float32,
+    ),
+    "computed in fp32": (
+        lambda q, k, v: _by_hand(q.float(), k.float(), v.float()).transpose(1, 2).to(q.dtype),
+        torch.bfloat16,
+        torch.bfloat16,
+    ),
+    "keys not cast": (
+        lambda q, k, v: _by_hand(q.float(), k.float() + 0.0, v.float()).to(q.dtype),
+        torch.bfloat16,
+        torch.float32,
+    ),
 }
 
 
@@ -161,7 +193,11 @@ def test_gradients_are_refused_and_flow() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "reason"),
-    [((2, 40, 16), torch.float32, Reason.SHAPE), ((1, 2, 40, 16), torch.float64, Reason.DTYPE), ((1, 2, 20, 1032), torch.float32, Reason.HEAD_DIM)],
+    [
+        ((2, 40, 16), torch.float32, Reason.SHAPE),
+        ((1, 2, 40, 16), torch.float64, Reason.DTYPE),
+        ((1, 2, 20, 1032), torch.float32, Reason.HEAD_DIM),
+    ],
 )
 def test_what_no_kernel_takes_is_refused(shape: tuple[int, ...], dtype: torch.dtype, reason: Reason) -> None:
     x = torch.randn(shape, dtype=dtype)
@@ -171,7 +207,12 @@ def test_what_no_kernel_takes_is_refused(shape: tuple[int, ...], dtype: torch.dt
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [({"min_length": 41}, Reason.SHORT), ({"dense_layers": 1}, Reason.DENSE_LAYER), ({"dense_layers": (0,)}, Reason.DENSE_LAYER), ({"fuel": 0}, Reason.FUEL)],
+    [
+        ({"min_length": 41}, Reason.SHORT),
+        ({"dense_layers": 1}, Reason.DENSE_LAYER),
+        ({"dense_layers": (0,)}, Reason.DENSE_LAYER),
+        ({"fuel": 0}, Reason.FUEL),
+    ],
 )
 def test_options_keep_attentions_dense(options: dict[str, Any], reason: Reason) -> None:
     x = torch.randn(1, 2, 40, 16)
@@ -190,7 +231,9 @@ def test_decoding_is_refused() -> None:
     q, k = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 40, 16)
 
     def model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.arange(40)[None, :] <= torch.arange(1)[:, None] + 39)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=torch.arange(40)[None, :] <= torch.arange(1)[:, None] + 39
+        )
 
     result, _ = rewritten(model, (q, k, k))
     assert [h.reason for h in result.found if isinstance(h, Rejected)] == [Reason.DECODE]

@@ -1,4 +1,5 @@
-"""What is written in place between its reading and the attention is not believed, through whatever view it is written."""
+"""What is written in place between its reading and the attention is not believed, through whatever view it is
+written."""
 
 from __future__ import annotations
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stem_compile.passes import memory
-from stem_compile.sites import AttentionSite, Reason
+from stem_compile.passes.graph import memory
+from stem_compile.passes.sites import AttentionSite
+from stem_compile.reasons import Reason
 from tests.passes.capture import graph_of, rewritten
 
 Tensor = torch.Tensor

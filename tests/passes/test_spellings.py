@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stem_compile.masks import Causal
+from stem_compile.algebra.masks import Causal
 from tests.passes.capture import rewritten
 
 Tensor = torch.Tensor
@@ -25,9 +25,9 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "einsum": lambda q, k: torch.einsum("bhqd,bhkd->bhqk", q, k),
     "einsum turned": lambda q, k: torch.einsum("bhkd,bqhd->bhqk", k, q.transpose(1, 2)),
     "bmm": lambda q, k: torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)).view(*q.shape[:3], k.shape[2]),
-    "baddbmm": lambda q, k: torch.baddbmm(q.new_empty(1, 1, 1), q.reshape(-1, *q.shape[2:]), k.reshape(-1, *k.shape[2:]).transpose(-1, -2), beta=0).unflatten(
-        0, q.shape[:2]
-    ),
+    "baddbmm": lambda q, k: torch.baddbmm(
+        q.new_empty(1, 1, 1), q.reshape(-1, *q.shape[2:]), k.reshape(-1, *k.shape[2:]).transpose(-1, -2), beta=0
+    ).unflatten(0, q.shape[:2]),
     "given transposed": lambda q, k: q @ k.transpose(-1, -2).contiguous(),
     "cast": lambda q, k: torch.matmul(q.float(), k.float().transpose(-1, -2)),
 }
@@ -63,7 +63,13 @@ WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "bmm": lambda w, v: torch.bmm(w.flatten(0, 1), v.reshape(-1, *v.shape[2:])).view(*w.shape[:3], v.shape[3]),
     "guarded": lambda w, v: torch.nan_to_num(w) @ v,
 }
-TABLES: dict[str, dict[str, Any]] = {"product": PRODUCTS, "scale": SCALES, "mask": MASKS, "softmax": SOFTMAXES, "weights": WEIGHTS}
+TABLES: dict[str, dict[str, Any]] = {
+    "product": PRODUCTS,
+    "scale": SCALES,
+    "mask": MASKS,
+    "softmax": SOFTMAXES,
+    "weights": WEIGHTS,
+}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""All faults, each the mistake that someone makes some day, with the property that must catch it; and the table of them that the docs show."""
+"""All faults, each the mistake that someone makes some day, with the property that must catch it; and the table of them
+that the docs show."""
 
 from __future__ import annotations
 
@@ -31,15 +32,24 @@ def table(caught: Iterable[tuple[Fault, int]]) -> str:
         [
             "# Planted faults",
             "",
-            "Each is planted into the passes or the CPU target; the property named must fail on a tiny Llama within its default number of examples. Written by",
-            "`STEM_COMPILE_FULL=1 STEM_COMPILE_WRITE_DOCS=1 pytest tests/testing/test_faults.py`; with the first alone it fails when the table is old.",
+            (
+                "Each is planted into the passes or the CPU target; the property named must fail on a tiny Llama within"
+                " its default number of examples. Written by"
+            ),
+            (
+                "`STEM_COMPILE_FULL=1 STEM_COMPILE_WRITE_DOCS=1 pytest tests/testing/test_faults.py`; with the first"
+                " alone it fails when the table is old."
+            ),
             f"Examples are those of seed 0 under {versions()}.",
             "",
             "| fault | caught by | at example |",
             "|---|---|---|",
             *rows,
             "",
-            f"{len(rows)} of {len(FAULTS)} are caught. What no property can catch is a selection that is consistent but poor: that is for bounds on fidelity.",
+            (
+                f"{len(rows)} of {len(FAULTS)} are caught. What no property can catch is a selection that is consistent"
+                " but poor: that is for bounds on fidelity."
+            ),
             "",
         ]
     )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from stem_compile import masks
-from stem_compile.masks import Causal, Padding
+from stem_compile.algebra import masks
+from stem_compile.algebra.masks import Causal, Padding
 from stem_compile.passes import pipeline
-from stem_compile.sites import Reason, Rejected, value
+from stem_compile.passes.graph.values import value
+from stem_compile.passes.sites import Rejected
+from stem_compile.reasons import Reason
 from tests.testing.plants import Patch, attend, fault, sites, terms
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from stem_compile import masks, selection
+from stem_compile import selection
+from stem_compile.algebra import masks
 from stem_compile.selection import FULL
 from tests.testing.plants import Call, Patch, attend, fault, lists, respecified, select
 
@@ -14,7 +15,12 @@ from tests.testing.plants import Call, Patch, attend, fault, lists, respecified,
 @fault("a race now and then loses a head's last block", "determinism")
 def _(patch: Patch) -> None:
     generator = torch.Generator().manual_seed(0)
-    attend(patch, counts=lambda c: torch.where((c["counts"] > 1) & (torch.rand((), generator=generator) < 0.5), c["counts"] - 1, c["counts"]))
+    attend(
+        patch,
+        counts=lambda c: torch.where(
+            (c["counts"] > 1) & (torch.rand((), generator=generator) < 0.5), c["counts"] - 1, c["counts"]
+        ),
+    )
 
 
 @fault("selection is not deterministic", "determinism")
@@ -36,7 +42,10 @@ def _(patch: Patch) -> None:
 @fault("a selection of an earlier call is used again", "batch-invariance")
 def _(patch: Patch) -> None:
     kept: dict[Any, Any] = {}
-    lists(patch, lambda c, indices, counts: kept.setdefault((tuple(c["q"].shape), tuple(indices.shape)), (indices, counts)))
+    lists(
+        patch,
+        lambda c, indices, counts: kept.setdefault((tuple(c["q"].shape), tuple(indices.shape)), (indices, counts)),
+    )
 
 
 @fault("the budget is not kept", "budget")
@@ -61,7 +70,10 @@ def _(patch: Patch) -> None:
 
 @fault("a block is listed twice", "budget")
 def _(patch: Patch) -> None:
-    lists(patch, lambda c, indices, counts: (torch.cat([indices[..., :1], indices[..., :1], indices[..., 2:]], -1), counts))
+    lists(
+        patch,
+        lambda c, indices, counts: (torch.cat([indices[..., :1], indices[..., :1], indices[..., 2:]], -1), counts),
+    )
 
 
 @fault("a block after the diagonal is listed", "budget")
@@ -77,7 +89,11 @@ def _(patch: Patch) -> None:
 def _(patch: Patch) -> None:
     def unpadded(c: Call) -> str:
         mask = masks.decode(c["mask"])
-        return masks.encode(next(t for t in mask.terms if isinstance(t, masks.Causal))) if isinstance(mask, masks.And) else c["mask"]
+        return (
+            masks.encode(next(t for t in mask.terms if isinstance(t, masks.Causal)))
+            if isinstance(mask, masks.And)
+            else c["mask"]
+        )
 
     select(patch, mask=unpadded)
 

@@ -1,4 +1,5 @@
-"""Tiny random-weight models of transformers types whose attention the backend rewrites. To add a type, add a line to ``TYPES``."""
+"""Tiny random-weight models of transformers types whose attention the backend rewrites. To add a type, add a line to
+``TYPES``."""
 
 from __future__ import annotations
 
@@ -9,15 +10,39 @@ import torch
 
 LAYERS = 2
 PLAIN: dict[str, Any] = {
-    "hidden_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": 128,
-    "head_dim": 16, "max_position_embeddings": 4096, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_experts": 4, "num_local_experts": 4,
-    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "n_shared_experts": 1,
-}  # fmt: skip
+    "hidden_size": 64,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 128,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "n_shared_experts": 1,
+}
 """Fields that nearly all types call the same; a type ignores those that it does not know."""
-GPT: dict[str, Any] = {"n_embd": 64, "n_layer": LAYERS, "n_head": 4, "vocab_size": 128, "n_positions": 4096, "bos_token_id": 1, "eos_token_id": 2}
-OPT: dict[str, Any] = {k: PLAIN[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")} | {
-    "ffn_dim": 64, "word_embed_proj_dim": 64
-}  # fmt: skip
+GPT: dict[str, Any] = {
+    "n_embd": 64,
+    "n_layer": LAYERS,
+    "n_head": 4,
+    "vocab_size": 128,
+    "n_positions": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+OPT: dict[str, Any] = {
+    k: PLAIN[k]
+    for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
+} | {"ffn_dim": 64, "word_embed_proj_dim": 64}
 
 
 @dataclass(frozen=True)
@@ -92,10 +117,13 @@ def known(name: str) -> bool:
     return name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-def model_of(name: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **config: Any) -> torch.nn.Module:
+def model_of(
+    name: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **config: Any
+) -> torch.nn.Module:
     """A tiny model of the type in evaluation mode, the same weights every time. config: further fields.
 
-    Weights are of a size that makes scores of order one: as initialised, every softmax is almost uniform and a wrong scale would not show.
+    Weights are of a size that makes scores of order one: as initialised, every softmax is almost uniform and a wrong
+    scale would not show.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -1,4 +1,5 @@
-"""Models under test, tiny and with random weights: the default one, and one of each transformers type that runs offline."""
+"""Models under test, tiny and with random weights: the default one, and one of each transformers type that runs
+offline."""
 
 from __future__ import annotations
 
@@ -8,8 +9,14 @@ import torch
 import torch.nn.functional as F
 
 TINY: dict[str, Any] = {
-    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": 64, "head_dim": 16,
-}  # fmt: skip
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 64,
+    "head_dim": 16,
+}
 
 
 def transformer(model_type: str, **overrides: Any) -> torch.nn.Module:
@@ -32,7 +39,9 @@ class Plain(torch.nn.Module):
         self.out = torch.nn.Linear(16 * heads, 50)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        q, k, v = (x.unflatten(-1, (self.heads, 16)).transpose(1, 2) for x in self.qkv(self.embedding(tokens)).chunk(3, -1))
+        q, k, v = (
+            x.unflatten(-1, (self.heads, 16)).transpose(1, 2) for x in self.qkv(self.embedding(tokens)).chunk(3, -1)
+        )
         out: torch.Tensor = self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
         return out
 

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from stem_compile import masks, selection
-from stem_compile.blocks import candidates
-from stem_compile.kernels.targets import cpu
-from stem_compile.masks import And, Mask
+from stem_compile import selection
+from stem_compile.algebra import masks
+from stem_compile.algebra.blocks import candidates
+from stem_compile.algebra.masks import And, Mask
+from stem_compile.kernels.targets.cpu import target as cpu
 from stem_compile.passes import pipeline
+from stem_compile.passes.sites import AttentionSite
 from stem_compile.selection import BlockSelection
-from stem_compile.sites import AttentionSite
 
 Patch = pytest.MonkeyPatch
 Call = dict[str, Any]
@@ -47,7 +48,8 @@ def fault(name: str, caught_by: str) -> Callable[[Callable[[Patch], None]], None
     return lambda plant: FAULTS.append(Fault(name, caught_by, plant))
 
 
-# -- where faults are planted ----------------------------------------------------------------------------------------------
+# -- where faults are planted
+# ----------------------------------------------------------------------------------------------
 
 ATTEND = ("q", "k", "v", "indices", "counts", "tensors", "scalars", "mask", "scale", "spec", "kernel")
 SELECT = ("q", "k", "v", "tensors", "scalars", "mask", "scale", "spec", "kernel")
@@ -96,34 +98,47 @@ def _changed(names: tuple[str, ...], args: Any, changes: dict[str, Callable[[Cal
 def output(patch: Patch, change: Callable[[Call, torch.Tensor], torch.Tensor]) -> None:
     """Change what the attention kernel wrote."""
     right = cpu.attend
-    patch.setattr(cpu, "attend", lambda *args, **rest: change(dict(zip(ATTEND, args, strict=True)), right(*args, **rest)))
+    patch.setattr(
+        cpu, "attend", lambda *args, **rest: change(dict(zip(ATTEND, args, strict=True)), right(*args, **rest))
+    )
 
 
-def lists(patch: Patch, change: Callable[[Call, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> None:
+def lists(
+    patch: Patch, change: Callable[[Call, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+) -> None:
     """Change the block lists that were made."""
     right = cpu.select
-    patch.setattr(cpu, "select", lambda *args, **rest: change(dict(zip(SELECT, args, strict=True)), *right(*args, **rest)))
+    patch.setattr(
+        cpu, "select", lambda *args, **rest: change(dict(zip(SELECT, args, strict=True)), *right(*args, **rest))
+    )
 
 
 def plain(patch: Patch, weights: Callable[[torch.Tensor, torch.Tensor, Call], torch.Tensor]) -> None:
-    """A kernel of ten lines in the target's place. weights: (scores, blocks computed [B, H, rows, columns], call) -> what multiplies the values."""
+    """A kernel of ten lines in the target's place. weights: (scores, blocks computed [B, H, rows, columns], call) ->
+    what multiplies the values."""
 
     def kernel(*args: Any, **_: Any) -> torch.Tensor:
         call = dict(zip(ATTEND, args, strict=True))
         q, k, v = call["q"], call["k"], call["v"]
         spec, meaning, shape = selection.parse(call["spec"]), masks.decode(call["mask"]), (*q.shape[:3], k.shape[2])
         found = candidates(meaning, shape, call["tensors"], call["scalars"], spec.block_q, spec.block_k, q.device)
-        dense = BlockSelection(call["indices"], call["counts"], spec.block_q, spec.block_k, found.shape[-1]).dense(found)
+        dense = BlockSelection(call["indices"], call["counts"], spec.block_q, spec.block_k, found.shape[-1]).dense(
+            found
+        )
         keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         hidden = ~(expanded(dense, spec, shape) & meaning.dense(shape, call["tensors"], call["scalars"]))
-        return weights((q @ keys.transpose(-1, -2) * call["scale"]).masked_fill(hidden, -torch.inf), dense, call) @ values
+        return (
+            weights((q @ keys.transpose(-1, -2) * call["scale"]).masked_fill(hidden, -torch.inf), dense, call) @ values
+        )
 
     patch.setattr(cpu, "attend", kernel)
 
 
 def expanded(dense: torch.Tensor, spec: selection.SelectionSpec, shape: tuple[int, int, int, int]) -> torch.Tensor:
     """Blocks as tokens."""
-    return dense.repeat_interleave(spec.block_q, 2)[:, :, : shape[2]].repeat_interleave(spec.block_k, 3)[..., : shape[3]]
+    return dense.repeat_interleave(spec.block_q, 2)[:, :, : shape[2]].repeat_interleave(spec.block_k, 3)[
+        ..., : shape[3]
+    ]
 
 
 def respecified(**changes: Any) -> Callable[[Call], str]:

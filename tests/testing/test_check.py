@@ -53,14 +53,20 @@ def test_an_encoder_that_stays_dense_is_reported_or_expected() -> None:
     assert [r.name for r in silent.failures] == ["coverage"]
     assert "layers.0: no causal mask" in str(silent)
     assert "expected=0 if that is meant" in str(silent)
-    stated = check_model(encoder(), properties=["dense-equivalence", "coverage", "batch-invariance"], max_examples=1, expected=0)
+    stated = check_model(
+        encoder(), properties=["dense-equivalence", "coverage", "batch-invariance"], max_examples=1, expected=0
+    )
     assert [r.verdict for r in stated.results] == ["pass", "pass", "not applicable"], stated
 
 
 def test_inputs_come_from_a_function_an_example_or_a_strategy() -> None:
     example = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(0))
     strategy = st.integers(700, 900).map(lambda n: (torch.arange(n)[None] % 50,))
-    for given in (lambda batch, length, seed: {"tokens": torch.arange(batch * length).view(batch, length) % 50}, example, strategy):
+    for given in (
+        lambda batch, length, seed: {"tokens": torch.arange(batch * length).view(batch, length) % 50},
+        example,
+        strategy,
+    ):
         assert check_model(plain(), given, properties=["coverage"], max_examples=1).passed
     with pytest.raises(NoInputs, match="make_inputs"):
         check_model(torch.nn.Bilinear(4, 4, 4))
@@ -117,7 +123,9 @@ def test_a_report_is_json_and_html(failing: Report, tmp_path: Path) -> None:
 
 def test_bounds_make_fidelity_a_test() -> None:
     text = torch.randint(0, 50, (1, 900), generator=torch.Generator().manual_seed(0))
-    bounded = check_model(_takes_ids(), lambda batch, length, seed: text, properties=["fidelity"], text=text, bounds={"top-1": 1.01})
+    bounded = check_model(
+        _takes_ids(), lambda batch, length, seed: text, properties=["fidelity"], text=text, bounds={"top-1": 1.01}
+    )
     assert not bounded.passed
     assert "top-1 is" in str(bounded)
 
@@ -133,7 +141,10 @@ def _takes_ids() -> torch.nn.Module:
 
 @pytest.mark.parametrize(
     ("model", "why"),
-    [(not_a_number, "the model's own output in fp64 is NaN at batch row 0, position 0"), (no_fp64, "the model does not run in fp64")],
+    [
+        (not_a_number, "the model's own output in fp64 is NaN at batch row 0, position 0"),
+        (no_fp64, "the model does not run in fp64"),
+    ],
 )
 def test_nothing_passes_that_was_compared_with_nothing(model: Any, why: str) -> None:
     report = check_model(model(), lambda batch, length, seed: torch.full((batch, length), seed % 50), max_examples=1)
@@ -146,7 +157,9 @@ def test_nothing_passes_that_was_compared_with_nothing(model: Any, why: str) -> 
 
 def test_a_length_at_which_the_model_itself_fails_is_none_of_ours() -> None:
     report = check_model(broken(), properties=["shape-robustness"])
-    assert [(r.verdict, r.reason) for r in report.results] == [("not applicable", "the model itself raises RuntimeError: broken by design")]
+    assert [(r.verdict, r.reason) for r in report.results] == [
+        ("not applicable", "the model itself raises RuntimeError: broken by design")
+    ]
 
     class Longer(Plain):
         def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -160,10 +173,14 @@ def test_a_length_at_which_the_model_itself_fails_is_none_of_ours() -> None:
 
 def test_a_snippet_says_all_that_the_check_was_given() -> None:
     lengths = st.integers(700, 900).map(lambda n: torch.arange(n)[None] % 50)
-    made = check_model(encoder(), st.builds(lambda: torch.ones(1, 700, 64)), properties=["coverage"], max_examples=2, expected=1)
+    made = check_model(
+        encoder(), st.builds(lambda: torch.ones(1, 700, 64)), properties=["coverage"], max_examples=2, expected=1
+    )
     (failed,) = made.failures
-    assert made.snippet(failed).splitlines()[-1] == (
-        "check_model(model, make_inputs, options={}, properties=['coverage'], expected=1, max_examples=2, seed=0).raise_for_failures()"
+    assert (
+        made.snippet(failed).splitlines()[-1]
+        == "check_model(model, make_inputs, options={}, properties=['coverage'], expected=1, max_examples=2,"
+        " seed=0).raise_for_failures()"
     )
     alone = check_model(encoder(), properties=["coverage"], max_examples=1, expected=1)
     assert "expected=1" in alone.snippet(alone.failures[0])
@@ -177,15 +194,28 @@ def test_a_missing_hypothesis_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         check_model(plain())
 
 
-# -- the command line ------------------------------------------------------------------------------------------------------
+# -- the command line
+# ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("factory", "status"), [("models:plain", 0), ("factories:pair", 0), ("factories:with_example", 0), ("models:encoder", 3)])
+@pytest.mark.parametrize(
+    ("factory", "status"),
+    [("models:plain", 0), ("factories:pair", 0), ("factories:with_example", 0), ("models:encoder", 3)],
+)
 def test_the_exit_status_is_the_verdict(factory: str, status: int, tmp_path: Path) -> None:
     typer = pytest.importorskip("typer.testing")
     from stem_compile import commands
 
-    arguments = ["check", f"tests.testing.{factory}", "-p", "coverage", "--examples", "1", "--html", str(tmp_path / "report.html")]
+    arguments = [
+        "check",
+        f"tests.testing.{factory}",
+        "-p",
+        "coverage",
+        "--examples",
+        "1",
+        "--html",
+        str(tmp_path / "report.html"),
+    ]
     done = typer.CliRunner().invoke(commands.app, arguments)
     assert done.exit_code == status, done.output
     assert ("PASS: 1 property holds" if status == 0 else "FAIL: coverage") in done.stdout
@@ -214,7 +244,9 @@ def test_json_is_all_that_is_printed() -> None:
     typer = pytest.importorskip("typer.testing")
     from stem_compile import commands
 
-    done = typer.CliRunner().invoke(commands.app, ["check", "tests.testing.models:plain", "-p", "coverage", "--examples", "1", "--json"])
+    done = typer.CliRunner().invoke(
+        commands.app, ["check", "tests.testing.models:plain", "-p", "coverage", "--examples", "1", "--json"]
+    )
     assert json.loads(done.stdout)["passed"] is True
 
 
@@ -229,7 +261,7 @@ def test_json_is_all_that_is_printed() -> None:
 def test_mistakes_can_be_mended(arguments: list[str], said: str) -> None:
     typer = pytest.importorskip("typer.testing")
     from stem_compile import commands
-    from stem_compile.demo.packages import Mendable
+    from stem_compile.bench.packages import Mendable
 
     done = typer.CliRunner().invoke(commands.app, ["check", *arguments])
     assert isinstance(done.exception, Mendable)
@@ -240,13 +272,16 @@ def test_a_model_that_fails_by_itself_checks_nothing() -> None:
     typer = pytest.importorskip("typer.testing")
     from stem_compile import commands
 
-    done = typer.CliRunner().invoke(commands.app, ["check", "tests.testing.factories:broken", "-p", "dense-equivalence", "--examples", "1"])
+    done = typer.CliRunner().invoke(
+        commands.app, ["check", "tests.testing.factories:broken", "-p", "dense-equivalence", "--examples", "1"]
+    )
     assert done.exit_code == 3
     assert "NOTHING CHECKED" in done.stdout
     assert "the model itself raises RuntimeError: broken by design" in " ".join(done.stdout.split())
 
 
-# -- the pytest plugin -----------------------------------------------------------------------------------------------------
+# -- the pytest plugin
+# -----------------------------------------------------------------------------------------------------
 
 PLUGIN_TEST = """
 import pytest
@@ -266,7 +301,17 @@ def test_fails(stem_check):
 
 def test_the_plugin_gives_marks_options_and_a_fixture(tmp_path: Path) -> None:
     (tmp_path / "test_user.py").write_text(PLUGIN_TEST)
-    command = [sys.executable, "-m", "pytest", "-q", "--strict-markers", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--strict-markers",
+        "-p",
+        "no:cacheprovider",
+        f"--rootdir={tmp_path}",
+        str(tmp_path),
+    ]
     typed = ["--stem-options", "budget=0.4,sink_blocks=1", "--stem-seed", "7"]
     done = subprocess.run([*command, *typed], capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
     assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
@@ -277,6 +322,10 @@ def test_options_of_pytests_command_line() -> None:
     assert options_from("budget=0.25, pooling=max,") == {"budget": 0.25, "pooling": "max"}
     assert options_from("dense_layers=(0, 2),mu=1") == {"dense_layers": (0, 2), "mu": 1}
     assert options_from("") == {}
-    for text, said in (("budgt=0.4", "did you mean 'budget'"), ("budget", "write NAME=VALUE"), ("mu=1,budget", "write NAME=VALUE")):
+    for text, said in (
+        ("budgt=0.4", "did you mean 'budget'"),
+        ("budget", "write NAME=VALUE"),
+        ("mu=1,budget", "write NAME=VALUE"),
+    ):
         with pytest.raises(pytest.UsageError, match=said):
             options_from(text)

@@ -1,4 +1,5 @@
-"""The test that README.md tells a user to add to CI, executed as it is written there, and what docs/testing.md says of it."""
+"""The test that README.md tells a user to add to CI, executed as it is written there, and what docs/testing.md says of
+it."""
 
 from __future__ import annotations
 
@@ -37,4 +38,6 @@ def test_the_readmes_test_passes() -> None:
 
 
 def test_every_property_is_explained() -> None:
-    assert re.findall(r"^\| ([a-z-]+) \| (?!holds)", TEXT, re.MULTILINE)[: len(properties.names())] == list(properties.names())
+    assert re.findall(r"^\| ([a-z-]+) \| (?!holds)", TEXT, re.MULTILINE)[: len(properties.names())] == list(
+        properties.names()
+    )

@@ -44,7 +44,9 @@ def test_the_failure_names_layer_and_position_and_its_snippet_fails_again() -> N
         message = str(caught.value)
         assert "the compiled model is not equivalent" in message
         assert "first attention: model.layers.0.self_attn" in message
-        assert re.search(r"first position there: batch row 0, head \d, position 0 \(query block 0\): error \S+, budget \S+", message)
+        assert re.search(
+            r"first position there: batch row 0, head \d, position 0 \(query block 0\): error \S+, budget \S+", message
+        )
         snippet = "\n".join(line.removeprefix("    ") for line in message.partition("reproduce:\n\n")[2].splitlines())
         assert "torch.randint(" in snippet
         with pytest.raises(Violation, match="not equivalent"):
@@ -52,7 +54,9 @@ def test_the_failure_names_layer_and_position_and_its_snippet_fails_again() -> N
     exec(snippet, {"model": model})
 
 
-@pytest.mark.parametrize(("model", "why"), [(not_a_number, "is NaN at batch row 0, position 0"), (no_fp64, "does not run in fp64")])
+@pytest.mark.parametrize(
+    ("model", "why"), [(not_a_number, "is NaN at batch row 0, position 0"), (no_fp64, "does not run in fp64")]
+)
 def test_a_model_with_nothing_to_compare_with_is_said_to_be(model: Any, why: str) -> None:
     with pytest.raises(Inapplicable, match=why):
         assert_equivalent(model(), tokens(100))

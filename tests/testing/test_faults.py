@@ -36,7 +36,9 @@ def _chosen() -> list[Any]:
     seen: set[str] = set()
     chosen = []
     for fault in FAULTS:
-        chosen.append(pytest.param(fault, id=fault.name, marks=[whole, pytest.mark.slow] if fault.caught_by in seen else []))
+        chosen.append(
+            pytest.param(fault, id=fault.name, marks=[whole, pytest.mark.slow] if fault.caught_by in seen else [])
+        )
         seen.add(fault.caught_by)
     return chosen
 
@@ -83,5 +85,7 @@ def test_the_table_in_the_docs_is_this_one() -> None:
     written = DOCS.read_text()
     if versions() not in written:
         # Other versions draw other examples: only the numbers may differ.
-        written, made = (re.sub(r"\| \d+ \|$|under Hypothesis .*$", "", text, flags=re.MULTILINE) for text in (written, made))
+        written, made = (
+            re.sub(r"\| \d+ \|$|under Hypothesis .*$", "", text, flags=re.MULTILINE) for text in (written, made)
+        )
     assert written == made, "run with STEM_COMPILE_FULL=1 STEM_COMPILE_WRITE_DOCS=1 and commit docs/faults.md"

@@ -1,7 +1,7 @@
 """Every property on models of transformers in bf16 and fp16 on a GPU, with the GPU's kernels.
 
-STEM_COMPILE_TEST_DEVICE=cpu runs the same code on a CPU (choose a few with -k); STEM_COMPILE_REPORTS=folder keeps each report as JSON.
-Models are small, so ``pytest -n 12`` shares one GPU.
+STEM_COMPILE_TEST_DEVICE=cpu runs the same code on a CPU (choose a few with -k); STEM_COMPILE_REPORTS=folder keeps each
+report as JSON. Models are small, so ``pytest -n 12`` shares one GPU.
 """
 
 from __future__ import annotations
@@ -20,10 +20,32 @@ DEVICE = os.environ.get("STEM_COMPILE_TEST_DEVICE", "cuda")
 # The marker is what skips these where there is no GPU, with its reason.
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
-NAMES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gpt2", "gpt_neox", "olmo", "olmo2", "phi", "granite", "starcoder2")
+NAMES = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma",
+    "gpt2",
+    "gpt_neox",
+    "olmo",
+    "olmo2",
+    "phi",
+    "granite",
+    "starcoder2",
+)
 WIDE = {"hidden_size": 256, "head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
 """Heads as large models have them."""
-EXPECTED = ("dense-equivalence", "kernel-exactness", "coverage", "block-causality", "padding-invariance", "batch-invariance", "prefix-invariance", "budget")
+EXPECTED = (
+    "dense-equivalence",
+    "kernel-exactness",
+    "coverage",
+    "block-causality",
+    "padding-invariance",
+    "batch-invariance",
+    "prefix-invariance",
+    "budget",
+)
 """Must hold; the others may say nothing (a model that is not deterministic by itself)."""
 
 
@@ -43,7 +65,9 @@ def test_large_heads_and_blocks(name: str, dtype: torch.dtype) -> None:
 def _check(name: str, dtype: torch.dtype, config: dict[str, Any], options: dict[str, Any]) -> None:
     if not known(name):
         pytest.skip(f"the installed transformers has no type {name!r}")
-    report = check_model(model_of(name, dtype, DEVICE, **config), options=options, max_examples=2, expected=TYPES[name].sites)
+    report = check_model(
+        model_of(name, dtype, DEVICE, **config), options=options, max_examples=2, expected=TYPES[name].sites
+    )
     if folder := os.environ.get("STEM_COMPILE_REPORTS"):
         Path(folder).mkdir(parents=True, exist_ok=True)
         report.write(Path(folder) / f"{name}-{str(dtype).removeprefix('torch.')}{'-wide' if config else ''}.json")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stem_compile.masks import Mask, decode, encode
+from stem_compile.algebra.masks import Mask, decode, encode
 from stem_compile.testing import assert_equivalent, attention_inputs, masks, model_inputs, spellings
 from stem_compile.testing.spellings import WAYS, Spelling
 from stem_compile.testing.strategies import AttentionInputs, ModelInputs
@@ -56,7 +56,11 @@ class Spelled(torch.nn.Module):
 
 @pytest.mark.parametrize("way", sorted(WAYS))
 def test_every_spelling_is_rewritten(way: str) -> None:
-    assert_equivalent(Spelled(Spelling(way)), *AttentionInputs(batch=2, heads=4, key_heads=2, q_len=421).tensors(), options={"budget": 0.5})
+    assert_equivalent(
+        Spelled(Spelling(way)),
+        *AttentionInputs(batch=2, heads=4, key_heads=2, q_len=421).tensors(),
+        options={"budget": 0.5},
+    )
 
 
 @settings(max_examples=5)

@@ -23,7 +23,10 @@ FULL = bool(os.environ.get("STEM_COMPILE_FULL"))
 SAMPLE = ("gpt2", "glm")
 CORE = ["dense-equivalence", "kernel-exactness", "coverage", "block-causality", "batch-invariance"]
 ASKED, EXAMPLES = (None, 2) if FULL else (CORE, 1)
-OTHERS: dict[str, tuple[Callable[[], torch.nn.Module], int]] = {"a module without transformers": (plain, 1), "torch.nn.TransformerEncoder": (encoder, 0)}
+OTHERS: dict[str, tuple[Callable[[], torch.nn.Module], int]] = {
+    "a module without transformers": (plain, 1),
+    "torch.nn.TransformerEncoder": (encoder, 0),
+}
 """Name -> (what makes the model, attentions to be rewritten)."""
 
 _rows: dict[str, tuple[int, Report]] = {}
@@ -73,7 +76,9 @@ def test_the_table_in_the_docs_is_this_one() -> None:
     if os.environ.get("STEM_COMPILE_WRITE_DOCS"):
         DOCS.write_text(made)
     # Errors depend on the machine.
-    written, made = (re.sub(r"\d\.\d\d|under transformers .*$", "", text, flags=re.MULTILINE) for text in (DOCS.read_text(), made))
+    written, made = (
+        re.sub(r"\d\.\d\d|under transformers .*$", "", text, flags=re.MULTILINE) for text in (DOCS.read_text(), made)
+    )
     assert written == made, HOW
 
 
@@ -95,14 +100,25 @@ def table() -> str:
         [
             "# Types",
             "",
-            "Tiny models with random weights in float32, two layers each, through `check_model`: all properties, at most two examples each, seed 0, weights",
-            "scaled so that attention is far from uniform. Every attention named is rewritten, and coverage fails when one is not. Errors are relative to what",
+            (
+                "Tiny models with random weights in float32, two layers each, through `check_model`: all properties, at"
+                " most two examples each, seed 0, weights"
+            ),
+            (
+                "scaled so that attention is far from uniform. Every attention named is rewritten, and coverage fails"
+                " when one is not. Errors are relative to what"
+            ),
             "each model's own error in its dtype allows, so 1.00 would be a failure. Written by",
-            "`STEM_COMPILE_FULL=1 STEM_COMPILE_WRITE_DOCS=1 pytest tests/testing/test_types.py`; to add a type, add a line to `tests/testing/model_types.py`.",
+            (
+                "`STEM_COMPILE_FULL=1 STEM_COMPILE_WRITE_DOCS=1 pytest tests/testing/test_types.py`; to add a type, add"
+                " a line to `tests/testing/model_types.py`."
+            ),
             f"Run under transformers {transformers.__version__} and torch {torch.__version__.split('+')[0]}.",
             "",
-            f"| type | attentions rewritten | properties that hold (of {len(properties.names())}) | error at budget 1.0 | error under the selected blocks "
-            "| worst error | not applicable |",
+            (
+                f"| type | attentions rewritten | properties that hold (of {len(properties.names())}) | error at budget"
+                " 1.0 | error under the selected blocks | worst error | not applicable |"
+            ),
             "|---|---:|---:|---:|---:|---:|---|",
             *rows,
             "",

@@ -1,7 +1,8 @@
 """Batch invariance: rows of a batch do not influence each other.
 
-A user's answer must not depend on who else is in the batch: a shared block list, the first row's lengths used for all, or a score normalised over the batch
-would make it so. Every row must equal the same row sent alone, its padding included, and select the same blocks (up to ties).
+A user's answer must not depend on who else is in the batch: a shared block list, the first row's lengths used for all,
+or a score normalised over the batch would make it so. Every row must equal the same row sent alone, its padding
+included, and select the same blocks (up to ties).
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def cases(subject: Subject) -> Any:
         raise Inapplicable("no attention is expected to be rewritten")
     if subject.large and "padding" in subject.source.can:
         # The graphs of padding invariance serve: a batch with a padded neighbour, and a row without padding alone.
-        return st.builds(lambda n, seed: Case(n + subject.block, 2, seed, subject.block), sparse(subject), seeds(subject.source))
+        return st.builds(
+            lambda n, seed: Case(n + subject.block, 2, seed, subject.block), sparse(subject), seeds(subject.source)
+        )
     return drawn(subject.source, sparse(subject), batches=(2, 3), pad=not subject.large, wide=False)
 
 
@@ -48,7 +51,14 @@ def check(subject: Subject, case: Case) -> Measure:
             row = row.unpadded()
         valid = row.valid
 
-        own_holds(subject, inputs, row, lambda x, i=index, v=valid: _kept(x[i : i + 1], v), lambda x, v=valid: _kept(x, v), allowed)  # type: ignore[misc]
+        own_holds(
+            subject,
+            inputs,
+            row,
+            lambda x, i=index, v=valid: _kept(x[i : i + 1], v),  # type: ignore[misc]
+            lambda x, v=valid: _kept(x, v),  # type: ignore[misc]
+            allowed,
+        )
         lone = subject.run(row, forced([d[index : index + 1] for d in dense], f"row {index} alone"))
         found = numerics.gap(run.output[index : index + 1], lone.output, allowed, valid)
         worst = max(worst, require(found, f"row {index} of {case.batch} differs from itself alone").worst)

@@ -1,9 +1,10 @@
 """Budget: what is computed is what was promised, and computing more brings the output closer.
 
-A row of rank i (visible blocks before its last) computes k(i) blocks: all up to k_start, then falling linearly to mu * k_start (Eq. 3 of arXiv 2603.06274),
-where k_start makes the computed part of the causal triangle ``budget``. Allowed is one block of rounding; sinks and local blocks are always kept, and the
-row with the prompt's end is whole. Every list must be sorted, in range and without blocks that no query sees. Over all examples together, the error must
-fall as the budget grows.
+A row of rank i (visible blocks before its last) computes k(i) blocks: all up to k_start, then falling linearly to mu *
+k_start (Eq. 3 of arXiv 2603.06274), where k_start makes the computed part of the causal triangle ``budget``. Allowed is
+one block of rounding; sinks and local blocks are always kept, and the row with the prompt's end is whole. Every list
+must be sorted, in range and without blocks that no query sees. Over all examples together, the error must fall as the
+budget grows.
 """
 
 from __future__ import annotations
@@ -59,7 +60,10 @@ def finish(subject: Subject, measures: Sequence[Measure]) -> None:
     means = {n: sum(m.facts[n] for m in measures) / len(measures) for n in names}
     for less, more in itertools.pairwise(names):
         if means[more] > means[less]:
-            raise Violation(f"the mean {more} ({means[more]:.2e}) is larger than the mean {less} ({means[less]:.2e}) over {len(measures)} examples")
+            raise Violation(
+                f"the mean {more} ({means[more]:.2e}) is larger than the mean {less} ({means[less]:.2e}) over"
+                f" {len(measures)} examples"
+            )
 
 
 def _well_formed(index: int, seen: Observed) -> None:
@@ -85,7 +89,8 @@ def _well_formed(index: int, seen: Observed) -> None:
 def _promise(total: torch.Tensor, budget: float, mu: float) -> torch.Tensor:
     """k(i) in blocks, as real numbers, for rows that see ``total`` blocks."""
     blocks = total[..., -1:].double().clamp(min=1)
-    # Area under min(i, k_start) and the falling line, as parts of the triangle: x^2 / 2 + (1 + mu) / 2 * (x - x^2) = budget / 2.
+    # Area under min(i, k_start) and the falling line, as parts of the triangle: x^2 / 2 + (1 + mu) / 2 * (x - x^2) =
+    # budget / 2.
     share = budget if mu == 0 else (1 + mu - math.sqrt((1 + mu) ** 2 - 4 * mu * budget)) / (2 * mu)
     start, rank = share * blocks, (total - 1).clamp(min=0).double()
     falling = start - (1 - mu) * start * (rank - start) / (blocks - start).clamp(min=1e-9)

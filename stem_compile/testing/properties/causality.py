@@ -1,8 +1,9 @@
 """Block causality: tokens after the end of a query block never change its output.
 
-The last query block that reads a token also selects with it, so selection must be causal too: a score that looks at the whole sequence (as
-``metric="released"`` does, which is therefore left out) makes a prompt's beginning depend on its end, and cached prefixes wrong. Two prompts of one length
-that agree up to a block's end must agree in their outputs up to there.
+The last query block that reads a token also selects with it, so selection must be causal too: a score that looks at the
+whole sequence (as
+``metric="released"`` does, which is therefore left out) makes a prompt's beginning depend on its end, and cached
+prefixes wrong. Two prompts of one length that agree up to a block's end must agree in their outputs up to there.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def cases(subject: Subject) -> Any:
     if subject.expected == 0:
         raise Inapplicable("no attention is expected to be rewritten")
     cuts = st.integers(1, (bounds(subject)[0] - 1) // subject.block).map(lambda n: n * subject.block)
-    return drawn(subject.source, sparse(subject), batches=(1,) if subject.large else (2,), pad=False, wide=False, cuts=cuts)
+    return drawn(
+        subject.source, sparse(subject), batches=(1,) if subject.large else (2,), pad=False, wide=False, cuts=cuts
+    )
 
 
 def check(subject: Subject, case: Case) -> Measure:

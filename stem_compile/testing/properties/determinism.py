@@ -1,7 +1,8 @@
 """Determinism: the same inputs give the same bits and the same blocks.
 
-Runs that differ cannot be debugged, and a difference that comes from uninitialised memory is a wrong answer waiting. Where the model itself is
-deterministic, two compiled runs must be equal bit by bit; on a CPU the second runs with uninitialised memory filled with NaN.
+Runs that differ cannot be debugged, and a difference that comes from uninitialised memory is a wrong answer waiting.
+Where the model itself is deterministic, two compiled runs must be equal bit by bit; on a CPU the second runs with
+uninitialised memory filled with NaN.
 """
 
 from __future__ import annotations
@@ -28,13 +29,18 @@ def cases(subject: Subject) -> Any:
     from stem_compile.testing.lengths import sparse
     from stem_compile.testing.strategies import cases as drawn
 
-    return drawn(subject.source, sparse(subject), batches=(1,) if subject.large else (2,), pad=not subject.large, wide=False)
+    return drawn(
+        subject.source, sparse(subject), batches=(1,) if subject.large else (2,), pad=not subject.large, wide=False
+    )
 
 
 def check(subject: Subject, case: Case) -> Measure:
     inputs = subject.inputs(case)
     with torch.no_grad():
-        own = [numerics.errors(subject.run_eager(inputs), subject.eager(case)).max() for _ in range(1 if subject.large else 2)]
+        own = [
+            numerics.errors(subject.run_eager(inputs), subject.eager(case)).max()
+            for _ in range(1 if subject.large else 2)
+        ]
     if float(max(own)) > 0:
         raise Inapplicable("the model itself gives different bits for equal inputs")
     first = subject.run_of(case)
@@ -44,7 +50,10 @@ def check(subject: Subject, case: Case) -> Measure:
     for index, (a, b) in enumerate(zip(dense_of(first.made), dense_of(second.made))):
         if not torch.equal(a, b):
             place = (a != b).any(-1).nonzero()[0].tolist()
-            raise Violation(f"attention {index} selects other blocks in a second run, at (batch, head, query block) = {tuple(place)}")
+            raise Violation(
+                f"attention {index} selects other blocks in a second run, at (batch, head, query block) ="
+                f" {tuple(place)}"
+            )
     found = numerics.gap(second.output, first.output, float(torch.finfo(torch.float64).tiny), inputs.valid)
     if not found.ok:
         raise Violation(f"a second run differs by {found.error:.2e} at {named(found.where)}", found)

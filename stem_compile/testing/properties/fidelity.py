@@ -1,8 +1,8 @@
 """Fidelity: how far the model is from itself at the user's budget, on the user's text.
 
-No theorem says what a budget may cost, so this reports and does not judge, unless bounds are given. For a language model: change of the negative
-log-likelihood of the text in nats a token, Kullback-Leibler divergence of the next-token distribution from the dense model's, and how often both prefer the
-same token.
+No theorem says what a budget may cost, so this reports and does not judge, unless bounds are given. For a language
+model: change of the negative log-likelihood of the text in nats a token, Kullback-Leibler divergence of the next-token
+distribution from the dense model's, and how often both prefer the same token.
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ def cases(subject: Subject) -> Any:
 
 def check(subject: Subject, case: Case) -> Measure:
     given = subject.inputs(case) if subject.text is None else subject.text_inputs()
-    leaves = [x for x in (given.kwargs.get("input_ids"), *given.args) if isinstance(x, torch.Tensor) and x.dtype == torch.long and x.dim() == 2]
+    leaves = [
+        x
+        for x in (given.kwargs.get("input_ids"), *given.args)
+        if isinstance(x, torch.Tensor) and x.dtype == torch.long and x.dim() == 2
+    ]
     ids = leaves[0] if leaves else None
     dense = subject.own(given)
     if ids is None or dense.dim() != 3 or dense.shape[1] != ids.shape[1] or dense.shape[2] <= int(ids.max()):
@@ -57,8 +61,14 @@ def note(subject: Subject) -> str:
 
 
 def distance(dense: torch.Tensor, sparse: torch.Tensor, ids: torch.Tensor) -> dict[str, float]:
-    """dense, sparse: logits [B, N, vocabulary]. NLLs and KL in nats a token; top-1: part of the positions where both prefer the same token."""
+    """dense, sparse: logits [B, N, vocabulary]. NLLs and KL in nats a token; top-1: part of the positions where both
+    prefer the same token."""
     p, q = (F.log_softmax(x[:, :-1].float(), -1) for x in (dense, sparse))
     nll = [float(F.nll_loss(x.flatten(0, 1), ids[:, 1:].flatten())) for x in (p, q)]
     kl = float(F.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean())
-    return {"nll dense": nll[0], "nll change": nll[1] - nll[0], "kl": kl, "top-1": float((p.argmax(-1) == q.argmax(-1)).double().mean())}
+    return {
+        "nll dense": nll[0],
+        "nll change": nll[1] - nll[0],
+        "kl": kl,
+        "top-1": float((p.argmax(-1) == q.argmax(-1)).double().mean()),
+    }

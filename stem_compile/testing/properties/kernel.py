@@ -1,9 +1,10 @@
-"""Kernel exactness: the compiled output equals the model with dense attention under exactly the blocks that were selected.
+"""Kernel exactness: the compiled output equals the model with dense attention under exactly the blocks that were
+selected.
 
-The selections of the compiled run are captured and the model's own graph is run in fp64 with dense attention restricted to them. So a difference is a fault
-of a kernel (or of how it is called), never the approximation. The error budget is that of the same restricted run in the model's dtype. One attention an
-example is also computed with its queries scaled until scores reach ``PEAK``, where a softmax without its maximum overflows; models rarely reach that by
-themselves.
+The selections of the compiled run are captured and the model's own graph is run in fp64 with dense attention restricted
+to them. So a difference is a fault of a kernel (or of how it is called), never the approximation. The error budget is
+that of the same restricted run in the model's dtype. One attention an example is also computed with its queries scaled
+until scores reach ``PEAK``, where a softmax without its maximum overflows; models rarely reach that by themselves.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from typing import Any
 
 import torch
 
-from stem_compile import scores
+from stem_compile.algebra import scores
+from stem_compile.algebra.masks import decode
 from stem_compile.kernels.reference import sparse_attention
-from stem_compile.masks import decode
+from stem_compile.passes.sites import AttentionSite
 from stem_compile.selection import Observed
-from stem_compile.sites import AttentionSite
 from stem_compile.testing import numerics
 from stem_compile.testing.case import Case
 from stem_compile.testing.oracle import Mismatch, restricted
@@ -48,7 +49,9 @@ def check(subject: Subject, case: Case) -> Measure:
     except Mismatch as error:
         raise Violation(str(error)) from None
     allowed = numerics.budget(own, golden, subject.dtype, inputs.valid)
-    measure = require(numerics.gap(run.output, golden, allowed, inputs.valid), "the output is not that of the selected blocks")
+    measure = require(
+        numerics.gap(run.output, golden, allowed, inputs.valid), "the output is not that of the selected blocks"
+    )
     sites = [hit for hit in run.found if isinstance(hit, AttentionSite)]
     index = case.seed % len(run.made)
     stressed = _stressed(run.made[index], sites[index].kernel)
@@ -62,7 +65,17 @@ def _stressed(seen: Observed, kernel: str) -> Measure:
     peak = seen.scale * float((q.double() @ k.double().repeat_interleave(group, 1).transpose(-1, -2)).abs().max())
     q = (q * (PEAK / max(peak, 1e-3))).to(q.dtype)
     chosen, mask = seen.selection, decode(seen.mask).dense(seen.shape, seen.tensors, seen.scalars, q.device)
-    operands = (chosen.indices, chosen.counts, list(seen.tensors), list(seen.scalars), seen.mask, seen.scale, seen.spec, kernel, seen.score)
+    operands = (
+        chosen.indices,
+        chosen.counts,
+        list(seen.tensors),
+        list(seen.scalars),
+        seen.mask,
+        seen.scale,
+        seen.spec,
+        kernel,
+        seen.score,
+    )
     out = torch.ops.stem.sparse_attention(q, k, v, *operands)
     if seen.score:
         # The definition that kernels are held to; SDPA has no such scores.
@@ -71,4 +84,7 @@ def _stressed(seen: Observed, kernel: str) -> Measure:
     else:
         rest = (mask, False, seen.scale, chosen.dense(seen.candidates), (chosen.block_q, chosen.block_k))
         golden, own = restricted(q.double(), k.double(), v.double(), *rest), restricted(q, k, v, *rest)
-    return require(numerics.gap(out, golden, numerics.budget(own, golden, q.dtype)), f"kernel {kernel!r} is off for scores up to {PEAK:g}")
+    return require(
+        numerics.gap(out, golden, numerics.budget(own, golden, q.dtype)),
+        f"kernel {kernel!r} is off for scores up to {PEAK:g}",
+    )

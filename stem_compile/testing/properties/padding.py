@@ -1,8 +1,9 @@
 """Padding invariance: the tokens of a padded row get the outputs that they get alone, without padding.
 
-Batches pad; a kernel that ignores the mask, a selection that spends its budget on pads, or a NaN that leaks out of a row without keys gives answers that
-depend on the neighbours. Left pads in whole query blocks leave the blocks' grid in place, so selections must agree too (up to ties); other left pads shift
-the grid, where only ``budget=1.0`` can promise anything. Right pads may have any length.
+Batches pad; a kernel that ignores the mask, a selection that spends its budget on pads, or a NaN that leaks out of a
+row without keys gives answers that depend on the neighbours. Left pads in whole query blocks leave the blocks' grid in
+place, so selections must agree too (up to ties); other left pads shift the grid, where only ``budget=1.0`` can promise
+anything. Right pads may have any length.
 """
 
 from __future__ import annotations
@@ -38,15 +39,24 @@ def cases(subject: Subject) -> Any:
     lengths, drawn = (sparse(subject) if subject.large else st.integers(low, high)), seeds(subject.source)
     blocks = st.integers(1, 1 if subject.large else 2).map(lambda n: n * subject.block)
     left = st.builds(lambda n, pad, seed: Case(n + pad, 2, seed, pad), lengths, blocks, drawn)
-    ragged = st.builds(lambda n, pad, seed: Case(n + pad, 2, seed, pad), st.integers(1, 2 * subject.block), st.integers(1, subject.block - 1), drawn)
-    right = st.builds(lambda n, pad, seed: Case(n + pad, 2, seed, pad, "right"), lengths, st.integers(1, subject.block + 1), drawn)
+    ragged = st.builds(
+        lambda n, pad, seed: Case(n + pad, 2, seed, pad),
+        st.integers(1, 2 * subject.block),
+        st.integers(1, subject.block - 1),
+        drawn,
+    )
+    right = st.builds(
+        lambda n, pad, seed: Case(n + pad, 2, seed, pad, "right"), lengths, st.integers(1, subject.block + 1), drawn
+    )
     return st.one_of(left, ragged, right)
 
 
 def alone(inputs: Inputs, case: Case) -> Inputs:
     """The last row's own tokens. Positions stay, the mask goes: it would be all ones."""
     kept = slice(case.pad, None) if case.side == "left" else slice(0, case.length - case.pad)
-    row = inputs.row(case.batch - 1, case.batch).tensors(lambda x: packed(x[:, kept]) if x.dim() > 1 and x.shape[1] == case.length else x)
+    row = inputs.row(case.batch - 1, case.batch).tensors(
+        lambda x: packed(x[:, kept]) if x.dim() > 1 and x.shape[1] == case.length else x
+    )
     return row.unpadded()
 
 
@@ -66,12 +76,17 @@ def check(subject: Subject, case: Case) -> Measure:
     wanted = [_cut(dense, subject, case) for dense in dense_of(run.made)] if on_grid else []
     what = f"the row with {case.pad} pads on the {case.side}, alone"
     lone = subject.run(single, forced(wanted, what) if on_grid else None, **changes)
-    return require(numerics.gap(last(run.output), lone.output, allowed), f"the row with {case.pad} pads on the {case.side} differs from itself alone")
+    return require(
+        numerics.gap(last(run.output), lone.output, allowed),
+        f"the row with {case.pad} pads on the {case.side} differs from itself alone",
+    )
 
 
 def _cut(dense: torch.Tensor, subject: Subject, case: Case) -> torch.Tensor:
     """The last row's selection in the blocks of its own tokens."""
     size = case.length - case.pad
     rows, columns = -(-size // subject.block), -(-size // subject.key_block)
-    first_row, first_column = (case.pad // subject.block, case.pad // subject.key_block) if case.side == "left" else (0, 0)
+    first_row, first_column = (
+        (case.pad // subject.block, case.pad // subject.key_block) if case.side == "left" else (0, 0)
+    )
     return dense[-1:, :, first_row : first_row + rows, first_column : first_column + columns]

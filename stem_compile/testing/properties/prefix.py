@@ -1,8 +1,8 @@
 """Prefix invariance: a prompt prefilled in chunks with a cache gives what it gives in one shot.
 
-Servers prefill long prompts in chunks; kernels that take the query's offset wrong, or budgets that follow the chunk instead of the prompt, shift what is
-read. With the full length declared (``prompt_length``) and chunks of whole query blocks, every chunk must select what one shot selects (up to ties) and
-give the same outputs.
+Servers prefill long prompts in chunks; kernels that take the query's offset wrong, or budgets that follow the chunk
+instead of the prompt, shift what is read. With the full length declared (``prompt_length``) and chunks of whole query
+blocks, every chunk must select what one shot selects (up to ties) and give the same outputs.
 """
 
 from __future__ import annotations
@@ -40,12 +40,17 @@ def cases(subject: Subject) -> Any:
     # Every chunk of a large model takes its weights through the processor once more.
     chunks = st.integers(*((4, 5) if subject.large else (1, 3))).map(lambda n: n * subject.block)
     batch = 1 if subject.large else 2
-    made = st.builds(lambda n, chunk, seed: Case(n, batch, seed, cut=chunk), sparse(subject), chunks, seeds(subject.source))
+    made = st.builds(
+        lambda n, chunk, seed: Case(n, batch, seed, cut=chunk), sparse(subject), chunks, seeds(subject.source)
+    )
     return made.filter(lambda case: case.length % case.cut == 0 or case.length % case.cut >= FEWEST)
 
 
 def _chunk(inputs: Inputs, start: int, stop: int, cache: Any) -> Inputs:
-    kwargs = {k: packed(v[:, start:stop]) if isinstance(v, torch.Tensor) and v.dim() > 1 else v for k, v in inputs.kwargs.items()}
+    kwargs = {
+        k: packed(v[:, start:stop]) if isinstance(v, torch.Tensor) and v.dim() > 1 else v
+        for k, v in inputs.kwargs.items()
+    }
     return Inputs((), kwargs | {"use_cache": True} | ({"past_key_values": cache} if cache is not None else {}))
 
 
@@ -75,7 +80,11 @@ def check(subject: Subject, case: Case) -> Measure:
         stop = min(start + case.cut, case.length)
         rows = slice(start // subject.block, -(-stop // subject.block))
         wanted = [d[:, :, rows, : -(-stop // subject.key_block)] for d in dense]
-        run = subject.run(_chunk(inputs, start, stop, cache), forced(wanted, f"the chunk [{start}, {stop})"), prompt_length=case.length)
+        run = subject.run(
+            _chunk(inputs, start, stop, cache),
+            forced(wanted, f"the chunk [{start}, {stop})"),
+            prompt_length=case.length,
+        )
         cache = run.result.past_key_values
         found = numerics.gap(run.output, one.output[:, start:stop], allowed)
         worst = max(worst, require(found, f"the chunk [{start}, {stop}) differs from one shot").worst)

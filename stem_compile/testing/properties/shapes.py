@@ -1,8 +1,9 @@
 """Shape robustness: every length works, and few of them compile anew.
 
-Lengths of 1, of a block and its neighbours, a prime, and one longer than any seen, in one compiled model as a user compiles it. Kernels that assume whole
-blocks fail here, and so does a backend that fixes what it saw first: Dynamo makes a length dynamic when it changes, treats 1 apart, and that is all that
-may be compiled.
+Lengths of 1, of a block and its neighbours, a prime, and one longer than any seen, in one compiled model as a user
+compiles it. Kernels that assume whole
+blocks fail here, and so does a backend that fixes what it saw first: Dynamo makes a length dynamic when it changes,
+treats 1 apart, and that is all that may be compiled.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ ORDER = 11
 """Last, since it makes Dynamo forget the traces that the others share."""
 EXAMPLES = 1
 MOST = 4
-"""Graphs for all lengths: the first as it came, one with a dynamic length, one for a single token, and one for a threshold of lengths."""
+"""Graphs for all lengths: the first as it came, one with a dynamic length, one for a single token, and one for a
+threshold of lengths."""
 
 
 def cases(subject: Subject) -> Any:
@@ -46,7 +48,11 @@ def lengths(block: int, large: bool = False) -> list[int]:
 
 
 def check(subject: Subject, case: Case) -> Measure:
-    tried = [n for n in lengths(subject.block, subject.large) if n <= subject.source.longest and _runs(subject, Case(n, case.batch, case.seed))]
+    tried = [
+        n
+        for n in lengths(subject.block, subject.large)
+        if n <= subject.source.longest and _runs(subject, Case(n, case.batch, case.seed))
+    ]
     if not tried:
         subject.eager(case)
     compiled: list[int] = []
@@ -61,7 +67,9 @@ def check(subject: Subject, case: Case) -> Measure:
             try:
                 output = primary(model(*given.args, **given.kwargs))
             except Exception as error:
-                raise Violation(f"length {length} raises {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+                raise Violation(
+                    f"length {length} raises {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                ) from error
             found = numerics.gap(output, subject.golden(here), subject.budget(here), given.valid)
             if not found.ok:
                 raise Violation(f"length {length}: {found.words} at {named(found.where)}", found)
@@ -69,7 +77,10 @@ def check(subject: Subject, case: Case) -> Measure:
     torch._dynamo.reset()
     graphs = len(set(compiled))
     if graphs > MOST:
-        raise Violation(f"{graphs} of {len(tried)} lengths were compiled anew: {', '.join(map(str, sorted(set(compiled))))}; at most {MOST} may be")
+        raise Violation(
+            f"{graphs} of {len(tried)} lengths were compiled anew: {', '.join(map(str, sorted(set(compiled))))}; at"
+            f" most {MOST} may be"
+        )
     return Measure(worst, {"lengths": len(tried), "compiled": graphs})
 
 

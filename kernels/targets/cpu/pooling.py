@@ -1,0 +1,176 @@
+"""Selection on CPUs: what ``oam.oam_scores`` and ``tpd.tpd_select`` define, in pieces that stay in a core's cache.
+
+Keys and values are summarised once; then every piece of query row blocks is scored and ranked on its own. No tensor is
+copied whole, no block score outlives its piece, and the maximum over cells multiplies only with the keys that the piece
+can see.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from stem_compile.algebra.blocks import cdiv
+from stem_compile.kernels.targets.cpu import workers
+from stem_compile.kernels.targets.cpu.gather import dense
+from stem_compile.selection import SelectionSpec, oam
+
+PIECE = {"mean": 1 << 15, "max": 1 << 13}
+"""Tokens read at once, the heads of a group counted apart. Smaller would fit the caches better, but short calls wait
+for the interpreter lock."""
+
+At = tuple[int, int, slice]
+"""(batch row, key head, tokens)."""
+
+
+def ranked(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor | None,
+    candidates: torch.Tensor,
+    counts: torch.Tensor,
+    width: int,
+    spec: SelectionSpec,
+    scale: float,
+) -> torch.Tensor:
+    """Each row's ``counts`` best blocks, ascending: int32 [B, H, query blocks, width]. Ties go to the earlier block.
+
+    q: [B, H, q_len, d]. k: [B, Hk, kv_len, d], v: [B, Hk, kv_len, dv]. visible: bool [B or 1, kv_len] or None (all).
+    candidates: bool [B or 1, H or 1, query blocks, key blocks]. counts: its first three dimensions; rows with none or
+    ``FULL`` are left as garbage.
+    """
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    keys = _Keys(k, v, visible, spec, dtype)
+    indices = q.new_empty(q.shape[0], q.shape[1], *candidates.shape[2:3], width, dtype=torch.int32)
+    q_present = _present(q.shape[2], None, spec.block_q, keys.stride, dtype)[0]
+    group = q.shape[1] // k.shape[1]
+
+    def rank(at: At) -> None:
+        b, h, tokens = at
+        rows = slice(tokens.start // spec.block_q, cdiv(tokens.stop, spec.block_q))
+        heads = slice(h * group, (h + 1) * group)
+        kept, found = (x[b % len(x), heads if x.shape[1] > 1 else slice(None), rows] for x in (counts, candidates))
+        if int(kept.max()) <= 0:
+            indices[b, heads, rows] = 0
+            return
+        # Blocks beyond all of the piece's rows' sight need no score.
+        reach = int((found.flatten(0, 1).any(0) * torch.arange(1, found.shape[2] + 1)).max())
+        queries = _padded(q[b, heads, tokens], dtype, found.shape[1] * spec.block_q).unflatten(
+            1, (found.shape[1], -1, keys.stride)
+        )
+        scores = keys.scores(b, h, queries, q_present[rows], reach, scale)
+        indices[b, heads, rows] = _best(scores, found[:, :, :reach], kept, width, spec)
+
+    # Late rows see most: the last piece to finish had better be a small one.
+    workers.run(rank, reversed(list(_pieces(k, q.shape[2], PIECE[spec.pooling] // group, spec.block_q))))
+    return indices
+
+
+def _best(
+    scores: torch.Tensor, found: torch.Tensor, counts: torch.Tensor, width: int, spec: SelectionSpec
+) -> torch.Tensor:
+    """Algorithm 1's choice, as ``tpd.tpd_select`` makes it: scores [heads, rows, columns], found and counts
+    broadcastable -> int32 [heads, rows, width]."""
+    columns = scores.shape[2]
+    place = found.cumsum(-1)
+    forced = found & ((place <= spec.sinks) | (place > place[..., -1:] - spec.locals))
+    scores = scores.masked_fill_(~found, -torch.inf).masked_fill_(forced, torch.inf)
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :width]
+    listed = torch.arange(order.shape[2]) < counts.unsqueeze(-1)
+    chosen = torch.where(listed, order, columns).sort(-1).values.clamp(max=columns - 1).int()
+    return F.pad(chosen, (0, width - chosen.shape[2]))
+
+
+class _Keys:
+    """What a score needs of keys and values: summaries (or reversed groups, for the maximum), presence and the value
+    term."""
+
+    def __init__(
+        self, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None, spec: SelectionSpec, dtype: torch.dtype
+    ) -> None:
+        self.stride = stride = min(spec.stride, spec.block_q, spec.block_k)
+        self.peak = spec.pooling == "max"
+        self.cells = spec.block_k // stride if self.peak else 1
+        groups = cdiv(k.shape[2], spec.block_k) * self.cells
+        # [B, Hk, groups, stride, d], the last key of a group first.
+        self.keys = k.new_empty(*k.shape[:2], groups, stride, k.shape[3], dtype=dtype)
+        peaks = v.new_empty(*v.shape[:2], cdiv(v.shape[2], spec.block_k), 1, dtype=dtype)
+
+        def summarise(at: At) -> None:
+            b, h, tokens = at
+            blocks = slice(tokens.start // spec.block_k, cdiv(tokens.stop, spec.block_k))
+            piece = _padded(k[at], dtype, (blocks.stop - blocks.start) * spec.block_k)
+            norms = torch.linalg.vector_norm(v[at].to(dtype), dim=-1)
+            if visible is not None:
+                seen = visible[b % len(visible), tokens]
+                norms = norms.where(seen, 0)
+                piece = piece.where(F.pad(seen, (0, len(piece) - len(seen)))[:, None], 0)
+            peaks[b, h, blocks, 0] = F.pad(norms, (0, len(piece) - len(norms))).view(-1, spec.block_k).amax(-1)
+            piece = (
+                piece.unflatten(0, (-1, stride))
+                if self.peak
+                else piece.unflatten(0, (blocks.stop - blocks.start, -1, stride)).sum(1)
+            )
+            self.keys[b, h, blocks.start * self.cells : blocks.stop * self.cells] = piece.flip(1)
+
+        workers.run(summarise, _pieces(k, k.shape[2], PIECE[spec.pooling], spec.block_k))
+        present = _present(k.shape[2], visible, spec.block_k, stride, dtype)
+        # [B or 1, groups, stride]: how many keys each entry sums.
+        self.present = (present.flatten(1, 2) if self.peak else present.sum(2)).flip(2)
+        self.whole = bool(present.all())
+        # A block's largest norm as the only value of a block of one: the definition does the rest.
+        self.values = oam._value_term(peaks, None, replace(spec, block_k=1), dtype) * spec.beta
+
+    def scores(
+        self, b: int, h: int, queries: torch.Tensor, present: torch.Tensor, reach: int, scale: float
+    ) -> torch.Tensor:
+        """[heads, rows, reach] of queries [heads, rows, groups, stride, d] of one key head; present [rows, groups,
+        stride]: 1 for queries that exist."""
+        keys, count = (
+            self.keys[b, h, : reach * self.cells].flatten(1),
+            self.present[b % len(self.present), : reach * self.cells],
+        )
+        if not self.peak:
+            pairs = present.sum(1) @ count.t()
+            pooled = (queries.sum(2).flatten(2) @ keys.t()).div_(pairs.clamp_(min=1))
+        else:
+            heads, rows = queries.shape[:2]
+            cells = queries.flatten(0, 2).flatten(1) @ keys.t()
+            if self.whole and bool(present.all()):
+                cells.div_(self.stride)
+            else:
+                pairs = present.flatten(0, 1) @ count.t()
+                cells.view(heads, *pairs.shape).div_(pairs.clamp(min=1)).masked_fill_(pairs == 0, -torch.inf)
+            pooled = (
+                cells.view(heads * rows, -1, reach * self.cells)
+                .amax(1)
+                .view(heads, rows, reach, self.cells)
+                .amax(-1)
+                .nan_to_num_(neginf=0.0)
+            )
+        return pooled.mul_(scale).add_(self.values[b, h, :reach])
+
+
+def _pieces(k: torch.Tensor, length: int, tokens: int, block: int) -> Iterator[At]:
+    """About ``tokens`` tokens each, whole blocks, of ``length`` for every key head."""
+    step = max(1, tokens // block) * block
+    for start in range(0, length, step):
+        for b, h in itertools.product(range(k.shape[0]), range(k.shape[1])):
+            yield b, h, slice(start, min(start + step, length))
+
+
+def _padded(x: torch.Tensor, dtype: torch.dtype, length: int) -> torch.Tensor:
+    """x [..., tokens, d] in ``dtype``, zeros up to ``length`` tokens; a view where that is all it takes."""
+    return x if x.dtype == dtype and x.shape[-2] == length else dense(x, dtype, x.shape[-1], length)
+
+
+def _present(length: int, visible: torch.Tensor | None, block: int, stride: int, dtype: torch.dtype) -> torch.Tensor:
+    """1 for tokens that exist and are visible: [B or 1, blocks, groups, stride]."""
+    present = torch.ones(1, length, dtype=dtype) if visible is None else visible.to(dtype)
+    blocks = cdiv(length, block)
+    return F.pad(present, (0, blocks * block - length)).view(-1, blocks, block // stride, stride)

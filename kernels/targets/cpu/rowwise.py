@@ -1,0 +1,136 @@
+"""Block-sparse attention under any mask and any score on CPUs: one query row block of the heads that share a key head
+at a time.
+
+Mask and score are evaluated at the positions of the listed blocks only. What can be written as a bias goes through
+PyTorch's flash attention; a score that is more than a bias (softcap) is computed in the open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+
+from stem_compile.algebra import blocks, symbolic
+from stem_compile.algebra.masks import Mask, environment
+from stem_compile.algebra.scores import Score
+from stem_compile.algebra.symbolic import KV, SCORE, B, H, Q
+from stem_compile.kernels.targets.cpu import workers
+from stem_compile.kernels.targets.cpu.gather import Problem, blind_to, dense, flash
+from stem_compile.selection import FULL
+
+Tensors = Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Query row block ``row`` of ``heads``, which share a key head and a list of key blocks."""
+
+    batch: int
+    heads: range
+    row: int
+    listed: torch.Tensor
+
+
+def attend(
+    p: Problem, counts: torch.Tensor, tensors: Tensors, scalars: Sequence[int], mask: Mask, score: Score
+) -> None:
+    """Fill ``p.out`` and ``p.lse``. p: a problem without bias; counts: int32 [B, H, query blocks]. The sink is not the
+    kernel's business."""
+    batch, heads, q_len, _ = p.q.shape
+    shape = (batch, heads, q_len, p.kv_len)
+    exact = torch.promote_types(p.keys.dtype, torch.float32)
+    tensors = [t.to(exact) if t.is_floating_point() else t for t in tensors]
+    env = environment(shape, tensors, scalars)
+    bias = None if not score.modified else sympy.expand(score.expr - SCORE)
+    if bias is not None and bias.has(SCORE):
+        bias = None
+
+    def piece(at: Piece) -> None:
+        rows = slice(at.row * p.block_q, min((at.row + 1) * p.block_q, q_len))
+        out = p.out[at.batch, at.heads.start : at.heads.stop, rows]
+        lse = None if p.lse is None else p.lse[at.batch, at.heads.start : at.heads.stop, rows]
+        if not len(at.listed):
+            out.zero_()
+            if lse is not None:
+                lse.fill_(-torch.inf)
+            return
+        q = dense(p.q[at.batch, at.heads.start : at.heads.stop, rows], p.keys.dtype, p.keys.shape[-1])
+        head = at.heads.start // (heads // p.keys.shape[1])
+        key, value = (
+            x[at.batch, head].unflatten(0, (-1, p.block_k)).index_select(0, at.listed).flatten(0, 1)
+            for x in (p.keys, p.values)
+        )
+        position = (at.listed[:, None] * p.block_k + torch.arange(p.block_k)).flatten()
+        here = env | {B: torch.tensor(at.batch), H: torch.tensor(list(at.heads))[:, None, None]}
+        here |= {Q: torch.arange(rows.start, rows.stop)[:, None], KV: position}
+        seen = torch.as_tensor(symbolic.evaluate(mask.predicate, here)) & (position < p.kv_len)
+        added = torch.zeros(()) if bias is None else torch.as_tensor(symbolic.evaluate(bias, here)).to(key.dtype)
+        hidden = torch.where(seen, added, -torch.inf).to(key.dtype).expand(len(at.heads), q.shape[1], len(position))
+        if score.modified and bias is None:
+            result, total = _open(q, key, value, p.scale, score, here, hidden)
+        else:
+            shared = (len(q), 1, -1, -1)
+            result, total = flash(
+                q[:, None],
+                key.expand(shared),
+                value.expand(shared),
+                p.scale,
+                hidden[:, None],
+                blind_to(hidden)[:, None],
+            )
+            result, total = result[:, 0], total[:, 0]
+        out.copy_(result[..., : p.out.shape[-1]])
+        if lse is not None:
+            lse.copy_(total)
+
+    workers.run(piece, _pieces(p, counts, shape, tensors, scalars, mask))
+
+
+def _open(
+    q: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    score: Score,
+    env: dict[Any, Any],
+    hidden: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(output [heads, tokens, width], log-sum-exp [heads, tokens]) with every score in memory: a row block's worth."""
+    product = (q @ key.t()).to(torch.promote_types(q.dtype, torch.float32))
+    scores = score.apply(product * scale, env) + hidden
+    total = torch.logsumexp(scores, -1)
+    # Where a row sees nothing the difference is NaN, and its weights are 0.
+    weights = (scores - total.unsqueeze(-1)).exp_().nan_to_num_(0.0)
+    return weights.to(value.dtype) @ value, total
+
+
+def _pieces(
+    p: Problem, counts: torch.Tensor, shape: blocks.Shape, tensors: Tensors, scalars: Sequence[int], mask: Mask
+) -> Iterator[Piece]:
+    batch, heads, rows = counts.shape
+    group = heads // p.keys.shape[1]
+    columns = p.keys.shape[2] // p.block_k
+    lengths = counts.tolist()
+    found = None
+    for row in range(rows - 1, -1, -1):
+        for b in range(batch):
+            for start in range(0, heads, group):
+                full = [h for h in range(start, start + group) if lengths[b][h][row] == FULL]
+                if full and found is None:
+                    found = blocks.candidates(mask, shape, tensors, scalars, p.block_q, p.block_k, p.q.device).expand(
+                        batch, -1, -1, columns
+                    )
+                if len(full) == group and found is not None and found.shape[1] == 1:
+                    yield Piece(b, range(start, start + group), row, found[b, 0, row].nonzero()[:, 0])
+                    continue
+                for h in range(start, start + group):
+                    listed = (
+                        p.indices[b, h, row, : lengths[b][h][row]]
+                        if h not in full
+                        else found[b, h % found.shape[1], row].nonzero()[:, 0]  # type: ignore[index,union-attr]
+                    )
+                    yield Piece(b, range(h, h + 1), row, listed)

@@ -1,0 +1,184 @@
+"""Turn a row of block scores into its list (``tpd.py``): budget in integers, threshold by bisection over the scores'
+bits, no sort.
+
+A float's bits, with the sign folded, order as unsigned integers. Between the lowest and the highest score a threshold
+is sought that exactly
+``limit`` blocks reach; where ties leave none, those at the threshold go to the earlier blocks. A prefix sum writes the
+chosen in ascending order.
+"""
+
+import triton
+import triton.language as tl
+
+# generated: begin
+BLOCK_Q = tl.constexpr(128)
+BLOCK_K = tl.constexpr(128)
+CAUSAL = tl.constexpr(True)
+BANDED = tl.constexpr(False)
+SINKS = tl.constexpr(4)
+LOCALS = tl.constexpr(4)
+SLACK = tl.constexpr(2)
+PROMPT_BLOCKS = tl.constexpr(0)
+
+
+@triton.jit
+def offset(q_len, kv_len, tensors, layouts, scalars):
+    return 0
+
+
+@triton.jit
+def lowest(b, q, q_len, kv_len, tensors, layouts, scalars):
+    return 0
+
+
+@triton.jit
+def row_budget(row, blocks):
+    return blocks
+
+
+# generated: end
+GUESSES = tl.constexpr(
+    16
+)  # halvings between scores, which lie close to evenly, before those between their bits, which end
+
+
+@triton.jit
+def _key(score):
+    """uint32 that orders like ``score``."""
+    bits = score.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _score(key):
+    """The float of ``_key``."""
+    bits = key.to(tl.int32, bitcast=True)
+    return (bits ^ ((~bits >> 31) | -2147483648)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _before_last(row, first, q_len, kv_len, before):
+    """Bool [NB]: key blocks with a key up to the causal limit of ``row``. first: int32 [NB], the block's first visible
+    key."""
+    found = first < kv_len
+    if CAUSAL:
+        found = found & (first <= tl.minimum((row + 1) * BLOCK_Q, q_len) - 1 + before)
+    return found
+
+
+@triton.jit
+def _reach(row, first, q_len, kv_len, before, PADDED: tl.constexpr):
+    """How many blocks ``row`` would see without the mask's far edges."""
+    if PADDED:
+        return tl.sum(_before_last(row, first, q_len, kv_len, before).to(tl.int32), 0)
+    else:
+        end = kv_len
+        if CAUSAL:
+            end = tl.maximum(tl.minimum(tl.minimum((row + 1) * BLOCK_Q, q_len) + before, kv_len), 0)
+        return tl.cdiv(end, BLOCK_K)
+
+
+@triton.jit(do_not_specialize=["first_row", "rows", "columns", "width", "q_len", "kv_len", "first_stride"])
+def select(
+    scores_ptr,
+    first_ptr,
+    candidates_ptr,
+    limits_ptr,
+    indices_ptr,
+    counts_ptr,
+    first_stride,
+    candidate_strides,
+    limit_strides,
+    heads,
+    first_row,
+    rows,
+    columns,
+    width,
+    q_len,
+    kv_len,
+    tensors,
+    layouts,
+    scalars,
+    NB: tl.constexpr,
+    SCORED: tl.constexpr,
+    PADDED: tl.constexpr,
+    EXPLICIT: tl.constexpr,
+):
+    """Grid (rows of this chunk, B * H). scores: fp32 [B, H, chunk, columns]; indices: int32 [B, H, rows, width];
+    counts: int32 [B, H, rows].
+
+    first: int32 [B or 1, columns] under PADDED. NB: columns, padded to 2^n. Under EXPLICIT the mask's part is done:
+    candidates: uint8 [B, H, rows, columns]; limits: int32 [B, H, rows], -1 for a full row; any strides, 0 to broadcast.
+    """
+    row = first_row + tl.program_id(0)
+    head_row = tl.program_id(1)
+    b, h = (head_row // heads).to(tl.int64), (head_row % heads).to(tl.int64)
+    j = tl.arange(0, NB)
+    where = head_row.to(tl.int64) * rows + row
+    if EXPLICIT:
+        candidates_ptr += b * candidate_strides[0] + h * candidate_strides[1] + row.to(tl.int64) * candidate_strides[2]
+        candidate = tl.load(candidates_ptr + j * candidate_strides[3], mask=j < columns, other=0) != 0
+        seen = tl.sum(candidate.to(tl.int32), 0)
+        limit = tl.load(limits_ptr + b * limit_strides[0] + h * limit_strides[1] + row * limit_strides[2])
+        full = limit < 0
+    else:
+        first = tl.where(j < columns, j * BLOCK_K, kv_len)
+        if PADDED:
+            first = tl.load(first_ptr + b * first_stride + j, mask=j < columns, other=2147483647)
+        before = offset(q_len, kv_len, tensors, layouts, scalars)
+        candidate = _before_last(row, first, q_len, kv_len, before)
+        reach = _reach(row, first, q_len, kv_len, before, PADDED)
+        seen = reach
+        if BANDED:
+            candidate = candidate & (
+                (j + 1) * BLOCK_K > lowest(head_row // heads, row * BLOCK_Q, q_len, kv_len, tensors, layouts, scalars)
+            )
+            seen = tl.sum(candidate.to(tl.int32), 0)
+        # Sight grows from row to row: the last row's is the longest.
+        total = tl.maximum(_reach(rows - 1, first, q_len, kv_len, before, PADDED), PROMPT_BLOCKS)
+        earlier = tl.where(row >= SLACK, _reach(tl.maximum(row - SLACK, 0), first, q_len, kv_len, before, PADDED), 0)
+        later = _reach(tl.minimum(row + SLACK, rows - 1), first, q_len, kv_len, before, PADDED)
+        budget = row_budget(tl.maximum(reach - 1, 0).to(tl.int64), tl.maximum(total, 1).to(tl.int64))
+        limit = tl.minimum(tl.maximum(budget, SINKS + LOCALS), seen).to(tl.int32)
+        # The row computes all it sees: within budget, or the prompt's end, where the question is (tpd.full_rows).
+        full = ((limit >= seen) | ((earlier < reach) & (later <= reach) & (reach >= PROMPT_BLOCKS))) & (seen > 0)
+    tl.store(counts_ptr + where, tl.where(full, -1, limit))
+    if not full:
+        rank = j + 1
+        if EXPLICIT or PADDED or BANDED:
+            rank = tl.cumsum(candidate.to(tl.int32), 0)
+        forced = candidate & ((rank <= SINKS) | (rank > seen - LOCALS))
+        if SCORED:
+            chunk_row = head_row.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+            score = tl.load(scores_ptr + chunk_row * columns + j, mask=candidate, other=0.0)
+            score = tl.where(score == 0.0, 0.0, score)  # -0.0 ties with 0.0
+        else:
+            score = tl.zeros([NB], tl.float32)
+        key = tl.minimum(tl.maximum(_key(score), 1), 0xFFFFFFFE)
+        free = candidate & (forced == 0)
+        wanted = limit - tl.sum(forced.to(tl.int32), 0)
+        key = tl.where(free, key, 0)
+        # At least ``wanted`` keys reach low, fewer reach high.
+        low = tl.min(tl.where(free, key, 0xFFFFFFFF), 0)
+        high = tl.max(key, 0) + 1
+        reached = tl.sum(free.to(tl.int32), 0)
+        step = 0
+        while (reached != wanted) & (high - low > 1):
+            middle = low + (high - low) // 2
+            if step < GUESSES:
+                guess = _key(0.5 * _score(low) + 0.5 * _score(high))
+                middle = tl.where((guess > low) & (guess < high), guess, middle)
+            found = tl.sum((key >= middle).to(tl.int32), 0)
+            enough = found >= wanted
+            low = tl.where(enough, middle, low)
+            reached = tl.where(enough, found, reached)
+            high = tl.where(enough, high, middle)
+            step += 1
+        chosen = forced | (free & (key >= low))
+        if reached != wanted:
+            above = key > low
+            tie = free & (key == low)
+            spare = wanted - tl.sum(above.to(tl.int32), 0)
+            chosen = forced | above | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= spare))
+        place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+        tl.store(indices_ptr + where * width + place, j, mask=chosen & (place < width))

@@ -1,0 +1,87 @@
+"""What eager attention makes of a row that sees no key: the mean of all values, where all its scores are hidden ones
+and those are equal and finite.
+
+A hidden score may hide twice as much where it is hidden twice (then it is -inf, or counts for nothing beside the
+others), and one that is not very
+negative keeps what it was: there a row that sees no key is no plain mean, and this says so.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import sympy
+import torch
+
+from stem_compile.algebra import symbolic
+from stem_compile.algebra.symbolic import KV, Q
+from stem_compile.passes.reading.interpret import HIDDEN
+from stem_compile.passes.reading.split_logits import LARGE, Hide, hidden_conditions, in_floats
+
+LOST = 32.0
+"""Units in the last place, relative to 1, from which adding a constant rounds ordinary scores away: half a unit is then
+8 or more."""
+FAR = 1e7
+"""The same for scores that grow with positions."""
+MOST = 4
+"""Reasons to hide a key up to which their combinations are tried."""
+
+
+def evenly_hidden(expr: Any, dtype: torch.dtype, dtypes: list[torch.dtype]) -> Any:
+    """Predicate such that a row to which no key fulfils it has equal, finite scores; None where no such predicate is
+    known.
+
+    expr: logits in ``SCORE``. dtype: of the logits. dtypes: of the tensors T0, T1, ...
+    """
+    hides, shown = hidden_conditions(expr)
+    if len(hides) == 1 and hides[0].hidden is None:
+        return _lowest_entries(hides[0].visible.gts, shown, dtype, dtypes)
+    if not 0 < len(hides) <= MOST or any(h.hidden is None for h in hides):
+        return None
+    levels = {
+        _level(expr.xreplace(_chosen(hides, hidden)), dtype)
+        for hidden in itertools.product((False, True), repeat=len(hides))
+        if any(hidden)
+    }
+    even = len(levels) == 1 and None not in levels and -torch.inf not in levels
+    return in_floats(sympy.And(*(h.visible for h in hides))) if even else None
+
+
+def _chosen(hides: list[Hide], hidden: tuple[bool, ...]) -> dict[Any, Any]:
+    made: dict[Any, Any] = {}
+    for hide, is_hidden in zip(hides, hidden, strict=True):
+        made |= (hide.hidden if is_hidden else hide.shown) or {}
+    return made
+
+
+def _lowest_entries(load: Any, logits: Any, dtype: torch.dtype, dtypes: list[torch.dtype]) -> Any:
+    """The same for a bias that was not understood and holds the mask: its entries must be the lowest of its dtype."""
+    stored = dtypes[symbolic.load_index(load) or 0]
+    if not stored.is_floating_point:
+        return None
+    lowest = sympy.Rational(torch.finfo(stored).min)
+    level = _level(logits.xreplace({load: lowest}), dtype)
+    return None if level in (None, -torch.inf) else in_floats(sympy.Ne(load, lowest))
+
+
+def _level(expr: Any, dtype: torch.dtype) -> float | None:
+    """The number that an expression of a score is rounded to in ``dtype``, whatever the score; None where the score
+    stays."""
+    clamps = {e: level for e in expr.atoms(sympy.Max, sympy.Min) if (level := _extreme(e, dtype)) is not None}
+    constant, rest = sympy.expand(expr.xreplace(clamps)).as_coeff_Add()
+    if rest != 0:
+        # Loads are of ordinary size, as everywhere (``split_logits.is_deep``).
+        ordinary = all(abs(n) < LARGE for n in rest.atoms(sympy.Number))
+        if not ordinary or abs(constant) * torch.finfo(dtype).eps < (FAR if rest.has(Q, KV) else LOST):
+            return None
+    return torch.tensor(float(constant), dtype=torch.float64).to(dtype).item()
+
+
+def _extreme(clamp: Any, dtype: torch.dtype) -> Any:
+    levels = [_level(a, dtype) for a in clamp.args]
+    return (
+        None
+        if None in levels
+        else clamp.func(*(sympy.Rational(max(level, HIDDEN)) for level in levels if level is not None))
+    )

@@ -1,0 +1,1 @@
+"""What an attention means, apart from any graph or device: index arithmetic, masks, scores, blocks."""

@@ -1,0 +1,1 @@
+"""Measuring a model: targets, timing, the machine, and what optional packages are missing."""

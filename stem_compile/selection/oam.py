@@ -1,0 +1,122 @@
+"""Output-Aware Metric: block scores that rank keys by what they do to the output (arXiv 2603.06274, Eq. 5-7, section
+3.1).
+
+M(q block, k block) = scale * pool(q.k over the pair's anti-diagonals) + beta * max(0, log max ||v||_2). Tokens are
+grouped by ``stride``; query s of a group meets key stride-1-s, as in XAttention. The mean over all cells of a pair is
+one dot product of two summaries (group sums), so it costs 2 * stride * d operations a pair; the maximum over cells is
+not linear and costs (block / stride)^2 times more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from stem_compile.algebra.blocks import cdiv
+from stem_compile.selection import SelectionSpec
+
+CELL_ROWS = 64
+"""Query row blocks whose cells exist at once under max pooling."""
+
+
+def oam_scores(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor | None,
+    candidates: torch.Tensor,
+    spec: SelectionSpec,
+    scale: float,
+    modify: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Scores [B, H, query blocks, key blocks], fp32 (fp64 for fp64 inputs); -inf where ``candidates`` is False.
+
+    q: [B, H, q_len, d]. k: [B, Hk, kv_len, d], v: [B, Hk, kv_len, dv], H a multiple of Hk. visible: bool [B or 1,
+    kv_len] or None (all).
+    candidates: bool, broadcastable to the result.
+    modify: what the attention does to scaled scores, where blocks see it. Pads and ragged ends do not count: a mean is
+    over the token pairs that exist.
+    """
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    heads, key_heads = q.shape[1], k.shape[1]
+    pool = {"mean": _mean_over_cells, "max": _max_over_cells}[spec.pooling]
+    scores = pool(q, k, visible, spec, dtype) * scale
+    if modify is not None:
+        scores = modify(scores)
+    magnitude = _value_term(v, visible, spec, dtype).repeat_interleave(heads // key_heads, 1)
+    return (scores + spec.beta * magnitude[:, :, None, :]).masked_fill_(~candidates, -torch.inf)
+
+
+def _grouped(
+    x: torch.Tensor, visible: torch.Tensor | None, block: int, stride: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values [B, heads, blocks, groups, stride, d] with absent tokens zero, presence [B or 1, 1, blocks, groups,
+    stride])."""
+    length = x.shape[2]
+    blocks = cdiv(length, block)
+    present = torch.ones(1, length, dtype=torch.bool, device=x.device) if visible is None else visible
+    if visible is not None:
+        x = torch.where(present[:, None, :, None], x, 0)
+    x = F.pad(x, (0, 0, 0, blocks * block - length))
+    present = F.pad(present, (0, blocks * block - length))
+    groups = (blocks, block // stride, stride)
+    return x.unflatten(2, groups), present[:, None].unflatten(2, groups).to(dtype)
+
+
+def _mean_over_cells(
+    q: torch.Tensor, k: torch.Tensor, visible: torch.Tensor | None, spec: SelectionSpec, dtype: torch.dtype
+) -> torch.Tensor:
+    stride_q, stride_k = min(spec.stride, spec.block_q), min(spec.stride, spec.block_k)
+    queries, q_present = _grouped(q, None, spec.block_q, stride_q, dtype)
+    keys, k_present = _grouped(k, visible, spec.block_k, stride_k, dtype)
+    q_sum = queries.sum(3, dtype=dtype).flatten(3)
+    k_sum = keys.sum(3, dtype=dtype).flip(3).flatten(3)
+    pairs = q_present.sum(3) @ k_present.sum(3).flip(3).transpose(-1, -2)
+    return _grouped_product(q_sum, k_sum) / pairs.clamp(min=1)
+
+
+def _max_over_cells(
+    q: torch.Tensor, k: torch.Tensor, visible: torch.Tensor | None, spec: SelectionSpec, dtype: torch.dtype
+) -> torch.Tensor:
+    stride = min(spec.stride, spec.block_q, spec.block_k)
+    queries, q_present = _grouped(q, None, spec.block_q, stride, dtype)
+    keys, k_present = _grouped(k, visible, spec.block_k, stride, dtype)
+    keys = keys.to(dtype).flip(4).flatten(2, 3).flatten(3)
+    k_present = k_present.flip(4).flatten(2, 3).transpose(-1, -2)
+    cells_q, cells_k = spec.block_q // stride, spec.block_k // stride
+    peaks = []
+    for start in range(0, queries.shape[2], CELL_ROWS):
+        rows = slice(start, start + CELL_ROWS)
+        pairs = q_present[:, :, rows].flatten(2, 3) @ k_present
+        cells = _grouped_product(queries[:, :, rows].to(dtype).flatten(2, 3).flatten(3), keys) / pairs.clamp(min=1)
+        cells = cells.masked_fill_(pairs == 0, -torch.inf)
+        peaks.append(cells.unflatten(-1, (-1, cells_k)).amax(-1).unflatten(2, (-1, cells_q)).amax(3))
+    return torch.cat(peaks, 2).nan_to_num_(neginf=0.0)
+
+
+def _grouped_product(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """[B, H, m, c] x [B, Hk, n, c] -> [B, H, m, n], query heads sharing their key head without repeating it."""
+    batch, heads, m, width = q.shape
+    group = heads // k.shape[1]
+    return (q.reshape(batch, k.shape[1], group * m, width) @ k.transpose(-1, -2)).view(batch, heads, m, k.shape[2])
+
+
+def _value_term(v: torch.Tensor, visible: torch.Tensor | None, spec: SelectionSpec, dtype: torch.dtype) -> torch.Tensor:
+    """max(0, log max ||v||) a key block: [B, Hk, key blocks]. "released" z-scores the log over the sequence first, so
+    it sees later tokens."""
+    norm = torch.linalg.vector_norm(v, dim=-1, dtype=dtype)
+    if visible is not None:
+        norm = torch.where(visible[:, None], norm, 0)
+    blocks = cdiv(v.shape[2], spec.block_k)
+    peak = F.pad(norm, (0, blocks * spec.block_k - v.shape[2])).unflatten(2, (blocks, spec.block_k)).amax(-1)
+    log = peak.clamp(min=torch.finfo(torch.float32).tiny).log()
+    if spec.metric == "released":
+        real = peak > 0
+        count = real.sum(-1, keepdim=True).clamp(min=1)
+        mean = torch.where(real, log, 0).sum(-1, keepdim=True) / count
+        spread = torch.where(real, (log - mean) ** 2, 0).sum(-1, keepdim=True) / count
+        log = (log - mean) / (spread.sqrt() + 1e-6)
+    term: torch.Tensor = log.clamp(min=0)
+    return term

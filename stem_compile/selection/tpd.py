@@ -1,0 +1,82 @@
+"""Turn block scores into block lists: each row keeps the best blocks its policy's budget allows (Algorithm 1, section
+3.1).
+
+A row is known by its rank (visible blocks before its last one) and by the visible blocks of its batch row, so padding
+and documents shrink budgets by themselves. Ties go to the earlier block: the selection is a pure function of the
+scores.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from stem_compile.algebra import symbolic
+from stem_compile.algebra.blocks import cdiv
+from stem_compile.algebra.symbolic import BLOCKS, ROW
+from stem_compile.selection import FULL, BlockSelection, SelectionSpec, policies
+
+
+def list_width(spec: SelectionSpec, key_blocks: Any) -> Any:
+    """Longest list a row can have: int, or SymInt for a symbolic number of key blocks. A chunk's rows have the whole
+    prompt's budget."""
+    total = torch.sym_max(key_blocks, cdiv(spec.prompt_length, spec.block_k))
+    return torch.sym_min(policies.get(spec.policy).width(spec, total), key_blocks)
+
+
+def everything(spec: SelectionSpec) -> bool:
+    """Whether every row of every length is FULL, so that no score is needed."""
+    return not policies.get(spec.policy).SCORED or spec.budget == 1.0
+
+
+def tpd_select(scores: torch.Tensor, spec: SelectionSpec, reach: torch.Tensor | None = None) -> BlockSelection:
+    """scores: [B, H, rows, key blocks], -inf where a block holds no visible key. Budgets are exact integer arithmetic
+    (int64).
+
+    reach: visible blocks of each row without the mask's far edges, broadcastable to [B, H, rows]; None where it has
+    none.
+    """
+    columns = scores.shape[-1]
+    width = int(list_width(spec, columns))
+    candidate = scores > -torch.inf
+    visible = candidate.sum(-1)
+    limit = row_limits(visible, spec, reach)
+    keep = torch.where(full_rows(visible, limit, spec, reach), FULL, limit)
+    # Forced blocks rank above every score; -inf stays below.
+    rank = candidate.cumsum(-1)
+    forced = candidate & ((rank <= spec.sinks) | (rank > visible.unsqueeze(-1) - spec.locals))
+    ranked = torch.where(forced, torch.inf, scores)
+    order = torch.sort(ranked, dim=-1, descending=True, stable=True).indices[..., :width]
+    listed = torch.arange(width, device=scores.device) < keep.unsqueeze(-1)
+    indices = torch.where(listed, order, columns).sort(-1).values.clamp(max=columns - 1)
+    return BlockSelection(indices.int(), keep.int(), spec.block_q, spec.block_k, columns)
+
+
+def row_limits(visible: torch.Tensor, spec: SelectionSpec, reach: torch.Tensor | None = None) -> torch.Tensor:
+    """Blocks each row may compute. visible: int64 [..., rows], visible blocks a row; sinks and local blocks are always
+    within."""
+    reach = visible if reach is None else reach
+    total = reach.amax(-1, keepdim=True).clamp(min=cdiv(spec.prompt_length, spec.block_k))
+    budget = symbolic.evaluate(
+        policies.get(spec.policy).budget(spec), {ROW: (reach - 1).clamp(min=0), BLOCKS: total.clamp(min=1)}
+    )
+    return torch.minimum(symbolic.as_tensor(budget, visible.device).clamp(min=spec.sinks + spec.locals), visible)
+
+
+def full_rows(
+    visible: torch.Tensor, limit: torch.Tensor, spec: SelectionSpec, reach: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Rows that compute all they see: the budget covers it, or the row holds an end of the prompt or of a document,
+    where the question is.
+
+    An end is where sight has grown and grows no more; a block of slack covers unaligned prefixes and query blocks below
+    key blocks. Rows further on are right padding. A chunk of a longer prompt ends where the prompt does.
+    """
+    reach = visible if reach is None else reach
+    slack, rows = cdiv(spec.block_k, spec.block_q) + 1, reach.shape[-1]
+    before = torch.nn.functional.pad(reach, (slack, 0))[..., :rows]
+    after = reach[..., (torch.arange(rows, device=reach.device) + slack).clamp(max=rows - 1)]
+    ends = (before < reach) & (after <= reach) & (reach >= cdiv(spec.prompt_length, spec.block_k))
+    full: torch.Tensor = ((limit >= visible) | ends) & (visible > 0)
+    return full
