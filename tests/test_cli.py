@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from stem_compile import commands
 from stem_compile.bench.packages import Mendable
 from stem_compile.demo import race
-from tests.test_demo import Characters, tiny_llama
+from tests.demo.test_demo import Characters, tiny_llama
 
 STEM_EAGER = ["-o", "inner=eager", "-o", "min_length=1"]
 FEW_FORCED = ["-o", "sink_blocks=1", "-o", "local_blocks=1"]

@@ -231,7 +231,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 def test_every_template_compiles_for_hopper() -> None:
     """No GPU needed: a driver that only names its target, and warm-up instead of launches."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("compile_for_hopper.py")
+    script = Path(__file__).parents[1] / "targets" / "cuda" / "compile_for_hopper.py"
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     hopper = [block for block in done.stdout.split("\nhopper ")[1:]]

@@ -14,7 +14,7 @@ from stem_compile.passes.graph.values import value
 from stem_compile.passes.sites import AttentionSite, Rejected
 from stem_compile.reasons import Reason
 from tests.passes.capture import rewritten
-from tests.passes.programs import Program, programs
+from tests.passes.reading.programs import Program, programs
 
 
 def _agrees(program: Program, dynamic: bool | None) -> AttentionSite | Rejected:

@@ -1,5 +1,5 @@
 """Compile every kernel for sm_90 without a GPU and print registers, shared memory and spills: ``python
-tests/kernels/compile_for_hopper.py``.
+tests/kernels/targets/cuda/compile_for_hopper.py``.
 
 Launches are replaced by Triton's warm-up under a driver that only names its target, so argument handling is the real
 one.
