@@ -102,7 +102,8 @@ def measure(model: Any, tokens: int, names: list[str], seconds: float, with_mask
         base = next((r["ms"] for r in rows if "ms" in r), None)
         text = (
             row.get("failed")
-            or f"{row['ms']:9.1f} ms [{row['low']:.1f}, {row['high']:.1f}]  {base / row['ms']:.2f}x  peak {row['peak_gb']:.1f} GB  "
+            or f"{row['ms']:9.1f} ms [{row['low']:.1f}, {row['high']:.1f}]  {base / row['ms']:.2f}x"
+            f"  peak {row['peak_gb']:.1f} GB  "
         )
         text += "" if "failed" in row else f"distance {row['distance']:.2e}  first call {row['first_call_s']:.0f} s"
         print(f"{tokens:8d} {'masked' if with_mask else '':7s}{name:10s} {text}", flush=True)

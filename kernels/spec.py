@@ -17,8 +17,8 @@ class KernelSpec:
     """Everything that changes a kernel's source and nothing else; lengths, strides and head counts are runtime
     arguments.
 
-    template: file in ``kernels/triton/templates``. dtype: short name of q, k and v's type. head_dim, value_dim: sizes of a q/k
-    row and a v row.
+    template: file in ``kernels/triton/templates``. dtype: short name of q, k and v's type. head_dim, value_dim: sizes
+    of a q/k row and a v row.
     block_q, block_k: tokens a query block and a key block. mask: ``masks.encode`` text. selection:
     ``SelectionSpec.text()`` where the template needs budgets or pooling, else empty. score: ``Score.text``.
     """

@@ -14,11 +14,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 torch.manual_seed(0)
 torch.set_num_threads(2)
-config = LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=32,
-                     max_position_embeddings=40000)
+config = LlamaConfig(
+    hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+    vocab_size=32, max_position_embeddings=40000,
+)
 model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
 if sys.argv[1] == "stem":
-    model = torch.compile(model, backend="stem", options={"budget": 0.25, "min_length": 0, "inner": "eager"}, dynamic=False)
+    options = {"budget": 0.25, "min_length": 0, "inner": "eager"}
+    model = torch.compile(model, backend="stem", options=options, dynamic=False)
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

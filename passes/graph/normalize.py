@@ -38,27 +38,37 @@ le: input other | lt: input other | ge: input other | gt: input other | eq: inpu
 and: input other | or: input other | xor: input other | not: input
 minimum: input other | maximum: input other | clamp: input min=None max=None
 getitem: input index | arange: *bounds dtype=None device=None
-ones: *size dtype=None device=None | zeros: *size dtype=None device=None | full: size fill_value dtype=None device=None
+ones: *size dtype=None device=None | zeros: *size dtype=None device=None
+full: size fill_value dtype=None device=None
 empty: *size dtype=None device=None | empty_like: input dtype=None | new_empty: input *size dtype=None device=None
 fill: input value | zero: input
-new_ones: input *size dtype=None device=None | new_zeros: input *size dtype=None device=None | new_full: input size fill_value dtype=None
+new_ones: input *size dtype=None device=None | new_zeros: input *size dtype=None device=None
+new_full: input size fill_value dtype=None
 ones_like: input dtype=None | zeros_like: input dtype=None | full_like: input fill_value dtype=None
 tensor: data dtype=None device=None | scalar_tensor: data dtype=None device=None
 unsqueeze: input dim | squeeze: input *dim | transpose: input dim0 dim1 | permute: input *dims | t: input
-view: input *size | reshape: input *size | expand: input *size | expand_as: input other | flatten: input start_dim=0 end_dim=-1
+view: input *size | reshape: input *size | expand: input *size | expand_as: input other
+flatten: input start_dim=0 end_dim=-1
 repeat: input *size | repeat_interleave: input repeats dim=None | unflatten: input dim sizes
 contiguous: input | clone: input | detach: input | alias: input
-to: input target=None dtype=None device=None | bool: input | long: input | int: input | float: input | half: input | double: input
+to: input target=None dtype=None device=None | bool: input | long: input | int: input | float: input | half: input
+double: input
 type: input dtype=None | type_as: input other
 where: condition input other | masked_fill: input mask value | tril: input diagonal=0 | triu: input diagonal=0
-cumsum: input dim dtype=None | diff: input n=1 dim=-1 prepend=None append=None | cat: tensors dim=0 | stack: tensors dim=0
-all: input dim=None keepdim=False | any: input dim=None keepdim=False | sum: input dim=None keepdim=False | size: input dim=None | numel: input
+cumsum: input dim dtype=None | diff: input n=1 dim=-1 prepend=None append=None | cat: tensors dim=0
+stack: tensors dim=0
+all: input dim=None keepdim=False | any: input dim=None keepdim=False | sum: input dim=None keepdim=False
+size: input dim=None | numel: input
 sigmoid: input | logsumexp: input dim keepdim=False
-tanh: input | exp: input | log: input | sqrt: input | rsqrt: input | flip: input *dims | select: input dim index | narrow: input dim start length
-max: input dim=None keepdim=False | amax: input dim=None keepdim=False | nan_to_num: input nan=None posinf=None neginf=None | bfloat16: input
+tanh: input | exp: input | log: input | sqrt: input | rsqrt: input | flip: input *dims | select: input dim index
+narrow: input dim start length
+max: input dim=None keepdim=False | amax: input dim=None keepdim=False
+nan_to_num: input nan=None posinf=None neginf=None | bfloat16: input
 matmul: input other | bmm: input other | baddbmm: input batch1 batch2 beta=1 alpha=1 | einsum: equation *operands
-softmax: input dim=None dtype=None | dropout: input p=0.5 training=True inplace=False | view_as: input other | reshape_as: input other
-flex_attention: query key value score_mod block_mask scale kernel_options=None score_mod_other_buffers=() mask_mod_other_buffers=()
+softmax: input dim=None dtype=None | dropout: input p=0.5 training=True inplace=False | view_as: input other
+reshape_as: input other
+flex_attention: query key value score_mod block_mask scale kernel_options=None
+  score_mod_other_buffers=() mask_mod_other_buffers=()
 sdpa: query key value attn_mask=None dropout_p=0.0 is_causal=False scale=None enable_gqa=False
 """
 
@@ -110,7 +120,7 @@ _REFLECTED = {
 @functools.cache
 def _signatures() -> dict[str, list[tuple[str, Any, bool]]]:
     table = {}
-    for entry in _SIGNATURES.replace("\n", "|").split("|"):
+    for entry in _SIGNATURES.replace("\n  ", " ").replace("\n", "|").split("|"):
         if not entry.strip():
             continue
         name, _, parameters = entry.partition(":")

@@ -6,12 +6,20 @@ from html import escape
 from typing import Any
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; background: #fff }
-table { border-collapse: collapse; width: 100% } th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid #d8dee4; vertical-align: top }
-td.n { text-align: right; font-variant-numeric: tabular-nums } .pass { color: #14682e } .fail { color: #a40e26; font-weight: 600 }
-pre { background: #f3f5f7; padding: .8rem; overflow-x: auto } .verdict { font-size: 1.15rem; padding: .6rem .8rem; border-left: 4px solid }
-@media (prefers-color-scheme: dark) { body { color: #e6edf3; background: #0d1117 } pre { background: #161b22 } th, td { border-color: #30363d }
-.pass { color: #56d364 } .fail { color: #ff7b72 } }
+body {
+  font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+  color: #1b1f24; background: #fff;
+}
+table { border-collapse: collapse; width: 100% }
+th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid #d8dee4; vertical-align: top }
+td.n { text-align: right; font-variant-numeric: tabular-nums }
+.pass { color: #14682e } .fail { color: #a40e26; font-weight: 600 }
+pre { background: #f3f5f7; padding: .8rem; overflow-x: auto }
+.verdict { font-size: 1.15rem; padding: .6rem .8rem; border-left: 4px solid }
+@media (prefers-color-scheme: dark) {
+  body { color: #e6edf3; background: #0d1117 } pre { background: #161b22 } th, td { border-color: #30363d }
+  .pass { color: #56d364 } .fail { color: #ff7b72 }
+}
 """
 
 
@@ -25,7 +33,8 @@ def page(report: dict[str, Any]) -> str:
     rows = "".join(
         f'<tr><td>{escape(r["name"])}</td><td class="{escape(r["verdict"])}">{escape(r["verdict"])}</td><td'
         f' class="n">{escape(r["tried"])}</td>'
-        f'<td class="n">{_ratio(r["worst"])}</td><td>{escape(r["title"])}<br><small>{escape(r["remark"])}</small></td></tr>'
+        f'<td class="n">{_ratio(r["worst"])}</td><td>{escape(r["title"])}'
+        f"<br><small>{escape(r['remark'])}</small></td></tr>"
         for r in results
     )
     failures = "".join(

@@ -39,8 +39,8 @@ def test_equal_specs_give_equal_bytes_in_any_process(template: str, mask: str, t
     compile(source, template, "exec")
     assert spec.header in source
     code = (
-        "import sys; from stem_compile.kernels import spec; from stem_compile.kernels.triton import codegen; sys.stdout.write(codegen.generate(eval('spec.' +"
-        " sys.argv[1])))"
+        "import sys; from stem_compile.kernels import spec; from stem_compile.kernels.triton import codegen;"
+        " sys.stdout.write(codegen.generate(eval('spec.' + sys.argv[1])))"
     )
     if mask == MASKS[3]:  # one fresh process a template: other hash seeds, same text
         env = os.environ | {"PYTHONHASHSEED": "77"}
