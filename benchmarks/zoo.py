@@ -148,9 +148,9 @@ def _compiled(model: Any, given: dict[str, Any], record: dict[str, Any]) -> torc
     """Logits through the backend; fills the record's facts on graphs."""
     from stem_compile import backend
     from stem_compile.passes import verify
+    from stem_compile.passes.graph.sites import Rejected
     from stem_compile.passes.graph.values import module_path
     from stem_compile.passes.pipeline import Rewrite
-    from stem_compile.passes.sites import Rejected
 
     record |= dict.fromkeys(("graphs", "found", "rewritten", "handwritten", "kept", "quadratic", "square"), 0) | {
         "rejected": [],

@@ -17,6 +17,7 @@ from stem_compile.algebra.symbolic import KV, KV_LEN, Q_LEN, SCORE, B, H, Q
 from stem_compile.config import StemConfig
 from stem_compile.passes.graph import normalize
 from stem_compile.passes.graph.memory import written_between
+from stem_compile.passes.graph.sites import AttentionSite, Rejected
 from stem_compile.passes.graph.values import value
 from stem_compile.passes.reading.interpret import (
     Interpreter,
@@ -30,7 +31,6 @@ from stem_compile.passes.reading.interpret import (
 )
 from stem_compile.passes.reading.split_logits import split_logits
 from stem_compile.passes.reading.weigh_hidden import evenly_hidden
-from stem_compile.passes.sites import AttentionSite, Rejected
 from stem_compile.reasons import Reason
 
 

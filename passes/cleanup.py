@@ -33,4 +33,4 @@ def _pure(node: fx.Node) -> bool:
         return False
     if memory.mutates(node):
         return memory.overwrites_privately(node)
-    return node.target in _OURS or normalize.spelling(node) in normalize._signatures()
+    return node.target in _OURS or normalize.spelling(node) in normalize.SIGNATURES

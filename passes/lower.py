@@ -10,8 +10,8 @@ from torch import fx
 from stem_compile import ops
 from stem_compile.kernels import launch
 from stem_compile.passes.graph.call import call
+from stem_compile.passes.graph.sites import AttentionSite
 from stem_compile.passes.graph.values import value
-from stem_compile.passes.sites import AttentionSite
 
 
 def lower(graph: fx.Graph, sites: list[AttentionSite]) -> None:

@@ -21,9 +21,9 @@ from torch import fx
 from stem_compile.kernels import launch
 from stem_compile.passes.graph import normalize
 from stem_compile.passes.graph.memory import written_between
+from stem_compile.passes.graph.sites import AttentionSite, Rejected
 from stem_compile.passes.graph.trace_back import CASTS, HALF, peel, unrepeated
 from stem_compile.passes.graph.values import View, value
-from stem_compile.passes.sites import AttentionSite, Rejected
 from stem_compile.reasons import Reason
 
 DECODE_QUERIES = 16

@@ -12,11 +12,12 @@ from stem_compile.config import StemConfig
 from stem_compile.passes import verify
 from stem_compile.passes.analyze_masks import analyze_masks
 from stem_compile.passes.cleanup import cleanup
+from stem_compile.passes.decide import decide
 from stem_compile.passes.expand import bound, expand, overwritten
-from stem_compile.passes.insert_selection import decide, insert_selection
+from stem_compile.passes.graph.sites import AttentionSite, Rejected
+from stem_compile.passes.insert_selection import insert_selection
 from stem_compile.passes.lower import lower
 from stem_compile.passes.match import match
-from stem_compile.passes.sites import AttentionSite, Rejected
 
 log = logging.getLogger(__name__)
 

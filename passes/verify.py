@@ -10,10 +10,10 @@ from torch import fx
 
 from stem_compile import ops
 from stem_compile.algebra.masks import Opaque
-from stem_compile.passes.average_blind import averaged
+from stem_compile.passes.graph.average_blind import averaged
+from stem_compile.passes.graph.sites import AttentionSite, Rejected
 from stem_compile.passes.graph.values import value
 from stem_compile.passes.reading.interpret import as_expr
-from stem_compile.passes.sites import AttentionSite, Rejected
 
 
 class PassError(AssertionError):

@@ -21,9 +21,9 @@ from torch._dynamo.exc import ShortenTraceback
 
 from stem_compile.config import OptionError, StemConfig
 from stem_compile.passes import pipeline
+from stem_compile.passes.graph.sites import Rejected
 from stem_compile.passes.graph.values import module_path
 from stem_compile.passes.pipeline import Rewrite
-from stem_compile.passes.sites import Rejected
 from stem_compile.reasons import Reason
 
 log = logging.getLogger(__name__)

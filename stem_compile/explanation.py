@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from stem_compile.config import StemConfig
+from stem_compile.passes.graph.sites import AttentionSite, Rejected
 from stem_compile.passes.graph.values import module_path, value
-from stem_compile.passes.sites import AttentionSite, Rejected
 from stem_compile.selection import observe
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from stem_compile import backend
 from stem_compile.backend import StemError, StemWarning
 from stem_compile.passes import pipeline
-from stem_compile.passes.sites import Rejected
+from stem_compile.passes.graph.sites import Rejected
 from stem_compile.reasons import Reason
 
 OPTIONS: dict[str, Any] = {"min_length": 0, "budget": 1.0, "inner": "eager"}

@@ -21,7 +21,7 @@ from stem_compile.algebra.blocks import cdiv
 from stem_compile.backend import Rewrite
 from stem_compile.kernels import reference
 from stem_compile.kernels.targets.cpu import target as cpu
-from stem_compile.passes.sites import Rejected
+from stem_compile.passes.graph.sites import Rejected
 
 LENGTH = 300
 Inputs = Callable[[Any], dict[str, Any]]

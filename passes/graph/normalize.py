@@ -9,7 +9,6 @@ models under dynamic shapes: aten._local_scalar_dense.)
 
 from __future__ import annotations
 
-import functools
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -30,47 +29,143 @@ class Op:
         return self.args[parameter]
 
 
-# name: parameters, "=default" where there is one, "*" collects a shape or dims given loose or as one sequence.
-_SIGNATURES = """
-add: input other alpha=1 | sub: input other alpha=1 | mul: input other | truediv: input other rounding_mode=None
-floordiv: input other | mod: input other | neg: input | pow: input exponent | abs: input
-le: input other | lt: input other | ge: input other | gt: input other | eq: input other | ne: input other
-and: input other | or: input other | xor: input other | not: input
-minimum: input other | maximum: input other | clamp: input min=None max=None
-getitem: input index | arange: *bounds dtype=None device=None
-ones: *size dtype=None device=None | zeros: *size dtype=None device=None
-full: size fill_value dtype=None device=None
-empty: *size dtype=None device=None | empty_like: input dtype=None | new_empty: input *size dtype=None device=None
-fill: input value | zero: input
-new_ones: input *size dtype=None device=None | new_zeros: input *size dtype=None device=None
-new_full: input size fill_value dtype=None
-ones_like: input dtype=None | zeros_like: input dtype=None | full_like: input fill_value dtype=None
-tensor: data dtype=None device=None | scalar_tensor: data dtype=None device=None
-unsqueeze: input dim | squeeze: input *dim | transpose: input dim0 dim1 | permute: input *dims | t: input
-view: input *size | reshape: input *size | expand: input *size | expand_as: input other
-flatten: input start_dim=0 end_dim=-1
-repeat: input *size | repeat_interleave: input repeats dim=None | unflatten: input dim sizes
-contiguous: input | clone: input | detach: input | alias: input
-to: input target=None dtype=None device=None | bool: input | long: input | int: input | float: input | half: input
-double: input
-type: input dtype=None | type_as: input other
-where: condition input other | masked_fill: input mask value | tril: input diagonal=0 | triu: input diagonal=0
-cumsum: input dim dtype=None | diff: input n=1 dim=-1 prepend=None append=None | cat: tensors dim=0
-stack: tensors dim=0
-all: input dim=None keepdim=False | any: input dim=None keepdim=False | sum: input dim=None keepdim=False
-size: input dim=None | numel: input
-sigmoid: input | logsumexp: input dim keepdim=False
-tanh: input | exp: input | log: input | sqrt: input | rsqrt: input | flip: input *dims | select: input dim index
-narrow: input dim start length
-max: input dim=None keepdim=False | amax: input dim=None keepdim=False
-nan_to_num: input nan=None posinf=None neginf=None | bfloat16: input
-matmul: input other | bmm: input other | baddbmm: input batch1 batch2 beta=1 alpha=1 | einsum: equation *operands
-softmax: input dim=None dtype=None | dropout: input p=0.5 training=True inplace=False | view_as: input other
-reshape_as: input other
-flex_attention: query key value score_mod block_mask scale kernel_options=None
-  score_mod_other_buffers=() mask_mod_other_buffers=()
-sdpa: query key value attn_mask=None dropout_p=0.0 is_causal=False scale=None enable_gqa=False
-"""
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of an operation. variadic: collects a shape or dims given loose or as one sequence."""
+
+    name: str
+    default: Any
+    variadic: bool = False
+
+
+REQUIRED = object()
+"""Marks a parameter without a default."""
+
+
+def signature(*required: str, **defaults: Any) -> tuple[Parameter, ...]:
+    """Parameters in order: those without a default by name, "*name" for a variadic one, then those with one."""
+    plain = (Parameter(name.lstrip("*"), REQUIRED, name.startswith("*")) for name in required)
+    return (*plain, *(Parameter(name, default) for name, default in defaults.items()))
+
+
+SIGNATURES: dict[str, tuple[Parameter, ...]] = {
+    "add": signature("input", "other", alpha=1),
+    "sub": signature("input", "other", alpha=1),
+    "mul": signature("input", "other"),
+    "truediv": signature("input", "other", rounding_mode=None),
+    "floordiv": signature("input", "other"),
+    "mod": signature("input", "other"),
+    "neg": signature("input"),
+    "pow": signature("input", "exponent"),
+    "abs": signature("input"),
+    "le": signature("input", "other"),
+    "lt": signature("input", "other"),
+    "ge": signature("input", "other"),
+    "gt": signature("input", "other"),
+    "eq": signature("input", "other"),
+    "ne": signature("input", "other"),
+    "and": signature("input", "other"),
+    "or": signature("input", "other"),
+    "xor": signature("input", "other"),
+    "not": signature("input"),
+    "minimum": signature("input", "other"),
+    "maximum": signature("input", "other"),
+    "clamp": signature("input", min=None, max=None),
+    "getitem": signature("input", "index"),
+    "arange": signature("*bounds", dtype=None, device=None),
+    "ones": signature("*size", dtype=None, device=None),
+    "zeros": signature("*size", dtype=None, device=None),
+    "full": signature("size", "fill_value", dtype=None, device=None),
+    "empty": signature("*size", dtype=None, device=None),
+    "empty_like": signature("input", dtype=None),
+    "new_empty": signature("input", "*size", dtype=None, device=None),
+    "fill": signature("input", "value"),
+    "zero": signature("input"),
+    "new_ones": signature("input", "*size", dtype=None, device=None),
+    "new_zeros": signature("input", "*size", dtype=None, device=None),
+    "new_full": signature("input", "size", "fill_value", dtype=None),
+    "ones_like": signature("input", dtype=None),
+    "zeros_like": signature("input", dtype=None),
+    "full_like": signature("input", "fill_value", dtype=None),
+    "tensor": signature("data", dtype=None, device=None),
+    "scalar_tensor": signature("data", dtype=None, device=None),
+    "unsqueeze": signature("input", "dim"),
+    "squeeze": signature("input", "*dim"),
+    "transpose": signature("input", "dim0", "dim1"),
+    "permute": signature("input", "*dims"),
+    "t": signature("input"),
+    "view": signature("input", "*size"),
+    "reshape": signature("input", "*size"),
+    "expand": signature("input", "*size"),
+    "expand_as": signature("input", "other"),
+    "flatten": signature("input", start_dim=0, end_dim=-1),
+    "repeat": signature("input", "*size"),
+    "repeat_interleave": signature("input", "repeats", dim=None),
+    "unflatten": signature("input", "dim", "sizes"),
+    "contiguous": signature("input"),
+    "clone": signature("input"),
+    "detach": signature("input"),
+    "alias": signature("input"),
+    "to": signature("input", target=None, dtype=None, device=None),
+    "bool": signature("input"),
+    "long": signature("input"),
+    "int": signature("input"),
+    "float": signature("input"),
+    "half": signature("input"),
+    "double": signature("input"),
+    "type": signature("input", dtype=None),
+    "type_as": signature("input", "other"),
+    "where": signature("condition", "input", "other"),
+    "masked_fill": signature("input", "mask", "value"),
+    "tril": signature("input", diagonal=0),
+    "triu": signature("input", diagonal=0),
+    "cumsum": signature("input", "dim", dtype=None),
+    "diff": signature("input", n=1, dim=-1, prepend=None, append=None),
+    "cat": signature("tensors", dim=0),
+    "stack": signature("tensors", dim=0),
+    "all": signature("input", dim=None, keepdim=False),
+    "any": signature("input", dim=None, keepdim=False),
+    "sum": signature("input", dim=None, keepdim=False),
+    "size": signature("input", dim=None),
+    "numel": signature("input"),
+    "sigmoid": signature("input"),
+    "logsumexp": signature("input", "dim", keepdim=False),
+    "tanh": signature("input"),
+    "exp": signature("input"),
+    "log": signature("input"),
+    "sqrt": signature("input"),
+    "rsqrt": signature("input"),
+    "flip": signature("input", "*dims"),
+    "select": signature("input", "dim", "index"),
+    "narrow": signature("input", "dim", "start", "length"),
+    "max": signature("input", dim=None, keepdim=False),
+    "amax": signature("input", dim=None, keepdim=False),
+    "nan_to_num": signature("input", nan=None, posinf=None, neginf=None),
+    "bfloat16": signature("input"),
+    "matmul": signature("input", "other"),
+    "bmm": signature("input", "other"),
+    "baddbmm": signature("input", "batch1", "batch2", beta=1, alpha=1),
+    "einsum": signature("equation", "*operands"),
+    "softmax": signature("input", dim=None, dtype=None),
+    "dropout": signature("input", p=0.5, training=True, inplace=False),
+    "view_as": signature("input", "other"),
+    "reshape_as": signature("input", "other"),
+    "flex_attention": signature(
+        "query",
+        "key",
+        "value",
+        "score_mod",
+        "block_mask",
+        "scale",
+        kernel_options=None,
+        score_mod_other_buffers=(),
+        mask_mod_other_buffers=(),
+    ),
+    "sdpa": signature(
+        "query", "key", "value", attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    ),
+}
+"""The vocabulary: canonical name of an operation -> its parameters."""
 
 _ALIASES = {
     "logical_and": "and",
@@ -117,27 +212,6 @@ _REFLECTED = {
 }
 
 
-@functools.cache
-def _signatures() -> dict[str, list[tuple[str, Any, bool]]]:
-    table = {}
-    for entry in _SIGNATURES.replace("\n  ", " ").replace("\n", "|").split("|"):
-        if not entry.strip():
-            continue
-        name, _, parameters = entry.partition(":")
-        parsed = []
-        for p in parameters.split():
-            word, has_default, default = p.lstrip("*").partition("=")
-            parsed.append(
-                (word, eval(default, {}) if has_default else inspect_empty, p.startswith("*"))
-            )  # constants of the table above
-        table[name.strip()] = parsed
-    return table
-
-
-inspect_empty = object()
-"""Marks a parameter without a default."""
-
-
 def spelling(node: fx.Node) -> str | None:
     """Canonical name of what ``node`` calls, None for anything that is not torch's or Python's own."""
     if node.op == "call_method":
@@ -164,7 +238,7 @@ def spelling(node: fx.Node) -> str | None:
 
 def read(node: Any) -> Op | None:
     """``node`` as a canonical operation, None when it is not in the vocabulary or its arguments do not bind."""
-    if not isinstance(node, fx.Node) or (name := spelling(node)) not in _signatures():
+    if not isinstance(node, fx.Node) or (name := spelling(node)) not in SIGNATURES:
         return None
     assert name is not None
     if node.op == "call_method" and str(node.target).strip("_") in _REFLECTED:
@@ -177,7 +251,7 @@ def read(node: Any) -> Op | None:
 def named(name: str, node: fx.Node) -> Op | None:
     """The arguments of ``node`` bound to the operation ``name``, None where the vocabulary has no such."""
     name = _ALIASES.get(name, name)
-    return bind(name, node.args, dict(node.kwargs)) if name in _signatures() else None
+    return bind(name, node.args, dict(node.kwargs)) if name in SIGNATURES else None
 
 
 LIKE = {
@@ -203,7 +277,8 @@ def bind(name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Op 
     """Bind positional and keyword arguments to the vocabulary's parameter names."""
     values: dict[str, Any] = {}
     rest = list(arguments)
-    for parameter, default, variadic in _signatures()[name]:
+    for known in SIGNATURES[name]:
+        parameter, default, variadic = known.name, known.default, known.variadic
         if variadic:
             taken = keywords.pop(parameter, keywords.pop("shape", rest))
             rest = [] if taken is rest else rest
@@ -214,7 +289,7 @@ def bind(name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Op 
             values[parameter] = rest.pop(0)
         elif parameter in keywords:
             values[parameter] = keywords.pop(parameter)
-        elif default is not inspect_empty:
+        elif default is not REQUIRED:
             values[parameter] = default
         elif name == "arange":
             continue

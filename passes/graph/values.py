@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import fx
 
 @dataclass(frozen=True)
 class View:
-    """A graph value seen another way: method calls applied in order once the attention is rewritten. ``view`` makes the
-    plain ones nodes again."""
+    """A graph value seen another way: method calls in order, which become nodes by ``emit`` once the attention is
+    rewritten. Without steps it is the node itself."""
 
     node: fx.Node
     steps: tuple[tuple[str, tuple[Any, ...]], ...] = ()
@@ -40,14 +41,25 @@ def _fake_mode(x: Any) -> Any:
 
 def module_path(node: fx.Node) -> str:
     """Where in the model a node was called: ``model.layers.0.self_attn``; the node's own name where Dynamo recorded
-    nothing."""
+    nothing.
+
+    Dynamo writes the path as source text whose root differs from version to version: ``L['self']._modules['layers']``,
+    ``L['fn'].layers[0]``, ``L.args.0.layers``. The root is everything up to the frame's local, told by its form.
+    """
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return node.name
-    path = str(list(stack.values())[-1][0])
-    for noise in ("L['self'].", "L['self']", "L['fn'].", "L['model'].", "._modules"):
-        path = path.replace(noise, "")
-    return path.replace("['", ".").replace("']", "").replace("[", ".").replace("]", "").strip(".") or node.name
+    path = re.sub(r"\[['\"]?(.*?)['\"]?\]", r".\1", str(list(stack.values())[-1][0]))
+    parts = [p for p in path.split(".") if p and p not in _STORES]
+    if parts[:1] in (["L"], ["G"]):
+        # A local of the frame, or one of the arguments that a wrapper takes as a whole: *args, **kwargs.
+        gathered = parts[1:2] == ["kwargs"] or (parts[1:2] == ["args"] and parts[2:3] and parts[2].isdigit())
+        parts = parts[3:] if gathered else parts[2:]
+    return ".".join(parts) or node.name
+
+
+_STORES = ("_modules", "_parameters", "_buffers", "__dict__", "__wrapped__", "_orig_mod")
+"""Where modules keep what they hold: no part of a module's name."""
 
 
 def value(node: Any) -> Any:

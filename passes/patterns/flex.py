@@ -16,8 +16,8 @@ from torch import fx
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from stem_compile.passes.graph import normalize
+from stem_compile.passes.graph.sites import AttentionSite, Mods, Rejected
 from stem_compile.passes.graph.values import value
-from stem_compile.passes.sites import AttentionSite, Mods, Rejected
 from stem_compile.reasons import Reason
 
 

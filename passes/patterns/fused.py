@@ -10,7 +10,7 @@ from torch import fx
 
 from stem_compile.passes import expand
 from stem_compile.passes.graph import normalize
-from stem_compile.passes.sites import AttentionSite, Rejected
+from stem_compile.passes.graph.sites import AttentionSite, Rejected
 from stem_compile.reasons import Reason
 
 

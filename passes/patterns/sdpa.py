@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from stem_compile.passes.graph import normalize
+from stem_compile.passes.graph.sites import AttentionSite, Rejected
 from stem_compile.passes.graph.values import value
-from stem_compile.passes.sites import AttentionSite, Rejected
 from stem_compile.reasons import Reason
 
 

@@ -19,8 +19,8 @@ from torch import fx
 from stem_compile.passes.graph import normalize
 from stem_compile.passes.graph.memory import functional, mutates
 from stem_compile.passes.graph.products import PRODUCTS, contracts, factors, operands, weighted_values
+from stem_compile.passes.graph.sites import AttentionSite, Rejected
 from stem_compile.passes.graph.values import value
-from stem_compile.passes.sites import AttentionSite, Rejected
 from stem_compile.reasons import Reason
 
 _PASSING = (

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from stem_compile.config import StemConfig
+from stem_compile.passes.graph.sites import AttentionSite
 from stem_compile.passes.graph.values import module_path
-from stem_compile.passes.sites import AttentionSite
 from stem_compile.testing import numerics
 from stem_compile.testing.case import Inputs
 from stem_compile.testing.oracle import Mismatch

@@ -17,8 +17,8 @@ from torch import fx
 
 from stem_compile.config import StemConfig
 from stem_compile.passes import pipeline
+from stem_compile.passes.graph.sites import AttentionSite, Mods
 from stem_compile.passes.graph.values import View
-from stem_compile.passes.sites import AttentionSite, Mods
 from stem_compile.selection import Observed
 from stem_compile.testing.case import Inputs
 from stem_compile.testing.exact import Exact, doubled

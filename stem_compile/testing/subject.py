@@ -14,7 +14,7 @@ from torch import fx
 
 from stem_compile import backend
 from stem_compile.config import StemConfig
-from stem_compile.passes.sites import AttentionSite, Rejected
+from stem_compile.passes.graph.sites import AttentionSite, Rejected
 from stem_compile.selection import BlockSelection, Observed, observe
 from stem_compile.testing import numerics
 from stem_compile.testing.case import Case, Inputs

@@ -14,8 +14,8 @@ from stem_compile.config import StemConfig
 from stem_compile.passes import match as matching
 from stem_compile.passes import pipeline
 from stem_compile.passes.graph import normalize
+from stem_compile.passes.graph.sites import AttentionSite, Rejected
 from stem_compile.passes.graph.values import value
-from stem_compile.passes.sites import AttentionSite, Rejected
 from stem_compile.reasons import Reason
 from tests.passes.capture import graph_of, rewritten
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from stem_compile import selection
-from stem_compile.passes.sites import Rejected
+from stem_compile.passes.graph.sites import Rejected
 from stem_compile.reasons import Reason
 from stem_compile.selection import FULL, SelectionSpec, policies, tpd
 from tests.passes.capture import rewritten

@@ -7,8 +7,8 @@ from typing import Any
 from stem_compile.algebra import masks
 from stem_compile.algebra.masks import Causal, Padding
 from stem_compile.passes import pipeline
+from stem_compile.passes.graph.sites import Rejected
 from stem_compile.passes.graph.values import value
-from stem_compile.passes.sites import Rejected
 from stem_compile.reasons import Reason
 from tests.testing.plants import Patch, attend, fault, sites, terms
 

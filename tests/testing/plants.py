@@ -17,7 +17,7 @@ from stem_compile.algebra.blocks import candidates
 from stem_compile.algebra.masks import And, Mask
 from stem_compile.kernels.targets.cpu import target as cpu
 from stem_compile.passes import pipeline
-from stem_compile.passes.sites import AttentionSite
+from stem_compile.passes.graph.sites import AttentionSite
 from stem_compile.selection import BlockSelection
 
 Patch = pytest.MonkeyPatch

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from stem_compile.backend import BENIGN
+from stem_compile.passes.graph.sites import AttentionSite, Rejected
 from stem_compile.passes.graph.values import module_path
-from stem_compile.passes.sites import AttentionSite, Rejected
 from stem_compile.reasons import Reason
 from stem_compile.testing.case import Case
 from stem_compile.testing.subject import Subject

@@ -16,7 +16,7 @@ import torch
 from stem_compile.algebra import scores
 from stem_compile.algebra.masks import decode
 from stem_compile.kernels.reference import sparse_attention
-from stem_compile.passes.sites import AttentionSite
+from stem_compile.passes.graph.sites import AttentionSite
 from stem_compile.selection import Observed
 from stem_compile.testing import numerics
 from stem_compile.testing.case import Case

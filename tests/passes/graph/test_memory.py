@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from stem_compile.passes.graph import memory
-from stem_compile.passes.sites import AttentionSite
+from stem_compile.passes.graph.sites import AttentionSite
 from stem_compile.reasons import Reason
 from tests.passes.capture import graph_of, rewritten
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 
 from stem_compile.algebra.masks import And, Causal, Padding
+from stem_compile.passes.graph.sites import AttentionSite, Rejected
 from stem_compile.passes.graph.values import value
-from stem_compile.passes.sites import AttentionSite, Rejected
 from stem_compile.reasons import Reason
 from tests.passes.capture import rewritten
 from tests.passes.reading.programs import Program, programs

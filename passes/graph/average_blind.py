@@ -15,8 +15,8 @@ from torch import fx
 from stem_compile import ops
 from stem_compile.algebra import masks
 from stem_compile.passes.graph.call import call
+from stem_compile.passes.graph.sites import AttentionSite
 from stem_compile.passes.graph.values import View, value
-from stem_compile.passes.sites import AttentionSite
 
 
 def average_blind(attention: fx.Node, site: AttentionSite, blind: dict[str, fx.Node]) -> fx.Node:

@@ -1,0 +1,49 @@
+"""Apply the user's options and the lengths: which of the attentions that could be rewritten are."""
+
+from __future__ import annotations
+
+from stem_compile.config import StemConfig
+from stem_compile.kernels import crossover
+from stem_compile.passes.graph.sites import AttentionSite, Rejected
+from stem_compile.passes.graph.values import value
+from stem_compile.reasons import Reason
+
+
+def decide(found: list[AttentionSite | Rejected], config: StemConfig) -> list[AttentionSite | Rejected]:
+    """Apply the user's options and the lengths. Comparing a symbolic length installs a guard: another length compiles
+    anew, once."""
+    decided: list[AttentionSite | Rejected] = []
+    for hit in found:
+        decided.append(hit if isinstance(hit, Rejected) else _decided(hit, config))
+    allowed = config.fuel if config.fuel is not None else len(decided)
+    for i, hit in enumerate(decided):
+        if isinstance(hit, AttentionSite):
+            allowed -= 1
+            if allowed < 0:
+                decided[i] = Rejected(hit.node, Reason.FUEL, f"fuel={config.fuel}")
+    return decided
+
+
+def _decided(site: AttentionSite, config: StemConfig) -> AttentionSite | Rejected:
+    if config.keeps_dense(site.index):
+        return Rejected(site.node, Reason.DENSE_LAYER, f"attention {site.index}")
+    kv_len = value(site.k).shape[2]
+    if isinstance(kv_len, int) and kv_len == 0:
+        return Rejected(site.node, Reason.SHORT, "no keys")
+    shortest = config.shortest
+    # Short whatever was measured; a symbolic length is compared once only, since each comparison installs a guard.
+    asked = config.min_length is not None or (isinstance(kv_len, int) and kv_len < shortest)
+    if not asked:
+        masked = site.mask_node is not None
+        shortest = crossover.shortest(
+            value(site.q), value(site.k), value(site.v), config.selection.text(), masked, shortest
+        )
+    if kv_len < shortest:
+        if shortest > config.shortest:
+            return Rejected(
+                site.node,
+                Reason.SLOWER,
+                f"{kv_len} keys; selecting wins from {shortest}" if shortest < crossover.NEVER else f"{kv_len} keys",
+            )
+        return Rejected(site.node, Reason.SHORT, f"{kv_len} keys, min_length {shortest}")
+    return site
