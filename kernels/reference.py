@@ -2,7 +2,7 @@
 
 It defines what every kernel must compute: softmax over exactly the visible keys of the selected blocks, with the scores
 modified and the sink joined where the attention has them; a row without any visible key gives 0. (What a softmax over
-equal hidden scores gives it instead is added behind the operator, by ``passes/graph/average_blind.py``, the same for all
+equal hidden scores gives it instead is added behind the operator, by ``average_blind.py``, the same for all
 kernels.)
 """
 

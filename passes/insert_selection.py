@@ -14,7 +14,7 @@ from stem_compile.passes.graph import normalize
 from stem_compile.passes.graph.average_blind import average_blind
 from stem_compile.passes.graph.call import call
 from stem_compile.passes.graph.sites import AttentionSite
-from stem_compile.passes.graph.values import View, value
+from stem_compile.passes.graph.values import View
 
 
 def insert_selection(graph: fx.Graph, sites: list[AttentionSite], config: StemConfig) -> None:

@@ -58,8 +58,8 @@ def module_path(node: fx.Node) -> str:
     return ".".join(parts) or node.name
 
 
-_STORES = ("_modules", "_parameters", "_buffers", "__dict__", "__wrapped__", "_orig_mod")
-"""Where modules keep what they hold: no part of a module's name."""
+_STORES = ("_modules", "_parameters", "_buffers", "__dict__", "__wrapped__", "__self__", "_orig_mod")
+"""Where modules, wrappers and bound methods keep what they hold: no part of a module's name."""
 
 
 def value(node: Any) -> Any:

@@ -1,7 +1,7 @@
 """Rows of a mask that see no key: whether there can be any, and which.
 
 A sparse attention gives 0 for them. Attention written out with a finite score for hidden keys gives the mean of all
-values instead, because a softmax over equal scores is even; ``passes/graph/average_blind.py`` adds that where it is what the
+values instead, because a softmax over equal scores is even; ``average_blind.py`` adds that where it is what the
 graph says.
 """
 
