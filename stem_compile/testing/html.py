@@ -38,7 +38,8 @@ def page(report: dict[str, Any]) -> str:
         for r in results
     )
     failures = "".join(
-        f"<h2>{escape(r['name'])}</h2><p>{escape(r['failure']['message'])}</p><pre>{escape(r['failure']['snippet'])}</pre>"
+        f"<h2>{escape(r['name'])}</h2><p>{escape(r['failure']['message'])}</p>"
+        f"<pre>{escape(r['failure']['snippet'])}</pre>"
         for r in results
         if r["failure"]
     )

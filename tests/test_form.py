@@ -1,0 +1,140 @@
+"""The form of the sources: lines, function lengths, docstrings, names, and nothing in them of the machine they were
+written on."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COLUMNS = 120
+LINES = 60
+"""Of one function, outside the kernel templates, whose bodies are one program each."""
+HOW_NOT_WHAT = {"found", "made", "chosen", "lit", "seen"}
+"""Names that say how a value came about and not what it is; no public signature or field has them."""
+MACHINE = re.compile(r"(?<![\w.])/(work|root|farm|tmp/w)/|artifactory|--(extra-)?index-url|trusted-host|proxy\.local")
+"""Paths and hosts of one machine."""
+
+STILL_LONG: set[str] = {
+    "demo", "_read", "examples", "select", "_hopper_peaks", "attend", "markdown", "main",
+}  # fmt: skip
+STILL_BADLY_NAMED: set[str] = {
+    "ready", "announce", "dense_of", "force", "run", "Run", "note", "analyze_masks", "decide", "Rewrite", "after_match",
+    "after_analyze", "sparse_attention", "scores",
+}  # fmt: skip
+STILL_WITHOUT: set[str] = {
+    "FloorDiv.eval", "Where.eval", "Gap.ratio", "Gap.ok", "pytest_addoption", "pytest_configure", "cases", "check",
+    "note", "Report.failures", "ModelInputs.inputs", "ModelInputs.args", "ModelInputs.kwargs", "ModelInputs.valid",
+    "AttentionInputs.kv_len", "factors", "Rewrite.changed",
+}  # fmt: skip
+
+
+def tracked() -> list[Path]:
+    """Files of the repository; without git, those that git would have."""
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        return [
+            p for folder in ("stem_compile", "passes", "kernels", "tests", "docs") for p in (ROOT / folder).rglob("*.*")
+        ]
+    return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def sources() -> list[Path]:
+    """Python files, each once: ``stem_compile/passes`` and ``stem_compile/kernels`` are links."""
+    return [p for p in tracked() if p.suffix == ".py"]
+
+
+def product() -> list[Path]:
+    """Python files that are installed, without the kernel templates."""
+    rooms = ("stem_compile", "passes", "kernels")
+    return [p for p in sources() if p.relative_to(ROOT).parts[0] in rooms and "templates" not in p.parts]
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", sources(), ids=name)
+def test_lines_fit(path: Path) -> None:
+    # A pragma at the end does not count, as in ruff's E501.
+    lines = (re.sub(r"  # (type: ignore|noqa).*", "", line) for line in path.read_text().splitlines())
+    long = [n for n, line in enumerate(lines, 1) if len(line) > COLUMNS]
+    assert not long, f"{name(path)}: lines {long} are over {COLUMNS} columns"
+
+
+@pytest.mark.parametrize("path", [p for p in sources() if "templates" not in p.parts], ids=name)
+def test_functions_are_short(path: Path) -> None:
+    functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
+    long = {f.name: size for f in functions if (size := (f.end_lineno or 0) - f.lineno + 1) > LINES}
+    assert set(long) <= STILL_LONG, f"{name(path)}: {long}, at most {LINES} lines a function"
+
+
+def public_names(path: Path) -> Iterator[tuple[str, str]]:
+    """(owner, name): parameters of public functions, fields of public classes, and the public names themselves."""
+    top = ast.parse(path.read_text()).body
+    methods = [member for node in top if isinstance(node, ast.ClassDef) for member in node.body]
+    for node in top + methods:
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+            continue
+        yield node.name, node.name
+        if isinstance(node, ast.FunctionDef):
+            arguments = node.args
+            yield from ((node.name, a.arg) for a in arguments.posonlyargs + arguments.args + arguments.kwonlyargs)
+        else:
+            yield from (
+                (node.name, field.target.id)
+                for field in node.body
+                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+            )
+
+
+@pytest.mark.parametrize("path", product(), ids=name)
+def test_public_names_say_what_a_value_is(path: Path) -> None:
+    bad = {owner: word for owner, word in public_names(path) if word in HOW_NOT_WHAT}
+    assert set(bad) <= STILL_BADLY_NAMED, f"{name(path)}: {bad}"
+
+
+def undocumented(module: object) -> Iterator[str]:
+    """Public functions, classes and methods of a module without a docstring of their own or of what they override."""
+    for label, member in vars(module).items():
+        home = getattr(member, "__module__", None)
+        if (
+            label.startswith("_")
+            or home != module.__name__
+            or not (inspect.isfunction(member) or inspect.isclass(member))
+        ):  # type: ignore[attr-defined]
+            continue
+        if not inspect.getdoc(member):
+            yield label
+        if inspect.isclass(member):
+            own = {k: v for k, v in vars(member).items() if not k.startswith("_")}
+            yield from (
+                f"{label}.{k}"
+                for k, v in own.items()
+                if (inspect.isfunction(v) or isinstance(v, property | classmethod | staticmethod))
+                and not inspect.getdoc(getattr(member, k))
+            )
+
+
+@pytest.mark.parametrize("path", product(), ids=name)
+def test_public_names_are_documented(path: Path) -> None:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts[: -1 if parts[-1] == "__init__" else None]
+    module = ".".join(parts if parts[0] == "stem_compile" else ("stem_compile", *parts))
+    if module == "stem_compile.testing.plugin":
+        pytest.importorskip("hypothesis")
+    bare = set(undocumented(importlib.import_module(module)))
+    assert bare <= STILL_WITHOUT, f"{module}: {sorted(bare)} have no docstring"
+
+
+def test_nothing_of_the_machine_is_tracked() -> None:
+    texts = [p for p in tracked() if p.suffix not in (".png", ".gz") and p != Path(__file__)]
+    bad = {name(p): hit.group() for p in texts if (hit := MACHINE.search(p.read_text(errors="ignore")))}
+    assert not bad
