@@ -1,19 +1,16 @@
 """Find every attention of a graph. The graph is untouched; each find is an ``AttentionSite`` or a ``Rejected`` with a
 typed reason.
 
-A pattern is a file in ``patterns/`` with ``match(node)``; files are found by name and tried in alphabetical order. What
-holds for every
-attention, whatever its spelling, is checked here: shapes, dtypes, gradients, and K/V that were repeated for grouped
-queries.
+A pattern is a file in ``patterns/``, or registered by a third party; all are tried in alphabetical order. What holds
+for every attention, whatever its spelling, is checked here: shapes, dtypes, gradients, and K/V that were repeated for
+grouped queries.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import pkgutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import fx
@@ -25,6 +22,7 @@ from stem_compile.passes.graph.sites import AttentionSite, Rejected
 from stem_compile.passes.graph.trace_back import CASTS, HALF, peel, unrepeated
 from stem_compile.passes.graph.values import View, value
 from stem_compile.reasons import Reason
+from stem_compile.registry import Registry
 
 DECODE_QUERIES = 16
 """Fewer query rows than this behind a prefix are decoding, where selection has nothing to save."""
@@ -32,20 +30,44 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LAYOUT = ("transpose", "permute", "reshape", "view", "flatten", "contiguous", "squeeze", "unsqueeze")
 
 
-@functools.cache
-def patterns() -> tuple[ModuleType, ...]:
-    """Every pattern module, by name."""
-    folder = Path(__file__).with_name("patterns")
-    return tuple(
-        importlib.import_module(f"stem_compile.passes.patterns.{m.name}") for m in pkgutil.iter_modules([str(folder)])
-    )
+@runtime_checkable
+class Pattern(Protocol):
+    """How one spelling of attention is found. The built-in ones are modules in ``patterns/``."""
+
+    def match(self, node: fx.Node, /) -> AttentionSite | Rejected | None:
+        """The attention whose value ``node`` is; None for any other node. The graph is not touched."""
+        ...
+
+    def examples(self) -> Mapping[str, tuple[Callable[..., object], tuple[torch.Tensor, ...]]]:
+        """Name -> (function, inputs) that must match."""
+        ...
+
+    def near_misses(self) -> Mapping[str, tuple[Callable[..., object], tuple[torch.Tensor, ...], Reason]]:
+        """Name -> (function, inputs, reason) that must be refused, and why."""
+        ...
+
+
+PATTERNS: Registry[Pattern] = Registry(
+    "pattern",
+    Pattern,
+    folder=Path(__file__).with_name("patterns"),
+    package="stem_compile.passes.patterns",
+    group="stem_compile.patterns",
+)
+"""Third parties add one by an entry point of the group, or by ``PATTERNS.register("name", pattern)``."""
+
+
+def patterns() -> tuple[Pattern, ...]:
+    """Every pattern that loads, in the order of their names, which is the order in which they are tried."""
+    return tuple(pattern for _, pattern in PATTERNS.members())
 
 
 def match(graph: fx.Graph) -> list[AttentionSite | Rejected]:
     """Attentions of ``graph`` in execution order."""
     found: list[AttentionSite | Rejected] = []
+    known = patterns()
     for node in graph.nodes:
-        for pattern in patterns():
+        for pattern in known:
             hit = pattern.match(node)
             if hit is not None:
                 found.append(_checked(hit))

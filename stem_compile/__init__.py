@@ -1,8 +1,8 @@
 """``torch.compile(model, backend="stem")``: training-free block-sparse prefill for any model's attention.
 
 The backend is found by its entry point and needs no import. This package names what users write down: ``StemConfig``
-(every option),
-``explain`` (what would be rewritten and why) and ``testing``. Importing it loads neither triton nor transformers.
+(every option), ``explain`` (what would be rewritten and why), ``testing``, and the registries ``policies`` and
+``patterns`` to which others add. Importing it loads neither triton nor transformers.
 """
 
 from __future__ import annotations
@@ -14,15 +14,23 @@ if TYPE_CHECKING:
     from stem_compile import testing
     from stem_compile.config import StemConfig
     from stem_compile.explanation import explain
+    from stem_compile.passes.match import PATTERNS as patterns
+    from stem_compile.selection.policies import POLICIES as policies
 
-__all__ = ["StemConfig", "explain", "testing"]
+__all__ = ["StemConfig", "explain", "patterns", "policies", "testing"]
 
-_HOMES = {"StemConfig": "stem_compile.config", "explain": "stem_compile.explanation"}
+_HOMES = {
+    "StemConfig": ("stem_compile.config", "StemConfig"),
+    "explain": ("stem_compile.explanation", "explain"),
+    "patterns": ("stem_compile.passes.match", "PATTERNS"),
+    "policies": ("stem_compile.selection.policies", "POLICIES"),
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        value = getattr(importlib.import_module(_HOMES[name]), name)
+        module, attribute = _HOMES[name]
+        value = getattr(importlib.import_module(module), attribute)
     elif name == "testing":
         value = importlib.import_module("stem_compile.testing")
     else:

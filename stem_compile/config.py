@@ -10,7 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stem_compile.selection import SelectionSpec, policies
+from stem_compile.registry import RegistryError
+from stem_compile.selection import OptionValue, SelectionSpec, policies
+from stem_compile.selection.policy import Option
 
 INNER = ("inductor", "aot_eager", "eager")
 MODES = ("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -58,6 +60,8 @@ class StemConfig:
     rewritten as it is, "error" raises.
     fuel: rewrite only the first ``fuel`` attentions, to bisect a wrong answer; None is all. verify: check every pass's
     result (slow).
+    policy_options: options that the policy itself defines, by name. In ``options={...}`` they stand beside the others:
+    ``{"policy": "toy", "toy_strength": 3}``.
     """
 
     policy: str = "stem"
@@ -80,11 +84,13 @@ class StemConfig:
     fallback: str = "dense"
     fuel: int | None = None
     verify: bool = False
+    policy_options: tuple[tuple[str, OptionValue], ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.dense_layers, list):
             object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         _one_of("policy", self.policy, policies.names())
+        object.__setattr__(self, "policy_options", _policy_options(self.policy, self.policy_options))
         _one_of("metric", self.metric, METRICS)
         if self.pooling is not None:
             _one_of("pooling", self.pooling, POOLINGS)
@@ -132,12 +138,14 @@ class StemConfig:
             return options
         if options is not None and not isinstance(options, Mapping):
             raise OptionError(f"options={options!r}: a dict of options such as {{'budget': 0.25}}, or a StemConfig")
-        for name in options or {}:
-            if name not in _FIELDS:
-                near = difflib.get_close_matches(str(name), _FIELDS, n=1, cutoff=0.5)
-                hint = f"; did you mean {near[0]!r}?" if near else "."
-                raise OptionError(f"unknown option {name!r}{hint} Options: {', '.join(_FIELDS)}")
         values = dict(options or {})
+        extra = {name: values.pop(name) for name in [n for n in values if n not in _FIELDS]}
+        if extra:
+            own = _options_of(values.get("policy", _FIELDS["policy"].default))
+            for name in extra:
+                if name not in own:
+                    raise OptionError(_unknown(name, [*(n for n in _FIELDS if n != "policy_options"), *own]))
+            values["policy_options"] = {**dict(values.get("policy_options", ())), **extra}
         if os.environ.get("STEM_COMPILE_VERIFY", "") not in ("", "0"):
             values.setdefault("verify", True)
         return cls(**values)
@@ -161,12 +169,13 @@ class StemConfig:
             sink_blocks=sinks if self.sink_blocks is None else self.sink_blocks,
             local_blocks=locals_ if self.local_blocks is None else self.local_blocks,
             prompt_length=self.prompt_length or 0,
+            options=self.policy_options,
         )
 
     @property
     def takes_any_order(self) -> bool:
         """Whether the policy means something for attention without a causal order."""
-        return bool(policies.get(self.policy).ANY_ORDER)
+        return policies.get(self.policy).ANY_ORDER
 
     @property
     def shortest(self) -> int:
@@ -194,6 +203,43 @@ def written_options(pairs: Iterable[str]) -> dict[str, Any]:
 
 
 _FIELDS = {f.name: f for f in dataclasses.fields(StemConfig)}
+
+
+def _options_of(policy: Any) -> dict[str, Option]:
+    """Options that a policy defines. Raises OptionError for a policy that cannot be used."""
+    _one_of("policy", policy, policies.names())
+    try:
+        own = policies.options(policy)
+    except RegistryError as error:
+        raise OptionError(f"policy={policy!r}: {error}") from None
+    taken = sorted(own.keys() & (_FIELDS.keys() | {f.name for f in dataclasses.fields(SelectionSpec)}))
+    if taken:
+        raise OptionError(f"policy={policy!r}: its option {taken[0]!r} has the name of one that is there already")
+    return own
+
+
+def _policy_options(policy: str, given: Any) -> tuple[tuple[str, OptionValue], ...]:
+    """Sorted (name, value) pairs of the policy's own options that differ from their defaults. Raises OptionError."""
+    own = _options_of(policy)
+    values: dict[str, OptionValue] = {}
+    try:
+        pairs = dict(given)
+    except (TypeError, ValueError):
+        raise OptionError(f"policy_options={given!r}: a dict of options that the policy defines") from None
+    for name, value in pairs.items():
+        if name not in own:
+            raise OptionError(_unknown(name, list(own), f" of policy {policy!r}"))
+        try:
+            values[name] = own[name].checked(value)
+        except ValueError as error:
+            raise OptionError(str(error)) from None
+    return tuple(sorted((name, value) for name, value in values.items() if value != own[name].default))
+
+
+def _unknown(name: Any, known: list[str], where: str = "") -> str:
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return f"unknown option {name!r}{where}{hint} Options: {', '.join(known) or 'none'}"
 
 
 def _is_integer(value: Any) -> bool:

@@ -5,10 +5,11 @@ from stem_compile.selection.spec import (
     FULL,
     BlockSelection,
     Observed,
+    OptionValue,
     SelectionSpec,
     announce,
     observe,
     parse,
 )
 
-__all__ = ["FULL", "BlockSelection", "Observed", "SelectionSpec", "announce", "observe", "parse"]
+__all__ = ["FULL", "BlockSelection", "Observed", "OptionValue", "SelectionSpec", "announce", "observe", "parse"]

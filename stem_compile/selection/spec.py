@@ -15,6 +15,9 @@ from functools import lru_cache
 
 import torch
 
+OptionValue = bool | int | float | str
+"""Value of an option that a policy adds."""
+
 FULL = -1
 """Count of a row that computes every block of its candidates."""
 
@@ -29,7 +32,7 @@ class SelectionSpec:
     cells. stride: tokens a group.
     score_dtype: "native", or "fp8" for max pooling where the device has such matrix units.
     sink_blocks, local_blocks: always kept, in blocks of ``block_q``. prompt_length: full length when the prompt arrives
-    in chunks, 0 = this call's.
+    in chunks, 0 = this call's. options: the policy's own, as sorted (name, value) pairs; ``option`` reads one.
     """
 
     policy: str = "stem"
@@ -45,11 +48,20 @@ class SelectionSpec:
     sink_blocks: int = 4
     local_blocks: int = 4
     prompt_length: int = 0
+    options: tuple[tuple[str, OptionValue], ...] = ()
 
     def text(self) -> str:
         """Canonical text, ``parse``'s inverse: only what differs from the defaults."""
         default = asdict(SelectionSpec())
-        return ",".join(f"{k}={v}" for k, v in asdict(self).items() if v != default[k])
+        fields = {k: v for k, v in asdict(self).items() if k != "options" and v != default[k]}
+        return ",".join(f"{k}={v}" for k, v in {**fields, **dict(sorted(self.options))}.items())
+
+    def option(self, name: str) -> OptionValue:
+        """Value of an option of the policy's own, its default where none is set. Raises KeyError for a name that the
+        policy does not have."""
+        from stem_compile.selection import policies
+
+        return dict(self.options)[name] if name in dict(self.options) else policies.options(self.policy)[name].default
 
     @property
     def sinks(self) -> int:
@@ -66,15 +78,23 @@ class SelectionSpec:
 
 @lru_cache(maxsize=256)
 def parse(text: str) -> SelectionSpec:
-    """``SelectionSpec`` of ``SelectionSpec.text()``. Raises ValueError for unknown fields."""
+    """``SelectionSpec`` of ``SelectionSpec.text()``. Raises ValueError for names that neither it nor its policy has."""
     fields = asdict(SelectionSpec())
+    del fields["options"]
+    written = dict(part.split("=", 1) for part in text.split(",") if part)
     values: dict[str, object] = {}
-    for part in filter(None, text.split(",")):
-        name, _, value = part.partition("=")
-        if name not in fields:
-            raise ValueError(f"unknown selection field {name!r}; fields: {', '.join(fields)}")
+    for name in fields.keys() & written.keys():
         kind = float if name == "budget" else type(fields[name])
-        values[name] = None if value == "None" else kind(value)
+        values[name] = None if written[name] == "None" else kind(written[name])
+    own = sorted(written.keys() - fields.keys())
+    if own:
+        from stem_compile.selection import policies
+
+        options = policies.options(str(values.get("policy", fields["policy"])))
+        for name in own:
+            if name not in options:
+                raise ValueError(f"unknown selection field {name!r}; fields: {', '.join([*fields, *options])}")
+        values["options"] = tuple((name, options[name].read(written[name])) for name in own)
     return SelectionSpec(**values)  # type: ignore[arg-type]
 
 

@@ -19,12 +19,8 @@ from stem_compile.passes.graph.values import value
 from stem_compile.reasons import Reason
 from tests.passes.capture import graph_of, rewritten
 
-EXAMPLES = [
-    (p.__name__.rpartition(".")[2], name, *case) for p in matching.patterns() for name, case in p.examples().items()
-]
-NEAR_MISSES = [
-    (p.__name__.rpartition(".")[2], name, *case) for p in matching.patterns() for name, case in p.near_misses().items()
-]
+EXAMPLES = [(kind, name, *case) for kind, p in matching.PATTERNS.members() for name, case in p.examples().items()]
+NEAR_MISSES = [(kind, name, *case) for kind, p in matching.PATTERNS.members() for name, case in p.near_misses().items()]
 
 
 @pytest.mark.parametrize(

@@ -1,30 +1,32 @@
-"""Selection policies, one file each, found by name. A policy module has
+"""Selection policies, one file each. ``selection/policy.py`` says what a policy is.
 
-``budget(spec) -> sympy.Expr``   blocks that row ``ROW`` of ``BLOCKS`` computes: integer arithmetic, so it is exact on
-every device
-``width(spec, key_blocks)``      upper bound of a listed row's length, affine in key_blocks (an int or SymInt)
-``min_length(spec) -> int``      shortest prompt worth selecting on
-``SCORED``                       whether block scores are needed at all
-``ANY_ORDER``                    whether it means something where no causal order is (bidirectional encoders)
+Third parties add one by the entry point group ``stem_compile.policies`` or by ``POLICIES.register("name", policy)``.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import pkgutil
-from types import ModuleType
+from pathlib import Path
+
+from stem_compile.registry import Registry
+from stem_compile.selection.policy import Option, Policy
+from stem_compile.selection.spec import parse
+
+POLICIES: Registry[Policy] = Registry(
+    "policy", Policy, folder=Path(__file__).parent, package=__name__, group="stem_compile.policies"
+)
+POLICIES.caches(parse)
 
 
-@functools.cache
 def names() -> tuple[str, ...]:
     """All policies, sorted."""
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__)))
+    return POLICIES.names()
 
 
-@functools.cache
-def get(name: str) -> ModuleType:
-    """The policy module called ``name``. Raises ValueError naming the valid ones."""
-    if name not in names():
-        raise ValueError(f"unknown policy {name!r}; policies: {', '.join(names())}")
-    return importlib.import_module(f"{__name__}.{name}")
+def get(name: str) -> Policy:
+    """The policy called ``name``. Raises RegistryError, a ValueError, naming the valid ones."""
+    return POLICIES.get(name)
+
+
+def options(name: str) -> dict[str, Option]:
+    """Options of the policy's own by name; a policy without ``OPTIONS`` has none."""
+    return {option.name: option for option in getattr(get(name), "OPTIONS", ())}

@@ -7,12 +7,12 @@ causal models.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import sympy
 
 from stem_compile.algebra.symbolic import BLOCKS, FloorDiv
 from stem_compile.selection import SelectionSpec
+from stem_compile.selection.policy import Size
 
 SCORED = True
 ANY_ORDER = True
@@ -26,12 +26,12 @@ def _share(spec: SelectionSpec) -> int:
     return round((DEFAULT if spec.budget is None else spec.budget) * POINT)
 
 
-def budget(spec: SelectionSpec) -> Any:
+def budget(spec: SelectionSpec) -> sympy.Expr:
     """Blocks of any row of ``BLOCKS``: the budget's part of them, rounded up, at least 1."""
     return sympy.Max(FloorDiv(BLOCKS * _share(spec) + POINT - 1, POINT), 1)
 
 
-def width(spec: SelectionSpec, key_blocks: Any) -> Any:
+def width(spec: SelectionSpec, key_blocks: Size) -> Size:
     """Every row's list has the same length."""
     return key_blocks * math.ceil(_share(spec) * 1024 / POINT) // 1024 + 2 + spec.sinks + spec.locals
 

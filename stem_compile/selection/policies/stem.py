@@ -10,12 +10,12 @@ b)) / (2 mu).
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import sympy
 
 from stem_compile.algebra.symbolic import BLOCKS, ROW, FloorDiv, Where
 from stem_compile.selection import SelectionSpec
+from stem_compile.selection.policy import Size
 
 SCORED = True
 ANY_ORDER = False
@@ -32,7 +32,7 @@ def start_share(budget: float, mu: float) -> float:
     return (1 + mu - math.sqrt((1 + mu) ** 2 - 4 * mu * budget)) / (2 * mu)
 
 
-def budget(spec: SelectionSpec) -> Any:
+def budget(spec: SelectionSpec) -> sympy.Expr:
     """Blocks of row ``ROW`` (0-based) of ``BLOCKS``, rounded to nearest under ``budget=``, floored under the schedule,
     at least 1."""
     decay = 1000 - round(1000 * spec.mu)
@@ -51,7 +51,7 @@ def budget(spec: SelectionSpec) -> Any:
     return Where(sympy.Le(ROW * POINT, start), ROW + 1, blocks)
 
 
-def _schedule_start(spec: SelectionSpec) -> Any:
+def _schedule_start(spec: SelectionSpec) -> sympy.Expr:
     # The schedule is in blocks of 128 tokens; other block sizes keep its share of the tokens.
     unit = sympy.Rational(128, spec.block_k)
     low, high = (int(n * unit) for n in SCHEDULE_BLOCKS)
@@ -59,7 +59,7 @@ def _schedule_start(spec: SelectionSpec) -> Any:
     return Where(BLOCKS < low, BLOCKS, Where(BLOCKS < high, FloorDiv(BLOCKS, 5) + base, FloorDiv(BLOCKS, 10) + base))
 
 
-def width(spec: SelectionSpec, key_blocks: Any) -> Any:
+def width(spec: SelectionSpec, key_blocks: Size) -> Size:
     """Longest listed row: k_start, or sinks and local blocks where those are more."""
     forced = spec.sinks + spec.locals
     if spec.budget is None:
