@@ -66,6 +66,7 @@ class AttentionSite:
     product: fx.Node | None = None
     gate: fx.Node | None = None
     cleared: bool = False
+    first: int = 0
     mods: Mods | None = None
     result: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     mask: Mask | None = None
