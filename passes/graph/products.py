@@ -77,10 +77,12 @@ def score_factors(product: fx.Node, heads: Any) -> tuple[View, View] | None:
     is the batch alone.
     """
     form = contraction(product)
-    form = None if form is None or len(form.out) < 2 else form.with_left(lambda side: form.out[-2] in side.letters)
-    if form is None or form.out[-1] not in form.right.letters:
+    if form is None or len(form.out) < 2:
         return None
     *outer, row, column = form.out
+    form = form.with_left(lambda side: row in side.letters)
+    if form is None or column not in form.right.letters:
+        return None
     if not set(outer) <= set(form.left.letters) or row in form.right.letters:
         return None
     queries = arranged(form.left, [*outer, row, *form.summed])
@@ -281,7 +283,7 @@ def _einsum(op: normalize.Op) -> Contraction | None:
         every = "".join(sides).replace(".", "")
         out = "..." + "".join(sorted(c for c in set(every) if every.count(c) == 1))
     result = [c for c in _spelled(out, list(wide)) if c is not None]
-    named: list[list[str]] = [[c for c in s if c is not None] for s in (*letters, result)]
+    named = [[c for c in s if c is not None] for s in letters] + [result]
     if any(len(set(s)) != len(s) for s in named):
         return None
     first, second = (Factor(n, tuple(s)) for n, s in zip(operands, letters))

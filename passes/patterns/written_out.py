@@ -11,12 +11,12 @@ from __future__ import annotations
 from torch import fx
 
 from stem_compile.passes.graph.products import Steps, score_factors, weighted_values
+from stem_compile.passes.graph.sites import AttentionSite, Rejected
 from stem_compile.passes.graph.values import View, value
 from stem_compile.passes.patterns.parts.scores import other_reader, score_products, sink_gate
 from stem_compile.passes.patterns.parts.softmax import normalized, unshifted
 from stem_compile.passes.patterns.parts.weights import Weighing, weighing
 from stem_compile.passes.patterns.parts.written_out_examples import examples, near_misses
-from stem_compile.passes.graph.sites import AttentionSite, Rejected
 from stem_compile.reasons import Reason
 
 __all__ = ["examples", "match", "near_misses"]

@@ -11,10 +11,10 @@ from torch import fx
 from stem_compile.passes.graph import normalize
 from stem_compile.passes.graph.memory import functional, mutates
 from stem_compile.passes.graph.products import contraction, inserted_places, is_product
+from stem_compile.passes.graph.sites import Rejected
 from stem_compile.passes.graph.values import value
 from stem_compile.passes.patterns.parts.scores import reads_elements
 from stem_compile.passes.patterns.parts.softmax import RESHAPING, keeps_scores
-from stem_compile.passes.graph.sites import Rejected
 from stem_compile.reasons import Reason
 
 _PASSING = (
