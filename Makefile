@@ -46,7 +46,7 @@ $(VENV)/pyvenv.cfg:
 $(READY): $(VENV)/pyvenv.cfg pyproject.toml constraints.txt Makefile
 	@pins="-c constraints.txt"; $(BIN)/python -c '$(GPU_BUILD)' 2>/dev/null && pins=""; set -ex; \
 	$(PIP) install --quiet "setuptools>=77"; \
-	$(PIP) install --quiet --no-build-isolation $$pins -e ".[models,cli,test]"; \
+	$(PIP) install --quiet --no-build-isolation $$pins -e ".[test]"; \
 	$(PIP) install --quiet --no-deps $(SMOLLM)
 	@touch $@
 

@@ -21,7 +21,6 @@ import functools
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from stem_compile.algebra.masks import decode
 from stem_compile.config import StemConfig
 from stem_compile.kernels import launch
 from stem_compile.selection import BlockSelection, SelectionSpec
+from stem_compile.timing import in_turns, timed
 
 MASK = "kv <= q"
 TOLERANCE = {"bfloat16": 8e-3, "float16": 2e-3}
@@ -47,33 +47,21 @@ TURNS = 6
 def measure(runs: dict[str, Callable[[], Any]], milliseconds: float) -> dict[str, dict[str, float]]:
     """Median and percentiles of each run in ms: about ``milliseconds`` of each, in ``TURNS`` turns, on warm code, with
     events around each."""
-    turns: dict[str, int] = {}
+    repeats: dict[str, int] = {}
     for name, run in runs.items():
         run()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        turns[name] = min(40, max(1, round(milliseconds / 1e3 / TURNS / max(1e-5, time.perf_counter() - start))))
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(TURNS):
-        for name, run in runs.items():
-            run()
-            events = [
-                (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(turns[name])
-            ]
-            for begin, end in events:
-                begin.record()
-                run()
-                end.record()
-            torch.cuda.synchronize()
-            times[name] += [a.elapsed_time(b) for a, b in events]
-    found = {}
-    for name, taken in times.items():
-        taken.sort()
-        n = len(taken)
-        found[name] = {"ms": taken[n // 2], "low": taken[n // 5], "high": taken[n * 4 // 5], "rounds": n}
-    return found
+        once = timed(run, "cuda")[0]
+        repeats[name] = min(40, max(1, round(milliseconds / TURNS / max(1e-2, once))))
+    # The first call of a turn warms the caches for the run, untimed.
+    times = in_turns(
+        runs,
+        "cuda",
+        turns=TURNS,
+        calls_a_turn=repeats,
+        clock="device",
+        before=lambda name, turn: (runs[name](), None)[1],
+    )
+    return {n: {"ms": t.median, "low": t.low, "high": t.high, "rounds": len(t.milliseconds)} for n, t in times.items()}
 
 
 def ceilings() -> dict[str, float]:

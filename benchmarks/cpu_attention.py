@@ -12,29 +12,27 @@ the 80th percentile.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import itertools
 import json
 import math
 import os
-import platform
 import statistics
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 
 from stem_compile import selection
 from stem_compile.algebra.blocks import candidates, cdiv
 from stem_compile.algebra.masks import decode
+from stem_compile.bench.machine import processor
+from stem_compile.bench.measure import measured
+from stem_compile.bench.terminal import Progress, Table, width
 from stem_compile.kernels.targets.cpu import target as cpu
 from stem_compile.selection import BlockSelection, SelectionSpec
+from stem_compile.timing import in_turns
 
 MASK = "kv <= q"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -72,33 +70,8 @@ def error(
 
 def peak_memory(run: Callable[[], Any]) -> float | None:
     """MiB by which one call raises the process's peak; None where the system does not say."""
-    status = Path("/proc/self/status")
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-
-    def read(name: str) -> int:
-        return int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith(name)))
-
-    # What earlier calls freed would be taken again without showing.
-    ctypes.CDLL(None).malloc_trim(0)
-    before = read("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    run()
-    return (read("VmHWM") - before) / 1024
-
-
-def measure(contenders: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of every call; the contenders take turns for about ``seconds``, at least 5 rounds."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    end = time.perf_counter() + seconds
-    while len(next(iter(times.values()))) < 5 or time.perf_counter() < end:
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    return times
+    added = measured("cpu", run).peak_bytes
+    return None if added is None else added / 2**20
 
 
 def benchmark(length: int, dtype: torch.dtype, spec: SelectionSpec, options: argparse.Namespace) -> dict[str, Any]:
@@ -129,8 +102,9 @@ def benchmark(length: int, dtype: torch.dtype, spec: SelectionSpec, options: arg
     if not ours <= FACTOR * theirs + torch.finfo(dtype).eps:
         raise SystemExit(f"wrong at {length} {dtype}: error {ours:.2e}, SDPA's {theirs:.2e}")
     memory = {"dense_mib": peak_memory(dense), "ours_mib": peak_memory(lambda: (select(), attend()))}
-    times = measure({"dense": dense, "select": select, "attend": attend}, options.seconds)
-    ratios = sorted(d / (s + a) for d, s, a in zip(*times.values()))
+    # The contenders take turns for about this time, at least 5 rounds.
+    times = in_turns({"dense": dense, "select": select, "attend": attend}, turns=5, milliseconds=1e3 * options.seconds)
+    ratios = sorted(d / (s + a) for d, s, a in zip(*(t.milliseconds for t in times.values())))
     return {
         "length": length,
         "dtype": str(dtype).removeprefix("torch."),
@@ -141,7 +115,7 @@ def benchmark(length: int, dtype: torch.dtype, spec: SelectionSpec, options: arg
         "error": ours,
         "sdpa_error": theirs,
         "rounds": len(ratios),
-        **{f"{name}_ms": statistics.median(x) for name, x in times.items()},
+        **{f"{name}_ms": t.median for name, t in times.items()},
         "ratio": statistics.median(ratios),
         "low": ratios[len(ratios) // 5],
         "high": ratios[len(ratios) * 4 // 5],
@@ -149,29 +123,27 @@ def benchmark(length: int, dtype: torch.dtype, spec: SelectionSpec, options: arg
     }
 
 
+COLUMNS = (
+    "length",
+    "dtype",
+    "budget",
+    "pooling",
+    "density",
+    "dense ms",
+    "select ms",
+    "attend ms",
+    "ours ms",
+    "speed-up",
+    "spread",
+    "peak MiB, dense",
+    "ours",
+)
+
+
 def table(results: list[dict[str, Any]]) -> Table:
-    """The results as a rich table."""
-    made = Table(title=f"causal attention, {torch.get_num_threads()} threads, {processor()}")
-    for name in (
-        "length",
-        "dtype",
-        "budget",
-        "pooling",
-        "density",
-        "dense ms",
-        "select ms",
-        "attend ms",
-        "ours ms",
-        "speed-up",
-        "spread",
-        "peak MiB, dense",
-        "ours",
-    ):
-        made.add_column(name, justify="right")
-    for r in results:
-        ours = r["select_ms"] + r["attend_ms"]
-        memory = ["-" if r[x] is None else f"{r[x]:.0f}" for x in ("dense_mib", "ours_mib")]
-        made.add_row(
+    """The results for a terminal."""
+    rows = [
+        (
             f"{r['length']:,}",
             r["dtype"],
             str(r["budget"]),
@@ -180,23 +152,19 @@ def table(results: list[dict[str, Any]]) -> Table:
             f"{r['dense_ms']:.0f}",
             f"{r['select_ms']:.1f}",
             f"{r['attend_ms']:.0f}",
-            f"{ours:.0f}",
+            f"{r['select_ms'] + r['attend_ms']:.0f}",
             f"{r['ratio']:.2f}x",
             f"{r['low']:.2f} to {r['high']:.2f}",
-            *memory,
+            *("-" if r[x] is None else f"{r[x]:.0f}" for x in ("dense_mib", "ours_mib")),
         )
-    return made
+        for r in results
+    ]
+    return Table(f"causal attention, {torch.get_num_threads()} threads, {machine()}", COLUMNS, rows)
 
 
-def processor() -> str:
-    """The processor's name and what PyTorch uses of it."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
+def machine() -> str:
+    """The processor and what PyTorch uses of it."""
+    return f"{processor()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
@@ -224,24 +192,24 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the results there")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    console = Console(width=None if sys.stdout.isatty() else 160)
     results = []
     cases = list(itertools.product(options.lengths, options.dtypes, options.budgets, options.poolings))
-    with console.status("") as status:
-        for length, dtype, budget, pooling in cases:
-            status.update(f"{length} {dtype} budget {budget} {pooling} ({len(results) + 1} of {len(cases)})")
-            spec = SelectionSpec(budget=budget, pooling=pooling, block_q=options.blocks[0], block_k=options.blocks[1])
-            assert selection.parse(spec.text()) == spec
-            results.append(benchmark(length, DTYPES[dtype], spec, options))
-    console.print(table(results))
+    progress = Progress(len(cases))
+    for length, dtype, budget, pooling in cases:
+        progress.doing(f"{length} {dtype} budget {budget} {pooling}")
+        spec = SelectionSpec(budget=budget, pooling=pooling, block_q=options.blocks[0], block_k=options.blocks[1])
+        assert selection.parse(spec.text()) == spec
+        results.append(benchmark(length, DTYPES[dtype], spec, options))
+        progress.finished(f"{length} {dtype} budget {budget} {pooling}: {results[-1]['ratio']:.2f}x")
+    print(table(results).text(width()))
     if len(results) > 1:
-        console.print(f"geometric mean {math.prod(r['ratio'] for r in results) ** (1 / len(results)):.2f}x")
+        print(f"geometric mean {math.prod(r['ratio'] for r in results) ** (1 / len(results)):.2f}x")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(
             json.dumps(
                 {
-                    "processor": processor(),
+                    "processor": machine(),
                     "torch": torch.__version__,
                     "cores": os.cpu_count(),
                     "threads": options.threads,

@@ -11,13 +11,12 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from stem_compile.timing import in_turns, timed
 
 
 def build(layers: int, device: str, dtype: torch.dtype) -> Any:
@@ -51,18 +50,6 @@ CONTENDERS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def timed(run: Callable[[], torch.Tensor], seconds: float) -> list[float]:
-    """Milliseconds of each call, at least three calls and at most ``seconds`` of them."""
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < 1000 * seconds and len(times) < 30):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - start))
-    return times
-
-
 def measure(model: Any, tokens: int, names: list[str], seconds: float, with_mask: bool) -> list[dict[str, Any]]:
     """One row a contender at one length."""
     ids = torch.randint(0, 1000, (1, tokens), device="cuda")
@@ -80,20 +67,26 @@ def measure(model: Any, tokens: int, names: list[str], seconds: float, with_mask
         call = model if how is None else torch.compile(model, dynamic=False, **how)
         row: dict[str, Any] = {"tokens": tokens, "mask": with_mask, "contender": name}
         try:
-            start = time.perf_counter()
-            logits = call(**inputs).logits[0, -1].float()
-            torch.cuda.synchronize()
-            row["first_call_s"] = time.perf_counter() - start
+            first, output = timed(lambda call=call: call(**inputs), "cuda")
+            row["first_call_s"] = first / 1e3
+            logits = output.logits[0, -1].float()
+            del output
             reference = logits if reference is None else reference
             row["distance"] = float((logits - reference).norm() / reference.norm())
             if name == "stem 1.0" and not row["distance"] < 0.05:
                 raise SystemExit(f"WRONG: {name} at {tokens} tokens differs from {names[0]} by {row['distance']:.3g}")
             torch.cuda.reset_peak_memory_stats()
-            times = timed(lambda call=call: call(**inputs).logits, seconds)
+            timing = in_turns(
+                {name: lambda call=call: call(**inputs).logits},
+                "cuda",
+                turns=3,
+                milliseconds=1e3 * seconds,
+                most_turns=30,
+            )[name]
             row |= {
-                "ms": statistics.median(times),
-                "low": min(times),
-                "high": max(times),
+                "ms": timing.median,
+                "low": min(timing.milliseconds),
+                "high": max(timing.milliseconds),
                 "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
             }
         except torch.OutOfMemoryError as error:

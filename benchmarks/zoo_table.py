@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -110,10 +109,9 @@ COLUMNS = (
 
 def show(records: list[Record]) -> None:
     """A table of what is not plainly fine, and the totals."""
-    from rich.console import Console
-    from rich.table import Table
+    from stem_compile.bench.terminal import Table, width
 
-    table = Table(*COLUMNS, title="what is not rewritten, not equal or did not run")
+    rows = []
     for record in records:
         fine = (
             record["status"] == "ok"
@@ -122,15 +120,14 @@ def show(records: list[Record]) -> None:
             and record["verdict"] == "equal"
         )
         if not fine and record["status"] != "unsupported":
-            table.add_row(*cells(record))
-    console = Console() if sys.stdout.isatty() else Console(width=200)
-    if table.row_count:
-        console.print(table)
-    summary = Table("", *(groups := by_implementation(records)))
+            rows.append(cells(record))
+    if rows:
+        print(Table("what is not rewritten, not equal or did not run", COLUMNS, rows).text(width()))
+    groups = by_implementation(records)
     figures = {i: totals(group) for i, group in groups.items()}
-    for name in next(iter(figures.values()), {}):
-        summary.add_row(name, *(str(f[name]) for f in figures.values()))
-    console.print(summary)
+    names = next(iter(figures.values()), {})
+    summary = [(name, *(str(f[name]) for f in figures.values())) for name in names]
+    print(Table("all types", ("", *groups), summary).text(width()))
 
 
 def markdown(records: list[Record]) -> str:

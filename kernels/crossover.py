@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from stem_compile.kernels import cache, launch
+from stem_compile.timing import in_turns
 
 log = logging.getLogger(__name__)
 
@@ -148,20 +149,12 @@ def _race(
 
 def _milliseconds(*runs: Callable[[], None]) -> tuple[float, float]:
     """Medians of both, taken in turns. Other work goes before each, as in a model, so that launching does not count."""
-    for run in runs * 2:
-        run()
     before = torch.randn(4096, 4096, device="cuda", dtype=torch.float16)
-    taken: list[list[float]] = [[] for _ in runs]
-    for _ in range(ROUNDS):
-        for times, run in zip(taken, runs, strict=True):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda.synchronize()
-            for _ in range(10):
-                before @ before
-            begin.record()
-            run()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end))
-    first, second = (sorted(times)[ROUNDS // 2] for times in taken)
-    return first, second
+
+    def queue() -> None:
+        for _ in range(10):
+            before @ before
+
+    calls = {str(i): run for i, run in enumerate(runs)}
+    first, second = in_turns(calls, "cuda", turns=ROUNDS, warmup=2, clock="device", queued_before=queue).values()
+    return first.median, second.median

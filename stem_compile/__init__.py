@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from stem_compile.passes.match import PATTERNS as patterns
     from stem_compile.selection.policies import POLICIES as policies
 
+__version__ = "0.1.0"
+"""The only place where the version is written down; the package's metadata reads it here."""
+
 __all__ = ["StemConfig", "explain", "patterns", "policies", "testing"]
 
 _HOMES = {

@@ -14,17 +14,19 @@ ROOT = Path(__file__).parents[1]
 
 # Layers from bottom to top; a module may import its own layer and those below.
 LAYERS = (
-    ("algebra", "reasons", "registry"),
+    ("algebra", "reasons", "registry", "timing", "packages"),
     ("selection",),
     ("config", "ops"),
     ("kernels",),
     ("passes",),
     ("backend",),
     ("explanation",),
-    ("bench", "demo"),
     ("testing",),
+    ("bench",),
+    ("demo",),
     ("commands",),
     ("cli",),
+    ("__main__",),
 )
 
 

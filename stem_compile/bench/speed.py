@@ -2,36 +2,137 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.table import Table
 
-from stem_compile.bench.measure import run
+from stem_compile import backend
+from stem_compile.bench import chart
+from stem_compile.bench.contender import RIVALS, Contender
+from stem_compile.bench.measure import PeakMemory, measured
+from stem_compile.bench.report import Section
 from stem_compile.bench.target import Target
-from stem_compile.demo.race import Contender
-from stem_compile.demo.report import memory, seconds
+from stem_compile.bench.terminal import Table
+from stem_compile.bench.units import memory, seconds, share
+from stem_compile.config import StemConfig
+from stem_compile.packages import UserError
+from stem_compile.passes.graph.sites import Rejected
+from stem_compile.passes.pipeline import Rewrite
 from stem_compile.selection import Observed, observe
+from stem_compile.timing import Timing, in_turns
 
-RIVALS = (Contender("eager"), Contender("inductor", "inductor"))
-"""Both dense; the first is what the others are compared with."""
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLUMNS = ("tokens", "contender", "prefill", "speed-up", "memory", "density", "difference")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contender at one length. difference: relative L2 distance of the first output to eager's. density: mean over
-    rewritten attentions."""
+    """One contender at one length. seconds: median; low, high: 20th and 80th percentile. peak_bytes: memory that a call
+    adds. density: computed part of the visible block pairs, mean over rewritten attentions; None where nothing was
+    selected. difference: relative L2 distance of the first output to eager's."""
 
-    tokens: int
     name: str
     seconds: float
+    low: float
+    high: float
     speedup: float
     peak_bytes: int | None
     density: float | None
     difference: float
+
+
+@dataclass(frozen=True)
+class Length:
+    """All contenders at one length. dense: why attentions stayed dense, with how many, as the backend says it."""
+
+    tokens: int
+    rows: list[Row]
+    dense: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What ``bench`` measured. settings: what the numbers depend on (``machine.settings``)."""
+
+    settings: dict[str, Any]
+    lengths: list[Length]
+
+    def to_dict(self) -> dict[str, Any]:
+        """{"settings": {...}, "lengths": [{"tokens", "rows": [{"name", "seconds", ...}], "dense"}]}."""
+        return {"settings": self.settings, "lengths": [dataclasses.asdict(length) for length in self.lengths]}
+
+    @property
+    def title(self) -> str:
+        """What was measured on what."""
+        return f"{self.settings['target']}, {self.settings['dtype']}, {self.settings['machine']}"
+
+    def table(self) -> Table:
+        """For a terminal: a blank line after each length."""
+        pairs = [(length.tokens, row) for length in self.lengths for row in length.rows]
+        return Table(self.title, COLUMNS, [_cells(*p) for p in pairs], ("contender",), [tokens for tokens, _ in pairs])
+
+    def remarks(self) -> list[str]:
+        """Why nothing was sparse, for every length at which that is so."""
+        return [
+            f"{length.tokens:,} tokens: every attention stayed dense"
+            + "".join(f"; {count} of them: {words}" for words, count in length.dense.items())
+            for length in self.lengths
+            if length.rows[-1].density is None
+        ]
+
+    def sections(self) -> list[Section]:
+        """For the page and the picture."""
+        return [
+            Section("Time to first token", "Medians; less is better.", draw=self._draw_seconds),
+            Section("Speed-up over eager", "More is better.", draw=self._draw_speedups),
+            Section("All numbers", " ".join(self.remarks()), table=self.table()),
+        ]
+
+    def _draw_seconds(self, axes: Axes) -> None:
+        chart.lines(axes, self._series(lambda row: row.seconds), "tokens", "seconds", lengths=True)
+
+    def _draw_speedups(self, axes: Axes) -> None:
+        chart.lines(axes, self._series(lambda row: row.speedup), "tokens", "times eager", lengths=True)
+
+    def _series(self, value: Callable[[Row], float]) -> dict[str, list[tuple[float, float]]]:
+        series: dict[str, list[tuple[float, float]]] = {}
+        for length in self.lengths:
+            for row in length.rows:
+                series.setdefault(row.name, []).append((length.tokens, value(row)))
+        return series
+
+
+def _cells(tokens: int, row: Row) -> tuple[str, ...]:
+    return (
+        f"{tokens:,}",
+        row.name,
+        seconds(row.seconds),
+        f"{row.speedup:.2f}x",
+        memory(row.peak_bytes),
+        share(row.density),
+        f"{row.difference:.1e}",
+    )
+
+
+def lengths(target: Target, options: Mapping[str, Any]) -> list[int]:
+    """Lengths at which ``options`` do something: the power of two from which on attention may be sparse, and twice
+    that. Raises UserError where the model has positions for fewer tokens."""
+    shortest = max(512, StemConfig.from_options(options).shortest)
+    start = 1 << (shortest - 1).bit_length()
+    if shortest > target.longest:
+        raise UserError(
+            f"{target.name} has positions for {target.longest:,} tokens, and attention stays dense below {shortest:,};"
+            " give -o min_length=0 with -o budget=0.25 to see it sparse, or --tokens to time it as it is"
+        )
+    return [n for n in (start, 2 * start) if n <= target.longest] or [target.longest]
 
 
 def bench(
@@ -40,38 +141,70 @@ def bench(
     options: dict[str, Any],
     repeats: int,
     device: str,
-    tell: Callable[[str], None],
-) -> Iterator[Row]:
-    """Rows length by length, contenders in turns; the first call of each at a length (compilation) is not timed."""
+    doing: Callable[[str], None] = lambda what: None,
+) -> Iterator[Length]:
+    """Each length in turn; contenders take turns, and the first call of each (compilation) is not timed. doing: told
+    what is at work. Raises UserError where the model itself fails."""
     entered = [*RIVALS, Contender("stem", "stem", options)]
-    functions = [
-        target.model if c.backend is None else torch.compile(target.model, backend=c.backend, options=c.options or None)
-        for c in entered
-    ]
+    functions = {c.name: c.compile(target.model, fullgraph=False) for c in entered}
+    # The first call of a contender at any length compiles; its refusals hold for later lengths that reuse the graph.
+    refused: dict[str, int] = {}
     for tokens in lengths:
         args, kwargs = target.inputs(tokens)
-        outputs, densities = [], []
-        times: list[list[float]] = [[] for _ in entered]
-        peaks: list[int | None] = [None for _ in entered]
-        for contender, function in zip(entered, functions, strict=True):
-            tell(f"{tokens} tokens: {contender.name}, first run")
-            made: list[Observed] = []
-            with observe(made.append):
-                first = run(device, function, *args, **kwargs)
-            outputs.append(first_tensor(first.output).float().cpu())
-            densities.append(statistics.fmean(m.density for m in made) if made else None)
-            del first
-        for turn in range(repeats):
-            for i, (contender, function) in enumerate(zip(entered, functions, strict=True)):
-                tell(f"{tokens} tokens: {contender.name}, run {turn + 1} of {repeats}")
-                timed = run(device, function, *args, **kwargs)
-                times[i].append(timed.seconds)
-                peaks[i] = timed.peak_bytes if peaks[i] is None else max(peaks[i] or 0, timed.peak_bytes or 0)
-                del timed
-        medians = [statistics.median(t) for t in times]
-        for i, contender in enumerate(entered):
-            away = float((outputs[i] - outputs[0]).norm() / outputs[0].norm().clamp(min=1e-30))
-            yield Row(tokens, contender.name, medians[i], medians[0] / medians[i], peaks[i], densities[i], away)
+        calls = {name: functools.partial(f, *args, **kwargs) for name, f in functions.items()}
+        outputs: dict[str, torch.Tensor] = {}
+        densities: dict[str, float | None] = {}
+        for name, call in calls.items():
+            doing(f"{tokens:,} tokens: {name}, first run")
+            selections: list[Observed] = []
+            rewrites: list[Rewrite] = []
+            try:
+                with observe(selections.append), backend.listen(rewrites.append):
+                    output = measured(device, call).output
+            except Exception as error:
+                if (own := target.explain_failure(tokens, error)) is not None:
+                    raise own from error
+                raise
+            outputs[name] = first_tensor(output).float().cpu()
+            densities[name] = statistics.fmean(s.density for s in selections) if selections else None
+            if rewrites:
+                refused = Counter(hit.words for r in rewrites for hit in r.found if isinstance(hit, Rejected))
+            del output, selections, rewrites
+        peaks, times = _timed(calls, f"{tokens:,} tokens", repeats, device, doing)
+        base, reference = times[entered[0].name], outputs[entered[0].name]
+        rows = [
+            Row(
+                name,
+                t.median / 1e3,
+                t.low / 1e3,
+                t.high / 1e3,
+                base.median / t.median,
+                peaks[name],
+                densities[name],
+                float((outputs[name] - reference).norm() / reference.norm().clamp(min=1e-30)),
+            )
+            for name, t in times.items()
+        ]
+        yield Length(tokens, rows, dict(refused))
+
+
+def _timed(
+    calls: Mapping[str, Callable[[], object]], what: str, repeats: int, device: str, doing: Callable[[str], None]
+) -> tuple[dict[str, int | None], dict[str, Timing]]:
+    """(bytes added at most, times) of each call."""
+    peak = PeakMemory(device)
+    peaks: dict[str, int | None] = dict.fromkeys(calls)
+
+    def before(name: str, turn: int) -> None:
+        doing(f"{what}: {name}, run {turn + 1} of {repeats}")
+        peak.start()
+
+    def after(name: str, _: float) -> None:
+        if (added := peak.bytes()) is not None:
+            peaks[name] = max(peaks[name] or 0, added)
+
+    with torch.inference_mode():
+        return peaks, in_turns(calls, device, turns=repeats, before=before, after=after)
 
 
 def first_tensor(output: Any) -> torch.Tensor:
@@ -80,23 +213,3 @@ def first_tensor(output: Any) -> torch.Tensor:
         return logits
     leaves = torch.utils._pytree.tree_leaves(output)
     return next(x for x in leaves if isinstance(x, torch.Tensor) and x.is_floating_point())
-
-
-def table(title: str, rows: Sequence[Row]) -> Table:
-    """Rich table of ``rows``, a line under each length."""
-    out = Table(title=title, title_justify="left")
-    for name in ("tokens", "", "prefill", "speed-up", "memory", "density", "difference"):
-        out.add_column(name, justify="left" if not name else "right")
-    for row, following in zip(rows, [*rows[1:], None], strict=True):
-        density = "-" if row.density is None else f"{row.density:.0%}"
-        cells = (
-            f"{row.tokens:,}",
-            row.name,
-            seconds(row.seconds),
-            f"{row.speedup:.2f}x",
-            memory(row.peak_bytes),
-            density,
-            f"{row.difference:.1e}",
-        )
-        out.add_row(*cells, end_section=following is None or following.tokens != row.tokens)
-    return out

@@ -5,20 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stem_compile.demo.report import Report, memory, seconds
+from stem_compile.bench.units import memory, seconds
+from stem_compile.demo.comparison import Comparison
 
 BASELINE, RIVAL, STEM = "#7f7f7f", "#56b4e9", "#d55e00"
 """Grey, sky blue and vermilion of Okabe and Ito's palette: told apart by colour-blind readers and in grey print."""
 
 
-def draw(report: Report, path: Path) -> None:
-    """Write a PNG of ``report`` to ``path``."""
+def draw(comparison: Comparison, path: Path) -> None:
+    """Write a PNG of ``comparison`` to ``path``."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    results = report.results
+    results = comparison.results
     base = results[0]
     colours = [BASELINE if i == 0 else STEM if r.name.startswith("stem") else RIVAL for i, r in enumerate(results)]
     with pyplot.rc_context(
@@ -54,7 +55,7 @@ def draw(report: Report, path: Path) -> None:
         )
         axes[0].set_yticks(range(len(results)), [f"{r.name}\n{r.density:.0%} computed" for r in results])
         axes[0].invert_yaxis()
-        figure.suptitle(report.caption, x=0.01, ha="left", fontsize=10, color="#444444")
+        figure.suptitle(comparison.caption, x=0.01, ha="left", fontsize=10, color="#444444")
         figure.savefig(path, dpi=150)
         pyplot.close(figure)
 

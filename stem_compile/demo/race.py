@@ -3,32 +3,22 @@ were timed."""
 
 from __future__ import annotations
 
+import functools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from stem_compile.bench.measure import Predictions, Prefill, Run, greedy, predictions, run
-from stem_compile.demo.text import Prompt
+from stem_compile.bench.contender import RIVALS, Contender
+from stem_compile.bench.measure import Measurement, PeakMemory, measured
+from stem_compile.bench.passkey import Prompt
+from stem_compile.bench.prefill import Predictions, Prefill, greedy, predictions
+from stem_compile.bench.terminal import Progress
+from stem_compile.bench.units import seconds
 from stem_compile.selection import Observed, observe
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A name for the table and how to compile: no ``backend`` is eager."""
-
-    name: str
-    backend: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def compile(self, module: torch.nn.Module) -> Callable[..., Any]:
-        """``module``, compiled as this contender does."""
-        if self.backend is None:
-            return module
-        return torch.compile(module, backend=self.backend, options=self.options or None, fullgraph=True)
-
+from stem_compile.timing import in_turns
 
 FINER = {"key_block_size": 64, "stride": 8}
 """Selection of the budgets: key blocks of 64 tokens, scored on groups of 8."""
@@ -44,7 +34,7 @@ def contenders(budgets: Sequence[float], options: dict[str, Any]) -> list[Conten
     stem += [
         Contender(f"stem, budget {budget:g}", "stem", {**FINER, **options, "budget": budget}) for budget in budgets
     ]
-    return [Contender("eager"), Contender("inductor", "inductor"), *stem]
+    return [*RIVALS, *stem]
 
 
 @dataclass
@@ -73,15 +63,6 @@ class Result:
         return statistics.median(self.seconds)
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Progress: what is happening, and how many of ``total`` steps are done."""
-
-    what: str
-    done: int
-    total: int
-
-
 def race(
     model: Any,
     tokenizer: Any,
@@ -89,50 +70,50 @@ def race(
     entered: Sequence[Contender],
     repeats: int,
     device: str,
-    tell: Callable[[Stage], None] = lambda stage: None,
+    progress: Progress | None = None,
 ) -> list[Result]:
     """Run all contenders ``repeats`` times in turns. The first call of each (compilation, warm-up) is not timed, but it
-    is what is scored."""
+    is what is scored. progress: told of every run."""
+    progress = progress or Progress(len(entered) * (1 + repeats))
     ids = torch.tensor([prompt.ids], device=device)
     prefill = Prefill(model).eval()
     functions = [c.compile(prefill) for c in entered]
     results = [Result(c.name) for c in entered]
-    total, done = len(entered) * (1 + repeats), 0
     reference: Predictions | None = None
     for contender, function, result in zip(entered, functions, results, strict=True):
-        tell(
-            Stage(
-                f"{contender.name}: compiling and first run" if contender.backend else f"{contender.name}: first run",
-                done,
-                total,
-            )
-        )
+        progress.doing(f"{contender.name}: {'compiling and ' if contender.backend else ''}first run")
         selections: list[Observed] = []
         with observe(selections.append):
-            first = run(device, function, ids)
+            first = measured(device, function, ids)
         result.compile_seconds = first.seconds
         scored = _score(result, first, model, tokenizer, prompt, ids, selections, reference)
         reference = reference or scored
-        done += 1
+        progress.finished(f"{contender.name}: first run {seconds(first.seconds)}")
         del first, selections
-    for turn in range(repeats):
-        for contender, function, result in zip(entered, functions, results, strict=True):
-            tell(Stage(f"{contender.name}: run {turn + 1} of {repeats}", done, total))
-            timed = run(device, function, ids)
-            result.seconds.append(timed.seconds)
-            if timed.peak_bytes is not None:
-                result.peak_bytes = max(result.peak_bytes or 0, timed.peak_bytes)
-            done += 1
-            del timed
+    by_name = {c.name: r for c, r in zip(entered, results, strict=True)}
+    memory = PeakMemory(device)
+
+    def before(name: str, turn: int) -> None:
+        progress.doing(f"{name}: run {turn + 1} of {repeats}")
+        memory.start()
+
+    def after(name: str, milliseconds: float) -> None:
+        progress.finished(f"{name}: {seconds(milliseconds / 1e3)}")
+        by_name[name].seconds.append(milliseconds / 1e3)
+        if (peak := memory.bytes()) is not None:
+            by_name[name].peak_bytes = max(by_name[name].peak_bytes or 0, peak)
+
+    with torch.inference_mode():
+        calls = {c.name: functools.partial(f, ids) for c, f in zip(entered, functions, strict=True)}
+        in_turns(calls, device, turns=repeats, before=before, after=after)
     for result in results:
         result.compile_seconds = max(result.compile_seconds - result.time, 0.0)
-    tell(Stage("done", total, total))
     return results
 
 
 def _score(
     result: Result,
-    first: Run,
+    first: Measurement,
     model: Any,
     tokenizer: Any,
     prompt: Prompt,

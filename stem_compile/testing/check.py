@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from stem_compile.bench.packages import need
 from stem_compile.config import StemConfig
+from stem_compile.packages import need
 from stem_compile.testing import properties as catalogue
 from stem_compile.testing.case import Case
 from stem_compile.testing.report import Report

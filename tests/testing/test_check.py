@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from stem_compile.testing import Case, Report, Violation, check_case, check_model
 from stem_compile.testing.inputs import NoInputs
 from stem_compile.testing.plugin import options_from
+from tests.commandline import stem_compile
 from tests.testing.factories import broken, no_fp64, not_a_number
 from tests.testing.faults import FAULTS, Fault
 from tests.testing.models import Plain, encoder, plain, transformer
@@ -203,8 +204,6 @@ def test_a_missing_hypothesis_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     [("models:plain", 0), ("factories:pair", 0), ("factories:with_example", 0), ("models:encoder", 3)],
 )
 def test_the_exit_status_is_the_verdict(factory: str, status: int, tmp_path: Path) -> None:
-    typer = pytest.importorskip("typer.testing")
-    from stem_compile import commands
 
     arguments = [
         "check",
@@ -216,21 +215,19 @@ def test_the_exit_status_is_the_verdict(factory: str, status: int, tmp_path: Pat
         "--html",
         str(tmp_path / "report.html"),
     ]
-    done = typer.CliRunner().invoke(commands.app, arguments)
-    assert done.exit_code == status, done.output
-    assert ("PASS: 1 property holds" if status == 0 else "FAIL: coverage") in done.stdout
+    done = stem_compile(*arguments)
+    assert done.status == status, done.out
+    assert ("PASS: 1 property holds" if status == 0 else "FAIL: coverage") in done.out
     assert (tmp_path / "report.html").exists()
 
 
 def test_a_folder_with_a_config_alone_gets_random_weights(tmp_path: Path) -> None:
-    typer = pytest.importorskip("typer.testing")
-    from stem_compile import commands
 
     transformer("qwen3").config.save_pretrained(tmp_path)
-    done = typer.CliRunner().invoke(commands.app, ["check", str(tmp_path), "-p", "coverage", "--examples", "1"])
-    assert done.exit_code == 0, done.output
-    assert "PASS: 1 property holds over 1 example." in done.stdout
-    assert "random weights" in " ".join(done.stdout.split())
+    done = stem_compile("check", str(tmp_path), "-p", "coverage", "--examples", "1")
+    assert done.status == 0, done.out
+    assert "PASS: 1 property holds over 1 example." in done.out
+    assert "random weights" in " ".join(done.out.split())
 
 
 def test_a_limit_of_time_is_told() -> None:
@@ -241,13 +238,9 @@ def test_a_limit_of_time_is_told() -> None:
 
 
 def test_json_is_all_that_is_printed() -> None:
-    typer = pytest.importorskip("typer.testing")
-    from stem_compile import commands
 
-    done = typer.CliRunner().invoke(
-        commands.app, ["check", "tests.testing.models:plain", "-p", "coverage", "--examples", "1", "--json"]
-    )
-    assert json.loads(done.stdout)["passed"] is True
+    done = stem_compile("check", "tests.testing.models:plain", "-p", "coverage", "--examples", "1", "--json")
+    assert json.loads(done.out)["passed"] is True
 
 
 @pytest.mark.parametrize(
@@ -259,25 +252,19 @@ def test_json_is_all_that_is_printed() -> None:
     ],
 )
 def test_mistakes_can_be_mended(arguments: list[str], said: str) -> None:
-    typer = pytest.importorskip("typer.testing")
-    from stem_compile import commands
-    from stem_compile.bench.packages import Mendable
 
-    done = typer.CliRunner().invoke(commands.app, ["check", *arguments])
-    assert isinstance(done.exception, Mendable)
-    assert said in str(done.exception)
+    done = stem_compile("check", *arguments)
+    assert done.status == 1
+    assert said in done.err
+    assert len(done.err.splitlines()) == 1
 
 
 def test_a_model_that_fails_by_itself_checks_nothing() -> None:
-    typer = pytest.importorskip("typer.testing")
-    from stem_compile import commands
 
-    done = typer.CliRunner().invoke(
-        commands.app, ["check", "tests.testing.factories:broken", "-p", "dense-equivalence", "--examples", "1"]
-    )
-    assert done.exit_code == 3
-    assert "NOTHING CHECKED" in done.stdout
-    assert "the model itself raises RuntimeError: broken by design" in " ".join(done.stdout.split())
+    done = stem_compile("check", "tests.testing.factories:broken", "-p", "dense-equivalence", "--examples", "1")
+    assert done.status == 3
+    assert "NOTHING CHECKED" in done.out
+    assert "the model itself raises RuntimeError: broken by design" in " ".join(done.out.split())
 
 
 # -- the pytest plugin

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from stem_compile.bench.packages import Mendable
+from stem_compile.packages import UserError
 
 KEY = "71432"
 NEEDLE = "\n\nThe pass key is {key}. Remember it: {key} is the pass key.\n\n"
@@ -31,14 +31,14 @@ def documentation() -> str:
 
 
 def prompt(tokenizer: Any, tokens: int, key: str = KEY, position: float = 0.5) -> Prompt:
-    """A prompt of exactly ``tokens`` tokens with ``key`` hidden at ``position`` (0 start, 1 end). Raises Mendable for
+    """A prompt of exactly ``tokens`` tokens with ``key`` hidden at ``position`` (0 start, 1 end). Raises UserError for
     too few or too many."""
     needle, question, answer = (tokenizer(part).input_ids for part in (NEEDLE.format(key=key), QUESTION, key))
     room = tokens - len(needle) - len(question)
     if room < 128:
-        raise Mendable(f"{tokens} tokens leave no room for a text; give at least {tokens - room + 128}")
+        raise UserError(f"{tokens} tokens leave no room for a text; give at least {tokens - room + 128}")
     text = tokenizer(documentation()).input_ids
     if len(text) < room:
-        raise Mendable(f"the documentation has {len(text)} tokens; ask for at most {tokens - room + len(text)}")
+        raise UserError(f"the documentation has {len(text)} tokens; ask for at most {tokens - room + len(text)}")
     before = int(room * position)
     return Prompt([*text[:before], *needle, *text[before:room], *question], answer, before)

@@ -1,4 +1,4 @@
-"""The race in words and numbers: a table for a terminal, the same in Markdown, and a JSON document."""
+"""The demo's result in words and numbers: a table for a terminal, the same in Markdown, and a JSON document."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
+from stem_compile.bench.terminal import Table
+from stem_compile.bench.units import memory, seconds
 from stem_compile.demo.race import Result
 
 COLUMNS = ("", "first token", "speed-up", "memory", "density", "change of NLL", "same top-1", "pass key", "compiled in")
 
 
 @dataclass(frozen=True)
-class Report:
+class Comparison:
     """Results of one race. settings: what the numbers depend on (machine, model, tokens, dtype, ...)."""
 
     settings: dict[str, Any]
@@ -47,13 +47,8 @@ class Report:
         ]
 
     def table(self) -> Table:
-        """Rich table."""
-        table = Table(title=self.caption, title_justify="left", caption_justify="left")
-        for i, column in enumerate(COLUMNS):
-            table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
-        for row in self.rows():
-            table.add_row(*row)
-        return table
+        """The same for a terminal."""
+        return Table(self.caption, COLUMNS, self.rows())
 
     def markdown(self) -> str:
         """The table as Markdown."""
@@ -71,15 +66,3 @@ class Report:
 
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
-
-
-def seconds(value: float) -> str:
-    """``12.3 s`` or ``45.6 ms``."""
-    return f"{value:.1f} s" if value >= 1 else f"{1000 * value:.1f} ms"
-
-
-def memory(size: int | None) -> str:
-    """``1.2 GiB``, ``345 MiB``, or ``-`` where it is not known."""
-    if size is None:
-        return "-"
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
