@@ -1,6 +1,6 @@
 """The commands of ``stem-compile``, a module each with ``HELP``, ``add_arguments(parser)`` and ``run(arguments)``.
 
-``run`` returns the exit status. Everything heavy, torch included, is imported inside it, so that ``--help`` is quick and
+``run`` returns the exit status. Everything heavy, torch included, is imported inside it: ``--help`` is quick and
 needs nothing.
 """
 
