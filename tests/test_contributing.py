@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,24 +11,9 @@ import pytest
 from stem_compile.passes.match import PATTERNS
 from stem_compile.registry import Registry
 from stem_compile.selection.policies import POLICIES
+from tests.guide import PAGE, file_name, sections
 
-PAGE = Path(__file__).parents[1] / "CONTRIBUTING.md"
 REGISTRIES: tuple[Registry, ...] = (PATTERNS, POLICIES)
-
-
-def sections() -> dict[str, list[str]]:
-    """Title of each "To add ..." -> its Python examples."""
-    parts = re.split(r"^### (To add .*)$", PAGE.read_text(), flags=re.MULTILINE)[1:]
-    return {
-        title: re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-        for title, text in zip(parts[::2], parts[1::2], strict=True)
-    }
-
-
-def file_name(code: str) -> str | None:
-    """Name of the file that an example is, from its first line; None for one that is run."""
-    head = re.match(r"# (\w+\.py)\n", code)
-    return None if head is None else head[1]
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,133 @@
+"""The house grows without a change to it: what CONTRIBUTING.md adds from outside is registered as documented, drives a
+compiled model, and is gone when it is taken away.
+
+Each member is a file in a temporary folder. It comes in by a call of its registry, or by the entry point of an
+installed distribution.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from stem_compile import explain
+from stem_compile.config import OptionError, StemConfig
+from stem_compile.passes.match import PATTERNS
+from stem_compile.registry import Registry
+from stem_compile.selection.policies import POLICIES
+from tests.guide import files
+from tests.numerics import assert_within
+
+ADDITIONS: dict[str, tuple[Registry, str]] = {
+    "fused_attention": (PATTERNS, "acme"),
+    "uniform": (POLICIES, "uniform"),
+}
+"""Module -> the registry it goes into and its name there."""
+WAYS = ("register", "entry point")
+
+
+@pytest.fixture
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder on the path with the modules of the guide; no trace of them afterwards."""
+    for name, code in files().items():
+        (tmp_path / name).write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in [n for n, m in sys.modules.items() if str(tmp_path) in str(getattr(m, "__file__", ""))]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def add(outside: Path) -> Iterator[Callable[[str, str], ModuleType]]:
+    """Add a module of the guide in one of the ways; taken away again afterwards."""
+    registered: list[tuple[Registry, str]] = []
+
+    def added(module: str, way: str) -> ModuleType:
+        registry, name = ADDITIONS[module]
+        assert name not in registry.names()
+        if way == "register":
+            registry.register(name, importlib.import_module(module))
+            registered.append((registry, name))
+        else:
+            info = outside / f"{module}-1.dist-info"
+            info.mkdir()
+            (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1\n")
+            (info / "entry_points.txt").write_text(f"[{registry.group}]\n{name} = {module}\n")
+            importlib.invalidate_caches()
+            sys.path.append(str(outside))  # installed distributions are looked for anew on another path
+        return importlib.import_module(module)
+
+    yield added
+    for registry, name in registered:
+        registry.unregister(name)
+    sys.path[:] = [p for p in sys.path if p != str(outside)]
+
+
+class Layer(torch.nn.Module):
+    """One attention layer [B, n, 64] -> [B, n, 64] around ``attend`` of q, k, v [B, 4, n, 16]."""
+
+    def __init__(self, attend: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.attend = attend
+        self.inner, self.outer = torch.nn.Linear(64, 192), torch.nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part.unflatten(-1, (4, 16)).transpose(1, 2) for part in self.inner(x).chunk(3, -1))
+        return self.outer(self.attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def model(attend: Callable[..., torch.Tensor]) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(Layer(attend), Layer(attend)).eval().requires_grad_(False)
+
+
+def sites(module: torch.nn.Module, x: torch.Tensor, **options: Any) -> list[dict[str, Any]]:
+    return explain(module, {"min_length": 0, "budget": 1.0, **options})(x).to_dict()["sites"]
+
+
+def assert_equal_to_eager(module: torch.nn.Module, x: torch.Tensor, **options: Any) -> None:
+    """The compiled model's output is eager's."""
+    compiled = torch.compile(
+        module, backend="stem", options={"min_length": 0, "budget": 1.0, "inner": "eager", "verify": True, **options}
+    )
+    eager = module(x)
+    assert_within(compiled(x), module.double()(x.double()), eager)
+    module.float()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_pattern(way: str, add: Callable[[str, str], ModuleType]) -> None:
+    x = torch.randn(1, 300, 64)
+    importlib.import_module("fused_attention")
+    module = model(lambda q, k, v: torch.ops.acme.attention(q, k, v, 0.25, True))
+    assert sites(module, x) == []
+    add("fused_attention", way)
+    assert [s["decision"] for s in sites(module, x)] == ["rewritten", "rewritten"]
+    assert_equal_to_eager(module, x)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_policy_with_an_option_of_its_own(way: str, add: Callable[[str, str], ModuleType]) -> None:
+    x, module = torch.randn(1, 2048, 64), model(causal)
+    with pytest.raises(OptionError, match="uniform"):
+        StemConfig(policy="uniform")
+    add("uniform", way)
+    options = {"policy": "uniform", "sink_blocks": 1, "local_blocks": 1}
+    density = [sites(module, x, row_blocks=n, **options)[0]["density"] for n in (3, 16)]
+    assert density[0] < 0.5
+    assert density[1] == 1.0
+    assert_equal_to_eager(module, x, row_blocks=16, **options)
+    with pytest.raises(OptionError, match="row_blocks=0"):
+        StemConfig.from_options({"policy": "uniform", "row_blocks": 0})
