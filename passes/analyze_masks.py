@@ -3,6 +3,8 @@ wrong answer."""
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -11,13 +13,13 @@ from torch import fx
 
 from stem_compile.algebra import masks, symbolic
 from stem_compile.algebra.blind import can_be_blind
-from stem_compile.algebra.masks import And, Causal, Given, Mask, Opaque, Or
+from stem_compile.algebra.masks import And, Causal, Given, Mask, Or
 from stem_compile.algebra.scores import Score
 from stem_compile.algebra.symbolic import KV, KV_LEN, Q_LEN, SCORE, B, H, Q
 from stem_compile.config import StemConfig
 from stem_compile.passes.graph import normalize
 from stem_compile.passes.graph.memory import written_between
-from stem_compile.passes.graph.sites import AttentionSite, Rejected
+from stem_compile.passes.graph.sites import AttentionSite, Mods, Rejected, attempted
 from stem_compile.passes.graph.values import value
 from stem_compile.passes.reading.interpret import (
     Interpreter,
@@ -32,6 +34,8 @@ from stem_compile.passes.reading.interpret import (
 from stem_compile.passes.reading.split_logits import split_logits
 from stem_compile.passes.reading.weigh_hidden import evenly_hidden
 from stem_compile.reasons import Reason
+
+log = logging.getLogger(__name__)
 
 
 class Written(Unreadable):
@@ -53,7 +57,7 @@ def analyze_masks(
     )
     readers = Interpreter(lengths), Interpreter(lengths, opaque=True)
     any_order = config is not None and config.takes_any_order
-    return [hit if isinstance(hit, Rejected) else _analyzed(hit, readers, any_order) for hit in found]
+    return [attempted(hit, "analyze_masks", lambda site: _analyzed(site, readers, any_order)) for hit in found]
 
 
 def _analyzed(
@@ -64,14 +68,9 @@ def _analyzed(
     elif site.is_causal:
         return Rejected(site.node, Reason.MASK, "is_causal and a mask together")
     else:
-        try:
-            _read(site, readers[0])
-        except Unreadable:
-            try:
-                _read(site, readers[1])
-            except Unreadable as error:
-                site.mask = Opaque(str(error))
-                return Rejected(site.node, Reason.WRITTEN if isinstance(error, Written) else Reason.MASK, str(error))
+        error = _unread(site, readers)
+        if error is not None:
+            return Rejected(site.node, Reason.WRITTEN if isinstance(error, Written) else Reason.MASK, str(error))
     assert site.mask is not None
     if not any_order and not orders_positions(
         site.mask, frozenset(n for n, t in enumerate(site.tensors) if _is_learned(t))
@@ -83,6 +82,24 @@ def _analyzed(
             "" if isinstance(site.mask, masks.Full) else site.mask.words,
         )
     return site
+
+
+def _unread(site: AttentionSite, readers: tuple[Interpreter, Interpreter]) -> Exception | None:
+    """Read the site, with the tensors that are not understood as loads where need be. What stopped both; a reader that
+    fails is one that has no words for a tensor."""
+    error: Exception | None = None
+    for reader in readers:
+        try:
+            _read(site, reader)
+            return None
+        except Unreadable as unreadable:
+            error = unreadable
+        except Exception as failure:
+            log.debug("a reader failed on %s", site.node.name, exc_info=True)
+            if reader is readers[-1]:
+                raise
+            error = failure
+    return error
 
 
 def orders_positions(mask: Mask, learned: frozenset[int] = frozenset()) -> bool:
@@ -138,71 +155,100 @@ def _covers(outer: Any, inner: Any) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a site says in symbols: visible keys, factor of the products and score. logits: input of the softmax, None
+    where hidden keys weigh nothing whatever they hold; dtype: what it is computed in."""
+
+    predicate: Any
+    scale: float
+    score: Score
+    logits: Any = None
+    dtype: torch.dtype = torch.float32
+
+
 def _read(site: AttentionSite, interpreter: Interpreter) -> None:
     """Set what the site means. Raises Unreadable."""
     q, k = value(site.q), value(site.k)
     heads, q_len, kv_len = q.shape[1], q.shape[2], k.shape[2]
-    logits, dtype = None, torch.float32
     interpreter.focus({}, {H: heads, Q: q_len, KV: kv_len, B: q.shape[0]})
     if site.mods is not None:
-        mods = site.mods
-        seen = (
-            sympy.true if mods.mask is None else boolean(interpreter.call(mods.mask, [B, H, Q, KV], mods.mask_buffers))
-        )
-        modified = (
-            SCORE
-            if mods.score is None
-            else number(interpreter.call(mods.score, [SCORE, B, H, Q, KV], mods.score_buffers))
-        )
-        predicate, scale, score = split_logits(sympy.sympify(modified).subs(SCORE, SCORE * sympy.Rational(site.scale)))
-        predicate = sympy.And(seen, predicate)
+        reading = _of_functions(site, site.mods, interpreter)
     elif site.logits is None:
-        assert site.mask_node is not None
-        tensor = interpreter.tensor(site.mask_node)
-        expr = _at(tensor, (B, H, Q, KV))
-        if tensor.kind == "bool":
-            predicate, scale, score = boolean(expr), site.scale, Score()
-        else:
-            logits = SCORE * sympy.Float(site.scale) + number(expr)
-            predicate, scale, score = split_logits(logits)
+        reading = _of_mask(site, interpreter)
     else:
-        assert site.product is not None
-        interpreter.focus({site.product: _product(site.product, heads, q_len, interpreter)}, interpreter.extents)
-        tensor = interpreter.tensor(site.logits)
-        logits, dtype = number(_at(tensor, (B, H, Q, KV))), value(site.logits).dtype
-        predicate, scale, score = split_logits(logits)
-        extra = sympy.expand(as_expr(tensor.shape[-1]) - as_expr(kv_len))
-        if extra == 1:
-            sink = number(_at(tensor, (B, H, Q, as_expr(kv_len))))
-            if sink.has(SCORE):
-                raise Unreadable("a column beside the scores that is no sink")
-            score = Score(score.expr, sink)
-        elif extra != 0:
-            raise Unreadable(f"{site.logits.name}: {extra} columns beside the scores")
-        if site.gate is not None:
-            # out * sigmoid(logsumexp - g): the share that the keys keep beside a sink of logit g.
-            gate = interpreter.tensor(site.gate)
-            score = Score(score.expr, number(gate.at(broadcast_index((B, H, Q)[3 - len(gate.shape) :], gate.shape))))
+        reading = _of_logits(site, site.logits, interpreter, heads, q_len, kv_len)
     for node in interpreter.read_nodes:
         if written_between(node, site.node):
             raise Written(node.name)
-    if predicate.has(SCORE):
+    if reading.predicate.has(SCORE):
         raise Unreadable("which keys are visible depends on the scores")
-    lit = None
+    _settle(site, reading, interpreter, q_len, kv_len)
+
+
+def _of_functions(site: AttentionSite, mods: Mods, interpreter: Interpreter) -> Reading:
+    """flex_attention: a function of positions hides, another one changes scaled scores."""
+    seen, modified = sympy.true, SCORE
+    if mods.mask is not None:
+        seen = boolean(interpreter.call(mods.mask, [B, H, Q, KV], mods.mask_buffers))
+    if mods.score is not None:
+        modified = number(interpreter.call(mods.score, [SCORE, B, H, Q, KV], mods.score_buffers))
+    predicate, scale, score = split_logits(sympy.sympify(modified).subs(SCORE, SCORE * sympy.Rational(site.scale)))
+    return Reading(sympy.And(seen, predicate), scale, score)
+
+
+def _of_mask(site: AttentionSite, interpreter: Interpreter) -> Reading:
+    """A mask tensor beside q, k and v: a Boolean one hides, a float one is added to the scaled scores."""
+    assert site.mask_node is not None
+    tensor = interpreter.tensor(site.mask_node)
+    expr = _at(tensor, (B, H, Q, KV))
+    if tensor.kind == "bool":
+        return Reading(boolean(expr), site.scale, Score())
+    logits = SCORE * sympy.Float(site.scale) + number(expr)
+    return Reading(*split_logits(logits), logits)
+
+
+def _of_logits(
+    site: AttentionSite, source: fx.Node, interpreter: Interpreter, heads: Any, q_len: Any, kv_len: Any
+) -> Reading:
+    """An attention written out: everything between the product and the softmax, with a sink where there is one."""
+    assert site.product is not None
+    interpreter.focus({site.product: _product(site.product, heads, q_len, interpreter)}, interpreter.extents)
+    tensor = interpreter.tensor(source)
+    logits = number(_at(tensor, (B, H, Q, KV)))
+    predicate, scale, score = split_logits(logits)
+    extra = sympy.expand(as_expr(tensor.shape[-1]) - as_expr(kv_len))
+    if extra == 1:
+        sink = number(_at(tensor, (B, H, Q, as_expr(kv_len))))
+        if sink.has(SCORE):
+            raise Unreadable("a column beside the scores that is no sink")
+        score = Score(score.expr, sink)
+    elif extra != 0:
+        raise Unreadable(f"{source.name}: {extra} columns beside the scores")
+    if site.gate is not None:
+        # out * sigmoid(logsumexp - g): the share that the keys keep beside a sink of logit g.
+        gate = interpreter.tensor(site.gate)
+        score = Score(score.expr, number(gate.at(broadcast_index((B, H, Q)[3 - len(gate.shape) :], gate.shape))))
+    return Reading(predicate, scale, score, logits, value(source).dtype)
+
+
+def _settle(site: AttentionSite, reading: Reading, interpreter: Interpreter, q_len: Any, kv_len: Any) -> None:
+    """Write a reading down in what the kernels are given: lengths, tensors T0, T1, ... and scalars S0, S1, ..."""
+    score, even = reading.score, None
     # A sink takes all that hidden keys have.
-    if logits is not None and score.sink is None and not site.cleared:
-        lit = evenly_hidden(logits, dtype, [value(t).dtype for t in interpreter.leaves])
-    if lit is not None and not _may_be_blind(predicate, q_len, kv_len):
-        lit = None
-    parts = [predicate, score.expr, *(e for e in (score.sink, lit) if e is not None)]
+    if reading.logits is not None and score.sink is None and not site.cleared:
+        even = evenly_hidden(reading.logits, reading.dtype, [value(t).dtype for t in interpreter.leaves])
+    if even is not None and not _may_be_blind(reading.predicate, q_len, kv_len):
+        even = None
+    parts = [reading.predicate, score.expr, *(e for e in (score.sink, even) if e is not None)]
     parts = [_in_lengths(sympy.sympify(p), q_len, kv_len) for p in parts]
     parts, tensors = _renumbered(parts, interpreter.leaves)
     parts, scalars = _with_scalars(parts, site.node.graph)
     if any(value(t).dim() == 0 and not value(t).is_floating_point() and value(t).dtype == torch.bool for t in tensors):
         raise Unreadable("a condition without dimensions, known only at run time")
     site.mask, site.score = masks.predicate(parts[0]), Score(parts[1], parts[2] if score.sink is not None else None)
-    site.average = None if lit is None else masks.predicate(parts[-1])
-    site.scale, site.tensors, site.scalars = scale, tensors, scalars
+    site.average = None if even is None else masks.predicate(parts[-1])
+    site.scale, site.tensors, site.scalars = reading.scale, tensors, scalars
 
 
 def _may_be_blind(predicate: Any, q_len: Any, kv_len: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from stem_compile.config import StemConfig
 from stem_compile.kernels import crossover
-from stem_compile.passes.graph.sites import AttentionSite, Rejected
+from stem_compile.passes.graph.sites import AttentionSite, Rejected, attempted
 from stem_compile.passes.graph.values import value
 from stem_compile.reasons import Reason
 
@@ -12,9 +12,7 @@ from stem_compile.reasons import Reason
 def decide(found: list[AttentionSite | Rejected], config: StemConfig) -> list[AttentionSite | Rejected]:
     """Apply the user's options and the lengths. Comparing a symbolic length installs a guard: another length compiles
     anew, once."""
-    decided: list[AttentionSite | Rejected] = []
-    for hit in found:
-        decided.append(hit if isinstance(hit, Rejected) else _decided(hit, config))
+    decided = [attempted(hit, "decide", lambda site: _decided(site, config)) for hit in found]
     allowed = config.fuel if config.fuel is not None else len(decided)
     for i, hit in enumerate(decided):
         if isinstance(hit, AttentionSite):

@@ -42,29 +42,32 @@ _ENCODER_LAYER = [
 ]
 
 
-def expand(graph: fx.Graph) -> bool:
-    """Expand in place; whether anything changed."""
-    changed = _rename_overwritten(graph)
+def expand(graph: fx.Graph) -> dict[fx.Node, Exception]:
+    """Expand in place. Fused nodes that could not be written out stay, with what was raised."""
+    _rename_overwritten(graph)
+    broken: dict[fx.Node, Exception] = {}
     for node in list(graph.nodes):
-        written = _written_out(node)
-        if written is not None:
-            _splice(graph, node, *written)
-            changed = True
-    return changed
+        last = node.prev
+        try:
+            written = _written_out(node)
+            if written is not None:
+                _splice(graph, node, *written)
+        except Exception as error:
+            while node.prev is not last:
+                graph.erase_node(node.prev)
+            broken[node] = error
+    return broken
 
 
-def _rename_overwritten(graph: fx.Graph) -> bool:
+def _rename_overwritten(graph: fx.Graph) -> None:
     """Let what reads a value after it was written in place read the write's result: the same tensor, and now the graph
     says so."""
-    changed = False
     for writer in graph.nodes:
         target = overwritten(writer)
         if target is None:
             continue
         for user in [u for u in target.users if u > writer]:
             user.replace_input_with(target, writer)
-            changed = True
-    return changed
 
 
 def overwritten(node: fx.Node) -> fx.Node | None:

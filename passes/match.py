@@ -8,6 +8,7 @@ grouped queries.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -18,15 +19,28 @@ from torch import fx
 from stem_compile.kernels import launch
 from stem_compile.passes.graph import normalize
 from stem_compile.passes.graph.memory import written_between
-from stem_compile.passes.graph.sites import AttentionSite, Rejected
+from stem_compile.passes.graph.products import PRODUCTS
+from stem_compile.passes.graph.sites import AttentionSite, Rejected, attempted, failed
 from stem_compile.passes.graph.trace_back import CASTS, HALF, peel, unrepeated
-from stem_compile.passes.graph.values import View, value
+from stem_compile.passes.graph.values import View, is_transformed, value
 from stem_compile.reasons import Reason
 from stem_compile.registry import Registry
+
+log = logging.getLogger(__name__)
 
 DECODE_QUERIES = 16
 """Fewer query rows than this behind a prefix are decoding, where selection has nothing to save."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FUSED = (
+    "sdpa",
+    "flex_attention",
+    "multi_head_attention_forward",
+    "_transformer_encoder_layer_fwd",
+    "_native_multi_head_attention",
+)
+"""Operations that are an attention as a whole."""
+NEAR = 8
+"""Steps between a softmax and the products of its attention, at most."""
 LAYOUT = ("transpose", "permute", "reshape", "view", "flatten", "contiguous", "squeeze", "unsqueeze")
 
 
@@ -63,24 +77,46 @@ def patterns() -> tuple[Pattern, ...]:
 
 
 def match(graph: fx.Graph) -> list[AttentionSite | Rejected]:
-    """Attentions of ``graph`` in execution order."""
-    found: list[AttentionSite | Rejected] = []
+    """Attentions of ``graph`` in execution order. A pattern that raises costs the attention it raised on, if no other
+    pattern knows it."""
     known = patterns()
-    for node in graph.nodes:
-        for pattern in known:
-            hit = pattern.match(node)
-            if hit is not None:
-                found.append(_checked(hit))
-                break
+    hits = (_matched(node, known) for node in graph.nodes)
+    found = [hit for hit in hits if hit is not None]
     for index, hit in enumerate(found):
         if isinstance(hit, AttentionSite):
             hit.index = index
     return found
 
 
-def _checked(hit: AttentionSite | Rejected) -> AttentionSite | Rejected:
-    if isinstance(hit, Rejected):
-        return hit
+def _matched(node: fx.Node, known: tuple[Pattern, ...]) -> AttentionSite | Rejected | None:
+    if is_transformed(value(node)):
+        return Rejected(node, Reason.TRANSFORM) if attends(node) else None
+    failure: Exception | None = None
+    for pattern in known:
+        try:
+            hit = pattern.match(node)
+        except Exception as error:
+            log.debug("a pattern failed on %s", node.name, exc_info=True)
+            failure = failure or error
+            continue
+        if hit is not None:
+            return attempted(hit, "match", _checked)
+    return failed(node, "match", failure) if failure is not None and attends(node) else None
+
+
+def attends(node: fx.Node) -> bool:
+    """Whether a node is an attention at first sight, or the softmax of one; asked where no pattern can be."""
+    name = normalize.spelling(node)
+    if name != "softmax":
+        return name in FUSED
+    above, below = set(node.all_input_nodes), set(node.users)
+    for _ in range(NEAR):
+        above |= {n for a in above for n in a.all_input_nodes}
+        below |= {n for b in below for n in b.users}
+    return all(any(normalize.spelling(n) in PRODUCTS for n in side) for side in (above, below))
+
+
+def _checked(hit: AttentionSite) -> AttentionSite | Rejected:
     if hit.product is not None:
         for factor in (hit.q, hit.k):
             read = factor.node if isinstance(factor, View) else factor

@@ -1,10 +1,17 @@
 """The passes in order: expand, match, analyze_masks, decide, insert_selection, lower, cleanup; each checked by verify
-where asked."""
+where asked.
+
+A site is a transaction: ``rewrite`` undoes everything and starts again without the attention that a step failed on.
+``run`` is one attempt, and raises.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from torch import fx
 
@@ -14,20 +21,24 @@ from stem_compile.passes.analyze_masks import analyze_masks
 from stem_compile.passes.cleanup import cleanup
 from stem_compile.passes.decide import decide
 from stem_compile.passes.expand import bound, expand, overwritten
-from stem_compile.passes.graph.sites import AttentionSite, Rejected
-from stem_compile.passes.insert_selection import insert_selection
+from stem_compile.passes.graph.regions import Region, bodies, regions
+from stem_compile.passes.graph.sites import AttentionSite, Rejected, failed
+from stem_compile.passes.insert_selection import Insertion, insert_selection
 from stem_compile.passes.lower import lower
-from stem_compile.passes.match import match
+from stem_compile.passes.match import attends, match
+from stem_compile.reasons import Reason
 
 log = logging.getLogger(__name__)
+
+Hit = AttentionSite | Rejected
 
 
 @dataclass
 class Rewrite:
-    """Result of the pipeline. found: every attention in order. changed: whether the graph differs from what came in."""
+    """Result of the pipeline. found: every attention in order, those of graphs inside the graph included."""
 
     module: fx.GraphModule
-    found: list[AttentionSite | Rejected]
+    found: list[Hit]
 
     @property
     def sites(self) -> list[AttentionSite]:
@@ -35,8 +46,178 @@ class Rewrite:
         return [hit for hit in self.found if isinstance(hit, AttentionSite)]
 
     @property
+    def rejected(self) -> list[Rejected]:
+        """The attentions that stay as they were."""
+        return [hit for hit in self.found if isinstance(hit, Rejected)]
+
+    @property
     def changed(self) -> bool:
+        """Whether the graph differs from what came in."""
         return bool(self.sites)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Where a graph stands in its model. first: number of its first attention; used: attentions of earlier graphs
+    that count against ``fuel``."""
+
+    first: int = 0
+    used: int = 0
+
+
+class SiteFailure(Exception):
+    """A step failed on one attention. place: its position among those found; step: the step's name."""
+
+    def __init__(self, place: int, step: str, error: Exception) -> None:
+        super().__init__(f"{step}: {type(error).__name__}: {error}")
+        self.place, self.step, self.error = place, step, error
+
+
+def rewrite(module: fx.GraphModule, config: StemConfig, numbers: Numbers | None = None) -> Rewrite:
+    """Rewrite ``module`` in place. An attention that a step fails on stays as it was, with ``Reason.INTERNAL``; so do
+    all where no single one can be blamed. Never raises."""
+    numbers = numbers or Numbers()
+    pristine = [(region.module, copied(region.graph)) for region in regions(module)]
+    failures: dict[int, SiteFailure] = {}
+    while True:
+        try:
+            return run(module, config, numbers, failures)
+        except SiteFailure as failure:
+            log.debug("a step failed on one attention", exc_info=True)
+            _restore(pristine)
+            if failure.place in failures:
+                return _dense(module, failure.step, failure.error)
+            failures[failure.place] = failure
+        except Exception as error:
+            log.debug("the pipeline failed; the graph stays as it was", exc_info=True)
+            _restore(pristine)
+            return _dense(module, "pipeline", error)
+
+
+def run(
+    module: fx.GraphModule,
+    config: StemConfig,
+    numbers: Numbers | None = None,
+    failures: Mapping[int, SiteFailure] | None = None,
+) -> Rewrite:
+    """One attempt. A graph without a site is left as it came. Raises SiteFailure for a step after ``decide`` that
+    fails; failures: attentions to leave out because one did."""
+    plans = [Plan(region) for region in regions(module)]
+    found = _planned(plans, config, numbers or Numbers(), failures or {})
+    for plan in plans:
+        hits = [(place, hit) for place, hit in enumerate(found) if hit.node.graph is plan.region.graph]
+        _apply(plan, {place: hit for place, hit in hits if isinstance(hit, AttentionSite)}, config)
+    if any(isinstance(hit, AttentionSite) for hit in found):
+        module.recompile()
+    log.debug("rewrote %d of %d attentions", sum(isinstance(h, AttentionSite) for h in found), len(found))
+    return Rewrite(module, found)
+
+
+@dataclass
+class Plan:
+    """One graph on its way. pristine: what it was before ``expand``, where that changes anything; broken: fused nodes
+    that could not be written out, and why; inner: graphs that its nodes run, in order."""
+
+    region: Region
+    pristine: fx.Graph | None = None
+    broken: Mapping[fx.Node, Exception] = field(default_factory=dict)
+
+
+def analyze(module: fx.GraphModule, config: StemConfig) -> list[Hit]:
+    """Everything up to the first change of an attention; fused ones are written out before."""
+    return _planned([Plan(region) for region in regions(module)], config, Numbers(), {})
+
+
+def _planned(plans: list[Plan], config: StemConfig, numbers: Numbers, failures: Mapping[int, SiteFailure]) -> list[Hit]:
+    matched: dict[fx.GraphModule, list[Hit]] = {}
+    for plan in plans:
+        graph = plan.region.graph
+        if any(bound(n) is not None or overwritten(n) is not None for n in graph.nodes):
+            plan.pristine = copied(graph)
+        plan.broken = expand(graph)
+        before = graph.python_code("self").src if config.verify else ""
+        hits = [failed(h.node, "expand", plan.broken[h.node]) if h.node in plan.broken else h for h in match(graph)]
+        if config.verify:
+            verify.after_match(graph, before, hits)
+        if not plan.region.inline:
+            hits = [Rejected(h.node, Reason.REGION, plan.region.operator) for h in hits]
+        matched[plan.region.module] = analyze_masks(hits, config)
+    found = _in_order(plans[0].region.module, matched)
+    for place, hit in enumerate(found):
+        if isinstance(hit, AttentionSite):
+            hit.index = numbers.first + place
+        if place in failures:
+            found[place] = failed(hit.node, failures[place].step, failures[place].error)
+    if config.fuel is not None:
+        config = dataclasses.replace(config, fuel=max(0, config.fuel - numbers.used))
+    found = decide(found, config)
+    if config.verify:
+        verify.after_analyze(found)
+    return found
+
+
+def _in_order(module: fx.GraphModule, matched: dict[fx.GraphModule, list[Hit]]) -> list[Hit]:
+    """Attentions as they are run: those of a body stand where its operator stands, once however often it is called."""
+    own = matched.pop(module, [])
+    inside = [(node, body) for node in module.graph.nodes for body in bodies(node)]
+    if not inside:
+        return own
+    ordered: list[Hit] = []
+    for node, body in inside:
+        before = [hit for hit in own if hit.node < node]
+        own = own[len(before) :]
+        ordered += [*before, *_in_order(body, matched)]
+    return ordered + own
+
+
+def _apply(plan: Plan, sites: dict[int, AttentionSite], config: StemConfig) -> None:
+    """Rewrite one graph. sites: its attentions by their place among all."""
+    graph = plan.region.graph
+    if not sites:
+        if plan.pristine is not None:
+            plan.region.module.graph = plan.pristine
+        return
+    replaced = {site.node for site in sites.values()}
+    roots = {place: [n for n in site.node.all_input_nodes if n not in replaced] for place, site in sites.items()}
+    state = Insertion(config.selection.text())
+    for place, site in sites.items():
+        with _blamed(place, "insert_selection"):
+            insert_selection(graph, site, state)
+            roots[place] += [part for part in site.node.args[3:5] if isinstance(part, fx.Node)]
+            if config.verify:
+                verify.after_insert(graph, [site])
+    for place, site in sites.items():
+        with _blamed(place, "lower"):
+            lower(graph, site)
+            if config.verify:
+                verify.after_lower(graph, [site])
+    for place in sites:
+        with _blamed(place, "cleanup"):
+            cleanup(graph, roots[place])
+    if config.verify:
+        for place, site in sites.items():
+            with _blamed(place, "cleanup"):
+                verify.after_cleanup(graph, [site])
+    plan.region.module.recompile()
+
+
+@contextlib.contextmanager
+def _blamed(place: int, step: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise SiteFailure(place, step, error) from error
+
+
+def _restore(pristine: list[tuple[fx.GraphModule, fx.Graph]]) -> None:
+    for module, graph in pristine:
+        module.graph = copied(graph)
+
+
+def _dense(module: fx.GraphModule, step: str, error: Exception) -> Rewrite:
+    """The graph as it came, whose attentions are those that show at first sight: no step can be asked."""
+    nodes = (node for region in regions(module) for node in region.graph.nodes)
+    return Rewrite(module, [failed(node, step, error) for node in nodes if attends(node)])
 
 
 def copied(graph: fx.Graph) -> fx.Graph:
@@ -47,43 +228,3 @@ def copied(graph: fx.Graph) -> fx.Graph:
         if node.op == "output":
             list(copy.nodes)[-1].meta = dict(node.meta)
     return copy
-
-
-def analyze(graph: fx.Graph, config: StemConfig) -> list[AttentionSite | Rejected]:
-    """Everything up to the first change of an attention; fused ones are written out before."""
-    expand(graph)
-    before = graph.python_code("self").src if config.verify else ""
-    found = match(graph)
-    if config.verify:
-        verify.after_match(graph, before, found)
-    found = decide(analyze_masks(found, config), config)
-    if config.verify:
-        verify.after_analyze(found)
-    return found
-
-
-def run(module: fx.GraphModule, config: StemConfig) -> Rewrite:
-    """Rewrite ``module`` in place; a graph without a site is returned as it came."""
-    fused = any(bound(n) is not None or overwritten(n) is not None for n in module.graph.nodes)
-    pristine = copied(module.graph) if fused else module.graph
-    graph = module.graph
-    result = Rewrite(module, analyze(graph, config))
-    sites = result.sites
-    if not sites:
-        module.graph = pristine
-        return result
-    replaced = {site.node for site in sites}
-    roots = [n for site in sites for n in site.node.all_input_nodes if n not in replaced]
-    insert_selection(graph, sites, config)
-    roots += [part for site in sites for part in site.node.args[3:5] if isinstance(part, fx.Node)]
-    if config.verify:
-        verify.after_insert(graph, sites)
-    lower(graph, sites)
-    if config.verify:
-        verify.after_lower(graph, sites)
-    cleanup(graph, roots)
-    if config.verify:
-        verify.after_cleanup(graph, sites)
-    module.recompile()
-    log.debug("rewrote %d of %d attentions", len(sites), len(result.found))
-    return result

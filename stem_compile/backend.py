@@ -24,7 +24,7 @@ from stem_compile.passes import pipeline
 from stem_compile.passes.graph.sites import Rejected
 from stem_compile.passes.graph.values import module_path
 from stem_compile.passes.pipeline import Rewrite
-from stem_compile.reasons import Reason
+from stem_compile.reasons import Reason, StemWarning
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +40,6 @@ class StemError(ShortenTraceback, ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, first_useful_frame=None)
-
-
-class StemWarning(UserWarning):
-    """The backend failed on a graph and left it as it was."""
 
 
 def stem(
@@ -72,26 +68,18 @@ def stem(
 
 
 def rewrite(module: fx.GraphModule, config: StemConfig) -> Rewrite:
-    """Run the passes on ``module`` in place. A failure of ours restores the graph and warns once; it never raises."""
-    pristine = pipeline.copied(module.graph)
-    try:
-        return pipeline.run(module, config)
-    except Exception as error:
-        log.debug("the pipeline failed; the graph stays as it was", exc_info=True)
+    """Run the passes on ``module`` in place. What they fail on stays as it was, with one warning; it never raises."""
+    result = pipeline.rewrite(module, config)
+    broken = [hit for hit in result.rejected if hit.reason is Reason.INTERNAL]
+    if broken:
+        places = ", ".join(sorted({module_path(hit.node) for hit in broken}))
         warnings.warn(
-            f"backend 'stem' left a graph dense: {type(error).__name__}: {error}. Set TORCH_LOGS=+stem_compile for the"
-            " traceback.",
+            f"backend 'stem' left {len(broken)} of {len(result.found)} attentions dense ({places}): {broken[0].detail}."
+            " Set TORCH_LOGS=+stem_compile for the traceback.",
             StemWarning,
             stacklevel=2,
         )
-        module.graph = pristine
-        module.recompile()
-        from stem_compile.passes.match import match
-
-        attentions = match(module.graph)
-        return Rewrite(
-            module, [Rejected(hit.node, Reason.INTERNAL, f"{type(error).__name__}: {error}") for hit in attentions]
-        )
+    return result
 
 
 @contextlib.contextmanager

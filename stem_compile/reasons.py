@@ -5,6 +5,11 @@ from __future__ import annotations
 import enum
 
 
+class StemWarning(UserWarning):
+    """Something that a user of the backend should hear of: an attention that it failed on, a long prompt that stays
+    dense."""
+
+
 class Reason(enum.Enum):
     """Why an attention stays what it was. The value says it to a reader; ``remedy`` says what would change it."""
 
@@ -16,7 +21,6 @@ class Reason(enum.Enum):
     SHORT = "prompt is shorter than min_length"
     SLOWER = "dense attention is faster here"
     MASK = "mask is not understood"
-    SCORE_BIAS = "the mask carries scores"
     SHAPE = "shapes are not those of one attention"
     DTYPE = "dtype is not fp16, bf16 or fp32"
     HEAD_DIM = "no kernel for this head dim"
@@ -25,6 +29,9 @@ class Reason(enum.Enum):
     FUEL = "fuel is used up"
     ESCAPES = "scores or probabilities are used elsewhere"
     WRITTEN = "what it reads is written in place before it is done"
+    TRANSFORM = "inside torch.vmap, jvp or grad"
+    REGION = "inside a higher-order operator"
+    UNPROVEN = "what was read differs from what the graph computes"
     INTERNAL = "stem_compile failed on it"
 
     @property
@@ -42,7 +49,6 @@ _REMEDIES = {
     Reason.SHORT: "lower min_length to rewrite short prompts too",
     Reason.SLOWER: "set min_length to rewrite from that length on, whatever was measured",
     Reason.MASK: "build the mask in the graph from positions, or pass a padding mask of shape [batch, keys]",
-    Reason.SCORE_BIAS: "use a Boolean mask",
     Reason.SHAPE: (
         "pass q, k, v as [batch, heads, length, head dim] with equal batch and a whole number of query heads a key head"
     ),
@@ -53,5 +59,8 @@ _REMEDIES = {
     Reason.FUEL: "raise fuel",
     Reason.ESCAPES: "do not ask for attention weights (output_attentions=False)",
     Reason.WRITTEN: "make the change out of place: x = x + y, torch.where, torch.cat",
+    Reason.TRANSFORM: "compile the function that is transformed, or call it on a batch",
+    Reason.REGION: "call the attention outside of torch.cond, while_loop, scan and map",
+    Reason.UNPROVEN: "report it with the mask's source; the attention stays dense and right",
     Reason.INTERNAL: "report it with the log of TORCH_LOGS=+stem_compile",
 }

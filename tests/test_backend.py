@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from stem_compile import backend
-from stem_compile.backend import StemError, StemWarning
+from stem_compile.backend import StemError
 from stem_compile.passes import pipeline
 from stem_compile.passes.graph.sites import Rejected
-from stem_compile.reasons import Reason
+from stem_compile.reasons import Reason, StemWarning
 
 OPTIONS: dict[str, Any] = {"min_length": 0, "budget": 1.0, "inner": "eager"}
 
@@ -81,7 +81,7 @@ def test_our_own_failure_leaves_the_graph_as_it_was(
     assert len(told) == 1
     assert "planted" in str(told[0].message)
     # The traceback is for those who ask: see the warning.
-    assert [r.levelname for r in caplog.records if r.name == "stem_compile.backend" and r.exc_info] == ["DEBUG"]
+    assert [r.levelname for r in caplog.records if r.name == "stem_compile.passes.pipeline" and r.exc_info] == ["DEBUG"]
     assert [h.reason for h in made[0].found] == [Reason.INTERNAL]
     assert not [n for n in made[0].module.graph.nodes if "stem" in str(n.target)]
 

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from stem_compile.passes.graph import normalize
-from stem_compile.passes.graph.values import value
+from stem_compile.passes.graph.values import is_transformed, value
 
 _IN_PLACE_OPERATORS = {
     "iadd",
@@ -38,10 +38,17 @@ Memory = frozenset[int]
 def memory(node: Any) -> Memory:
     """Storages of a node's tensors, one or several; empty for sizes and numbers."""
     known = value(node)
-    parts = known if isinstance(known, tuple | list) else (known,)
+    parts = [_unwrapped(t) for t in (known if isinstance(known, tuple | list) else (known,))]
     return frozenset(
         t.untyped_storage()._cdata for t in parts if isinstance(t, torch.Tensor) and t.layout == torch.strided
     )
+
+
+def _unwrapped(tensor: Any) -> Any:
+    """The tensor that holds the memory: inside vmap and its kin the example value is a wrapper."""
+    while is_transformed(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def written(node: fx.Node) -> list[fx.Node]:

@@ -17,10 +17,7 @@ from torch import fx
 
 from stem_compile.passes.graph import normalize
 from stem_compile.passes.graph.memory import functional
-from stem_compile.passes.graph.values import View, value
-
-Steps = tuple[tuple[str, tuple[Any, ...]], ...]
-"""Method calls, in order, as ``View`` takes them."""
+from stem_compile.passes.graph.values import Steps, View, value
 
 
 @dataclass(frozen=True)

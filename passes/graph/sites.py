@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +13,8 @@ from stem_compile.algebra.masks import Full, Mask
 from stem_compile.algebra.scores import Score
 from stem_compile.passes.graph.values import View
 from stem_compile.reasons import Reason
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,11 @@ class Rejected:
         """Reason, detail and remedy in one line."""
         detail = f" ({self.detail})" if self.detail else ""
         return f"{self.reason.value}{detail}: {self.reason.remedy}"
+
+
+def failed(node: fx.Node, step: str, error: Exception) -> Rejected:
+    """An attention that one of the steps failed on."""
+    return Rejected(node, Reason.INTERNAL, f"{step}: {type(error).__name__}: {error}")
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,7 @@ class AttentionSite:
     average: mask whose blind rows are the mean of all values, as a softmax over equal scores makes them; None: they
     give 0, or there are none.
     score: what happens to scaled products. tensors, scalars: graph values of T0.. and S0.. scale: float factor of q.k.
-    kernel: set by lower. index: position among the graph's attentions.
+    kernel: set by lower. index: position among the model's attentions, as far as its graphs tell.
     """
 
     node: fx.Node
@@ -82,3 +91,16 @@ class AttentionSite:
     def words(self) -> str:
         """Mask and score as a model author would say them."""
         return ", ".join(filter(None, ((Full() if self.mask is None else self.mask).words, self.score.words)))
+
+
+def attempted(
+    hit: AttentionSite | Rejected, step: str, function: Callable[[AttentionSite], AttentionSite | Rejected]
+) -> AttentionSite | Rejected:
+    """What ``function`` makes of a site. One that it fails on is rejected, and costs the others nothing."""
+    if isinstance(hit, Rejected):
+        return hit
+    try:
+        return function(hit)
+    except Exception as error:
+        log.debug("%s failed on %s", step, hit.node.name, exc_info=True)
+        return failed(hit.node, step, error)

@@ -7,7 +7,11 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
+
+Steps = tuple[tuple[str, tuple[Any, ...]], ...]
+"""Method calls, in order."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,7 @@ class View:
     rewritten. Without steps it is the node itself."""
 
     node: fx.Node
-    steps: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    steps: Steps = ()
 
     def apply(self, x: Any) -> Any:
         """The steps on an example value."""
@@ -60,6 +64,11 @@ def module_path(node: fx.Node) -> str:
 
 _STORES = ("_modules", "_parameters", "_buffers", "__dict__", "__wrapped__", "__self__", "_orig_mod")
 """Where modules, wrappers and bound methods keep what they hold: no part of a module's name."""
+
+
+def is_transformed(known: Any) -> bool:
+    """Whether an example value stands inside ``torch.vmap``, ``jvp`` or ``grad``: it has no memory of its own."""
+    return isinstance(known, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(known)
 
 
 def value(node: Any) -> Any:

@@ -17,6 +17,7 @@ from torch import fx
 
 from stem_compile.config import StemConfig
 from stem_compile.passes import pipeline
+from stem_compile.passes.graph.regions import bodies
 from stem_compile.passes.graph.sites import AttentionSite, Mods
 from stem_compile.passes.graph.values import View
 from stem_compile.selection import Observed
@@ -138,9 +139,18 @@ class _Replay(fx.Interpreter):
     def run_node(self, node: fx.Node) -> Any:
         site = self._sites.get(node)
         if site is None:
+            for body in bodies(node):
+                if any(s in self._sites for s in body.graph.nodes):
+                    return self._run_body(node, body)
             return super().run_node(node)
         out = self._attend(site, self._value)
         return View(node, site.result).apply(out)
+
+    def _run_body(self, node: fx.Node, body: fx.GraphModule) -> Any:
+        """A checkpointed block, run where it stands: its operands follow it among the operator's arguments."""
+        arguments = self.fetch_args_kwargs_from_env(node)[0]
+        operands = arguments[next(i for i, a in enumerate(arguments) if a is body) + 1 :]
+        return _Replay(body, self._sites, self._attend).run(*(x for x in operands if not isinstance(x, str)))
 
     def _value(self, of: fx.Node | View) -> Any:
         return of.apply(self.env[of.node]) if isinstance(of, View) else self.env[of]
@@ -191,7 +201,7 @@ class Oracle:
         return out
 
     def _build(self, module: fx.GraphModule, examples: list[Any], config: StemConfig) -> Callable[..., Any]:
-        found = pipeline.analyze(module.graph, config)
+        found = pipeline.analyze(module, config)
         sites = {hit.node: hit for hit in found if isinstance(hit, AttentionSite)}
 
         def call(*args: Any) -> Any:

@@ -65,6 +65,10 @@ def copied(module: fx.GraphModule) -> fx.GraphModule:
     graph.output(graph.graph_copy(module.graph, {}))
     twin = fx.GraphModule(module, graph)
     twin.meta = copy.copy(module.meta)
+    for name, child in module.named_children():
+        # Bodies of higher-order operators, which the passes rewrite in place too.
+        if isinstance(child, fx.GraphModule):
+            setattr(twin, name, copied(child))
     return twin
 
 
