@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from stem_compile.passes.graph.products import Steps, score_factors, weighted_values
+from stem_compile.passes.graph.products import score_factors, weighted_values
 from stem_compile.passes.graph.sites import AttentionSite, Rejected
 from stem_compile.passes.graph.values import View, value
 from stem_compile.passes.patterns.parts.scores import other_reader, score_products, sink_gate
