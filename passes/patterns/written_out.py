@@ -12,7 +12,7 @@ from torch import fx
 
 from stem_compile.passes.graph.products import score_factors, weighted_values
 from stem_compile.passes.graph.sites import AttentionSite, Rejected
-from stem_compile.passes.graph.values import View, value
+from stem_compile.passes.graph.values import Steps, View, value
 from stem_compile.passes.patterns.parts.scores import other_reader, score_products, sink_gate
 from stem_compile.passes.patterns.parts.softmax import normalized, unshifted
 from stem_compile.passes.patterns.parts.weights import Weighing, weighing
