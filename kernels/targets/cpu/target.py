@@ -87,12 +87,12 @@ def select(
 def _counts(visible: torch.Tensor, reach: torch.Tensor | None, spec: SelectionSpec) -> torch.Tensor:
     """Lengths of the lists, int32, for rows with ``visible`` candidates. The layers of a model share them."""
     both = [visible] if reach is None else [visible, reach.expand(visible.shape)]
-    return _counts_of(torch.stack(both).numpy().tobytes(), (len(both), *visible.shape), spec)
+    return _counts_of(tuple(torch.stack(both).flatten().tolist()), (len(both), *visible.shape), spec)
 
 
 @functools.lru_cache(maxsize=64)
-def _counts_of(content: bytes, shape: tuple[int, ...], spec: SelectionSpec) -> torch.Tensor:
-    both = torch.frombuffer(bytearray(content), dtype=torch.int64).view(shape)
+def _counts_of(content: tuple[int, ...], shape: tuple[int, ...], spec: SelectionSpec) -> torch.Tensor:
+    both = torch.tensor(content, dtype=torch.int64).view(shape)
     visible, reach = both[0], both[-1]
     limit = row_limits(visible, spec, reach)
     return torch.where(full_rows(visible, limit, spec, reach), FULL, limit).int()
