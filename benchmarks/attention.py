@@ -29,11 +29,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from stem_compile.algebra.blocks import candidates, cdiv
-from stem_compile.algebra.masks import decode
+from stem_compile.algebra.blocks import cdiv
 from stem_compile.config import StemConfig
 from stem_compile.kernels import launch
-from stem_compile.selection import BlockSelection, SelectionSpec
+from stem_compile.selection import Attention, BlockSelection, SelectionSpec
 from stem_compile.timing import in_turns, timed
 
 MASK = "kv <= q"
@@ -85,37 +84,29 @@ class Problem:
         self.q = torch.randn(shape, device="cuda", dtype=dtype)
         self.k, self.v = (torch.randn(1, key_heads, n, head_dim, device="cuda", dtype=dtype) for _ in range(2))
         self.n, self.spec, self.scale = n, spec, 1 / math.sqrt(head_dim)
-        self.target = launch.target("cuda")
-        assert self.target is not None
-        self.indices, self.counts = self.select()
-        chosen = BlockSelection(self.indices, self.counts, spec.block_q, spec.block_k, cdiv(n, spec.block_k))
-        found = candidates(decode(MASK), (1, heads, n, n), (), (), spec.block_q, spec.block_k, "cuda")
-        self.blocks = chosen.dense(found)
-        self.density = chosen.density(found)
+        target = launch.target("cuda")
+        assert target is not None
+        self.target = target
+        self.lists = self.select()
+        self.blocks = self.lists.dense(self.attention.candidates)
+        self.density = self.lists.density(self.attention.candidates)
         self.flop = 4.0 * float(self.blocks.sum()) * spec.block_q * spec.block_k * head_dim
 
-    def select(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.target.select(self.q, self.k, self.v, [], [], MASK, self.scale, self.spec.text(), "select")  # type: ignore[union-attr,no-any-return]
+    @property
+    def attention(self) -> Attention:
+        """The attention of one call: nothing is kept between calls."""
+        return Attention(self.q, self.k, self.v, MASK, self.scale, self.spec.text())
+
+    def select(self) -> BlockSelection:
+        attention = self.attention
+        return attention.selection(*self.target.select(attention, "select"))
 
     def attend(self, kernel: str) -> torch.Tensor:
-        arguments = (
-            self.q,
-            self.k,
-            self.v,
-            self.indices,
-            self.counts,
-            [],
-            [],
-            MASK,
-            self.scale,
-            self.spec.text(),
-            kernel,
-        )
-        return self.target.attend(*arguments)  # type: ignore[union-attr,no-any-return]
+        return self.target.attend(self.attention, self.lists, kernel)
 
     def whole(self, kernel: str) -> torch.Tensor:
         """Selection and attention."""
-        self.indices, self.counts = self.select()
+        self.lists = self.select()
         return self.attend(kernel)
 
     def dense(self, backend: str) -> torch.Tensor:

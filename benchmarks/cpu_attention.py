@@ -25,13 +25,13 @@ import torch
 import torch.nn.functional as F
 
 from stem_compile import selection
-from stem_compile.algebra.blocks import candidates, cdiv
+from stem_compile.algebra.blocks import candidates
 from stem_compile.algebra.masks import decode
 from stem_compile.bench.machine import processor
 from stem_compile.bench.measure import measured
 from stem_compile.bench.terminal import Progress, Table, width
 from stem_compile.kernels.targets.cpu import target as cpu
-from stem_compile.selection import BlockSelection, SelectionSpec
+from stem_compile.selection import Attention, BlockSelection, SelectionSpec
 from stem_compile.timing import in_turns
 
 MASK = "kv <= q"
@@ -83,21 +83,26 @@ def benchmark(length: int, dtype: torch.dtype, spec: SelectionSpec, options: arg
     )
     scale, text = options.dim**-0.5, spec.text()
 
-    def select() -> tuple[torch.Tensor, torch.Tensor]:
-        return cpu.select(q, k, v, [], [], MASK, scale, text, "")
+    def attention() -> Attention:
+        # Of one call: nothing is kept between calls.
+        return Attention(q, k, v, MASK, scale, text)
+
+    names = cpu.kernels(attention())
+
+    def select() -> BlockSelection:
+        fresh = attention()
+        return fresh.selection(*cpu.select(fresh, names.select))
 
     def attend() -> torch.Tensor:
-        return cpu.attend(q, k, v, indices, counts, [], [], MASK, scale, text, "")
+        return cpu.attend(attention(), chosen, names.attend)
 
     def dense() -> torch.Tensor:
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=options.heads != options.key_heads
         )
 
-    indices, counts = select()
-    chosen = BlockSelection(indices, counts, spec.block_q, spec.block_k, cdiv(length, spec.block_k))
-    found = candidates(decode(MASK), (1, options.heads, length, length), [], [], spec.block_q, spec.block_k, "cpu")
-    chosen.check(found)
+    chosen, possible = select(), attention().candidates
+    chosen.check(possible)
     ours, theirs = error(attend(), q, k, v, chosen, scale)
     if not ours <= FACTOR * theirs + torch.finfo(dtype).eps:
         raise SystemExit(f"wrong at {length} {dtype}: error {ours:.2e}, SDPA's {theirs:.2e}")
@@ -110,8 +115,8 @@ def benchmark(length: int, dtype: torch.dtype, spec: SelectionSpec, options: arg
         "dtype": str(dtype).removeprefix("torch."),
         "budget": spec.budget,
         "pooling": spec.pooling,
-        "density": chosen.density(found),
-        "kernel": cpu.kernel_name(q, k, v, MASK, text),
+        "density": chosen.density(possible),
+        "kernel": names.attend,
         "error": ours,
         "sdpa_error": theirs,
         "rounds": len(ratios),

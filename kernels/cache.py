@@ -15,8 +15,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-
 from stem_compile.kernels.spec import KernelSpec
 from stem_compile.kernels.triton import codegen
 
@@ -47,24 +45,16 @@ def _replace(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-@functools.cache
-def machine(device: torch.device) -> str:
-    """What a measured choice depends on besides its own question: the device, who compiled for it, and what was
-    compiled."""
-    import triton
-
-    templates = _hash("".join(path.read_text() for path in sorted(codegen.TEMPLATES.glob("*.py"))))
-    return (
-        f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, triton {triton.__version__}, templates"
-        f" {templates}"
-    )
+def templates() -> str:
+    """Hash of all templates: a measured choice is of one set of them."""
+    return _hash("".join(path.read_text() for path in sorted(codegen.TEMPLATES.glob("*.py"))))
 
 
 def recall(kind: str, key: str) -> Any:
     """What ``store`` kept under ``key``; None where nothing is, or nothing readable."""
     try:
-        found = json.loads((directory() / f"{kind}_{_hash(key)}.json").read_text())
-        return found["value"] if found["key"] == key else None
+        kept = json.loads((directory() / f"{kind}_{_hash(key)}.json").read_text())
+        return kept["value"] if kept["key"] == key else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -82,9 +72,9 @@ def load(spec: KernelSpec) -> ModuleType:
     name = f"stem_compile_generated.{path.stem}"
     if name in sys.modules:
         return sys.modules[name]
-    found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
+    file = importlib.util.spec_from_file_location(name, path)
+    assert file is not None and file.loader is not None
+    module = importlib.util.module_from_spec(file)
     sys.modules[name] = module
-    found.loader.exec_module(module)
+    file.loader.exec_module(module)
     return module

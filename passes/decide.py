@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from stem_compile.config import StemConfig
-from stem_compile.kernels import crossover
+from stem_compile.kernels import crossover, launch
 from stem_compile.passes.graph.sites import AttentionSite, Rejected, attempted
 from stem_compile.passes.graph.values import value
 from stem_compile.reasons import Reason
+from stem_compile.selection import policies
 
 
 def decide(found: list[AttentionSite | Rejected], config: StemConfig) -> list[AttentionSite | Rejected]:
@@ -25,6 +26,11 @@ def decide(found: list[AttentionSite | Rejected], config: StemConfig) -> list[At
 def _decided(site: AttentionSite, config: StemConfig) -> AttentionSite | Rejected:
     if config.keeps_dense(site.index):
         return Rejected(site.node, Reason.DENSE_LAYER, f"attention {site.index}")
+    attention = site.attention(config)
+    policies.check(attention.spec)
+    reason = launch.refusal(attention)
+    if reason is not None:
+        return Rejected(site.node, reason, f"{attention.device.type}, {site.words}")
     kv_len = value(site.k).shape[2]
     if isinstance(kv_len, int) and kv_len == 0:
         return Rejected(site.node, Reason.SHORT, "no keys")
@@ -33,9 +39,7 @@ def _decided(site: AttentionSite, config: StemConfig) -> AttentionSite | Rejecte
     asked = config.min_length is not None or (isinstance(kv_len, int) and kv_len < shortest)
     if not asked:
         masked = site.mask_node is not None
-        shortest = crossover.shortest(
-            value(site.q), value(site.k), value(site.v), config.selection.text(), masked, shortest
-        )
+        shortest = crossover.shortest(attention, masked, shortest)
     if kv_len < shortest:
         if shortest > config.shortest:
             return Rejected(

@@ -9,24 +9,21 @@ from torch import fx
 
 from stem_compile import ops
 from stem_compile.kernels import launch
+from stem_compile.ops import SparseAttentionArgs
 from stem_compile.passes.graph.call import call
 from stem_compile.passes.graph.sites import AttentionSite
 from stem_compile.passes.graph.values import value
+from stem_compile.selection import Attention
 
 
 def lower(graph: fx.Graph, site: AttentionSite) -> None:
     """Rewrite ``graph`` in place and set ``site.kernel``."""
-    fakes = [value(n) for n in (site.q, site.k, site.v)]
-    attention = site.node
-    *head, _, score = attention.args
-    q, k, v, indices, counts, *mask_arguments, scale, spec = head
-    texts = (str(mask_arguments[-1]), str(spec), str(score))
-    site.kernel = launch.kernel_name(fakes[0], fakes[1], fakes[2], *texts)
-    attention.args = (*head, site.kernel, score)
-    select = launch.select_name(fakes[0], fakes[1], fakes[2], *texts)
-    with graph.inserting_before(attention):
-        selected = call(graph, ops.SELECT, (q, k, v, *mask_arguments, scale, spec, select, score), attention)
-        for i, part in enumerate((indices, counts)):
-            item = call(graph, operator.getitem, (selected, i), attention)
-            assert isinstance(part, fx.Node)
-            part.replace_all_uses_with(item)
+    args = SparseAttentionArgs.of(site.node)
+    q, k, v = (value(n) for n in (args.q, args.k, args.v))
+    names = launch.kernels(Attention(q, k, v, args.mask, args.scale, args.spec, args.score))
+    site.kernel = names.attend
+    with graph.inserting_before(site.node):
+        selected = call(graph, ops.SELECT, args.selection(names.select), site.node)
+        for index, part in enumerate((args.indices, args.counts)):
+            part.replace_all_uses_with(call(graph, operator.getitem, (selected, index), site.node))
+    site.node.args = SparseAttentionArgs.of(site.node).with_kernel(names.attend)

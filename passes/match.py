@@ -25,6 +25,7 @@ from stem_compile.passes.graph.trace_back import CASTS, HALF, peel, unrepeated
 from stem_compile.passes.graph.values import View, is_transformed, value
 from stem_compile.reasons import Reason
 from stem_compile.registry import Registry
+from stem_compile.selection import Attention
 
 log = logging.getLogger(__name__)
 
@@ -135,15 +136,6 @@ def _checked(hit: AttentionSite) -> AttentionSite | Rejected:
     dtypes = _computed_in(hit)
     if not (dtypes[0] == dtypes[1] == dtypes[2] and dtypes[0] in DTYPES):
         return Rejected(hit.node, Reason.DTYPE, ", ".join(str(d).removeprefix("torch.") for d in dtypes))
-    q, k, v = tensors
-    # int() of a symbolic size specialises it: nobody serves one model with several head counts or head dims.
-    allowed = launch.head_dims(q.device.type)
-    if int(q.shape[-1]) not in allowed or int(v.shape[-1]) not in allowed:
-        return Rejected(
-            hit.node,
-            Reason.HEAD_DIM,
-            f"{q.shape[-1]} and {v.shape[-1]}, {q.device.type} takes {allowed.start} to {allowed.stop - 1}",
-        )
     repeated = hit.k, hit.v
     hit.k, hit.v = (_unrepeated(x, hit.node) for x in (hit.k, hit.v))
     if value(hit.k).shape[1] != value(hit.v).shape[1]:
@@ -160,6 +152,11 @@ def _checked(hit: AttentionSite) -> AttentionSite | Rejected:
     hit.q, hit.k, hit.v = (_cast(x, dtypes[0]) for x in (hit.q, hit.k, hit.v))
     if value(hit.node).dtype != dtypes[0]:
         hit.result += (("to", (value(hit.node).dtype,)),)
+    attention = Attention(value(hit.q), value(hit.k), value(hit.v))
+    reason = launch.refusal(attention)
+    if reason is not None:
+        dims = f"head dims {attention.q.shape[-1]} and {attention.v.shape[-1]}"
+        return Rejected(hit.node, reason, f"{attention.device.type}, {dims}, {dtypes[0]}")
     return hit
 
 

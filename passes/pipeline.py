@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from stem_compile.config import StemConfig
+from stem_compile.ops import SparseAttentionArgs
 from stem_compile.passes import verify
 from stem_compile.passes.analyze_masks import analyze_masks
 from stem_compile.passes.cleanup import cleanup
@@ -183,7 +184,8 @@ def _apply(plan: Plan, sites: dict[int, AttentionSite], config: StemConfig) -> N
     for place, site in sites.items():
         with _blamed(place, "insert_selection"):
             insert_selection(graph, site, state)
-            roots[place] += [part for part in site.node.args[3:5] if isinstance(part, fx.Node)]
+            args = SparseAttentionArgs.of(site.node)
+            roots[place] += [args.indices, args.counts]
             if config.verify:
                 verify.after_insert(graph, [site])
     for place, site in sites.items():

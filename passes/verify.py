@@ -47,9 +47,10 @@ def after_lower(graph: fx.Graph, sites: list[AttentionSite]) -> None:
     """Every sparse attention has a kernel and is fed by one fused selection."""
     graph.lint()
     for site in sites:
-        listed = site.node.args[3]
-        selected = listed.args[0] if isinstance(listed, fx.Node) else None
-        _require(bool(site.kernel) and site.node.args[-2] == site.kernel, f"{site.node.name} has no kernel")
+        args = ops.SparseAttentionArgs.of(site.node)
+        selected = args.indices.args[0] if isinstance(args.indices, fx.Node) else None
+        named = args.kernel == site.kernel and site.kernel not in ("", ops.REFERENCE)
+        _require(named, f"{site.node.name} has no kernel")
         _require(
             isinstance(selected, fx.Node) and selected.target is ops.SELECT, f"{site.node.name} has no fused selection"
         )

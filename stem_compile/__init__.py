@@ -1,8 +1,8 @@
 """``torch.compile(model, backend="stem")``: training-free block-sparse prefill for any model's attention.
 
 The backend is found by its entry point and needs no import. This package names what users write down: ``StemConfig``
-(every option), ``explain`` (what would be rewritten and why), ``testing``, and the registries ``policies`` and
-``patterns`` to which others add. Importing it loads neither triton nor transformers.
+(every option), ``explain`` (what would be rewritten and why), ``testing``, and the registries ``policies``,
+``patterns`` and ``targets`` to which others add. Importing it loads neither triton nor transformers.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ if TYPE_CHECKING:
     from stem_compile import testing
     from stem_compile.config import StemConfig
     from stem_compile.explanation import explain
+    from stem_compile.kernels.contract import TARGETS as targets
     from stem_compile.passes.match import PATTERNS as patterns
     from stem_compile.selection.policies import POLICIES as policies
 
 __version__ = "0.1.0"
 """The only place where the version is written down; the package's metadata reads it here."""
 
-__all__ = ["StemConfig", "explain", "patterns", "policies", "testing"]
+__all__ = ["StemConfig", "explain", "patterns", "policies", "targets", "testing"]
 
 _HOMES = {
     "StemConfig": ("stem_compile.config", "StemConfig"),
     "explain": ("stem_compile.explanation", "explain"),
     "patterns": ("stem_compile.passes.match", "PATTERNS"),
     "policies": ("stem_compile.selection.policies", "POLICIES"),
+    "targets": ("stem_compile.kernels.contract", "TARGETS"),
 }
 
 

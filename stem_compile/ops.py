@@ -9,9 +9,10 @@ runtime parts as ``tensors`` (T0, T1, ... of mask and score) and ``scalars`` (S0
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import fx
 
 from stem_compile import selection
 from stem_compile.algebra import masks
@@ -51,6 +52,50 @@ SPARSE_ATTENTION = torch.ops.stem.sparse_attention.default
 BLIND_ROWS = torch.ops.stem.blind_rows.default
 
 
+class SparseAttentionArgs(NamedTuple):
+    """Arguments of ``stem::sparse_attention`` by name, in a graph (nodes) or in a call (tensors). Give them back to a
+    node as ``node.args = args``."""
+
+    q: Any
+    k: Any
+    v: Any
+    indices: Any
+    counts: Any
+    tensors: Any
+    scalars: Any
+    mask: str
+    scale: float
+    spec: str
+    kernel: str
+    score: str = ""
+
+    @classmethod
+    def of(cls, node: fx.Node) -> SparseAttentionArgs:
+        """Arguments of a ``stem::sparse_attention`` node. Raises ValueError for any other node."""
+        if node.target is not SPARSE_ATTENTION:
+            raise ValueError(f"{node.name} calls {node.target}, not stem::sparse_attention")
+        return cls(*node.args, **node.kwargs)  # type: ignore[arg-type]
+
+    @classmethod
+    def for_(cls, attention: selection.Attention, lists: selection.BlockSelection, kernel: str) -> SparseAttentionArgs:
+        """Arguments of a call that computes ``attention`` in the blocks listed."""
+        a = attention
+        return cls(
+            a.q, a.k, a.v, lists.indices, lists.counts, list(a.tensors), list(a.scalars), a.mask_text, a.scale,
+            a.spec_text, kernel, a.score_text,
+        )  # fmt: skip
+
+    def with_kernel(self, kernel: str) -> SparseAttentionArgs:
+        """The same, computed by ``kernel``."""
+        return self._replace(kernel=kernel)
+
+    def selection(self, kernel: str) -> tuple[Any, ...]:
+        """Arguments of the ``stem::select`` that makes the block lists."""
+        return (
+            self.q, self.k, self.v, self.tensors, self.scalars, self.mask, self.scale, self.spec, kernel, self.score
+        )  # fmt: skip
+
+
 def attention_output(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Uninitialised [B, H, q_len, dv] whose memory is [B, q_len, H, dv]: the transpose and reshape that follow
     attention cost nothing."""
@@ -79,10 +124,10 @@ def _(
     spec: str,
     score: str = "",
 ) -> torch.Tensor:
-    chosen = selection.parse(spec)
+    parsed = selection.parse(spec)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(
-        q.shape[0], q.shape[1], cdiv(q.shape[2], chosen.block_q), cdiv(k.shape[2], chosen.block_k), dtype=dtype
+        q.shape[0], q.shape[1], cdiv(q.shape[2], parsed.block_q), cdiv(k.shape[2], parsed.block_k), dtype=dtype
     )
 
 
@@ -106,9 +151,9 @@ def _(
     kernel: str,
     score: str = "",
 ) -> Any:
-    chosen = selection.parse(spec)
+    parsed = selection.parse(spec)
     return _lists(
-        q, (q.shape[0], q.shape[1], cdiv(q.shape[2], chosen.block_q), cdiv(k.shape[2], chosen.block_k)), chosen
+        q, (q.shape[0], q.shape[1], cdiv(q.shape[2], parsed.block_q), cdiv(k.shape[2], parsed.block_k)), parsed
     )
 
 

@@ -15,9 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from benchmarks.zoo import Wide
-from stem_compile import backend, selection
-from stem_compile.algebra import masks, scores
-from stem_compile.algebra.blocks import cdiv
+from stem_compile import backend
 from stem_compile.backend import Rewrite
 from stem_compile.kernels import reference
 from stem_compile.kernels.targets.cpu import target as cpu
@@ -206,18 +204,9 @@ def test_models_at_full_budget_equal_eager(name: str) -> None:
 def test_models_at_a_quarter_are_exact_under_their_selection(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case, errors = MODELS[name], []
 
-    def attend(q: Any, k: Any, v: Any, indices: Any, counts: Any, *rest: Any, score: str) -> Any:
-        out = real(q, k, v, indices, counts, *rest, score=score)
-        tensors, scalars, mask, scale, spec, _ = rest
-        chosen = selection.parse(spec)
-        made = selection.BlockSelection(
-            indices, counts, chosen.block_q, chosen.block_k, cdiv(k.shape[2], chosen.block_k)
-        )
-        meaning = (masks.decode(mask), tensors, scalars, scale, scores.decode(score))
-        golden, plain = (
-            reference.sparse_attention(*(x.to(t) for x in (q, k, v)), made, *meaning)
-            for t in (torch.float64, torch.float32)
-        )
+    def attend(attention: Any, lists: Any, kernel: str) -> Any:
+        out = real(attention, lists, kernel)
+        golden, plain = (reference.sparse_attention(attention.to(t), lists) for t in (torch.float64, torch.float32))
         ours, theirs = (float((x.double() - golden).abs().max()) for x in (out, plain))
         errors.append(ours / (theirs + 1e-6))
         return out

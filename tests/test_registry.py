@@ -8,19 +8,27 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import pytest
+import sympy
+import torch
 
 import stem_compile
+from stem_compile import selection
+from stem_compile.algebra.symbolic import BLOCKS
 from stem_compile.config import OptionError, StemConfig
+from stem_compile.kernels import launch
+from stem_compile.kernels.contract import TARGETS, Kernels, Stopwatch
+from stem_compile.kernels.targets.cpu import target as cpu
 from stem_compile.passes.match import PATTERNS
+from stem_compile.reasons import Reason
 from stem_compile.registry import Registry, RegistryError, contract_names
-from stem_compile.selection import SelectionSpec, parse
-from stem_compile.selection.policies import POLICIES
+from stem_compile.selection import Attention, SelectionSpec, parse
+from stem_compile.selection.policies import POLICIES, check
 from stem_compile.selection.policy import Option
 
-REGISTRIES: tuple[Registry[Any], ...] = (POLICIES, PATTERNS)
+REGISTRIES: tuple[Registry[Any], ...] = (POLICIES, PATTERNS, TARGETS)
 MEMBERS = [(registry, name) for registry in REGISTRIES for name in registry.builtin()]
 
 
@@ -191,3 +199,84 @@ def test_an_option_cannot_shadow_the_backends() -> None:
         pytest.raises(OptionError, match="'budget' has the name of one that is there"),
     ):
         StemConfig(policy="toy")
+
+
+def test_a_policy_is_asked_everything_before_a_graph_is_touched() -> None:
+    for broken, message in (
+        (toy(budget=lambda spec: 1 / 0), "division by zero"),
+        (toy(budget=lambda spec: 9, width=lambda spec, key_blocks: 3), "but its width is 3"),
+        (toy(budget=lambda spec: sympy.Symbol("unknown")), "unknown has no value"),
+        (toy(budget=lambda spec: BLOCKS * 0.5), "no whole number"),
+        (toy(min_length=lambda spec: -1), "min_length is negative"),
+    ):
+        with (
+            stem_compile.policies.register("toy", broken),
+            pytest.raises((ValueError, ZeroDivisionError, KeyError), match=message),
+        ):
+            check(SelectionSpec(policy="toy"))
+    for name in POLICIES.builtin():
+        for budget in (None, 0.01, 0.3, 1.0):
+            check(SelectionSpec(policy=name, budget=budget))
+
+
+def test_a_policy_of_ones_own_selects() -> None:
+    q = torch.randn(1, 2, 1024, 16)
+    options = {"policy": "toy", "toy_strength": 7, "block_size": 64, "sink_blocks": 1, "min_length": 0}
+    with stem_compile.policies.register("toy", toy()), selection.observe(lambda seen: lists.append(seen.selection)):
+        lists: list[selection.BlockSelection] = []
+        attention = lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)  # noqa: E731
+        out = torch.compile(attention, backend="stem", options={**options, "inner": "eager"})(q)
+    assert out.isfinite().all()
+    assert set(lists[0].counts[0, 0].tolist()) == {7, selection.FULL}
+
+
+def test_a_device_of_ones_own_computes_and_one_without_stays_dense() -> None:
+    class Meta:
+        """Counts what it is asked."""
+
+        asked: ClassVar[list[str]] = []
+
+        def supports(self, attention: Any) -> Reason | None:
+            self.asked.append("supports")
+            return Reason.HEAD_DIM if attention.q.shape[-1] == 17 else None
+
+        def kernels(self, attention: Any) -> Kernels:
+            return Kernels("toy select", "toy attend")
+
+        def select(self, attention: Any, kernel: str) -> Any:
+            self.asked.append(kernel)
+            return cpu.select(attention, "")
+
+        def attend(self, attention: Any, lists: Any, kernel: str) -> torch.Tensor:
+            self.asked.append(kernel)
+            return attention.q * 0
+
+        def stopwatch(self, device: torch.device) -> Stopwatch | None:
+            return None
+
+    x = torch.empty(1, 2, 256, 16, device="meta")
+    assert launch.refusal(Attention(x, x, x)) is Reason.DEVICE
+    with pytest.raises(ValueError, match="no kernels for this device"):
+        launch.kernels(Attention(x, x, x))
+    with TARGETS.register("meta", Meta()):
+        assert launch.refusal(Attention(x, x, x)) is None
+        assert launch.kernels(Attention(x, x, x)) == ("toy select", "toy attend")
+        narrow = x[..., :1].expand(1, 2, 256, 17)
+        assert launch.refusal(Attention(narrow, narrow, narrow)) is Reason.HEAD_DIM
+    assert launch.refusal(Attention(x, x, x)) is Reason.DEVICE
+    assert Meta.asked == ["supports"] * 3
+
+
+@pytest.mark.parametrize("source", ["raise OSError('no driver')\n", "HEAD_DIMS = 3\n"])
+def test_a_device_whose_target_is_broken_stays_dense(tmp_path: Path, monkeypatch: Any, source: str) -> None:
+    home, info = tmp_path / "meta_target", tmp_path / "meta_target" / "meta_target-1.dist-info"
+    info.mkdir(parents=True)
+    (home / "meta_target_module.py").write_text(source)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: meta-target\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[stem_compile.targets]\nmeta = meta_target_module\n")
+    monkeypatch.syspath_prepend(str(home))
+    x = torch.empty(1, 2, 256, 16, device="meta")
+    launch.target.cache_clear()
+    with pytest.warns(UserWarning, match="attention on meta stays dense: target 'meta' of meta-target"):
+        assert launch.refusal(Attention(x, x, x)) is Reason.DEVICE
+    launch.target.cache_clear()

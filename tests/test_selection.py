@@ -10,21 +10,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stem_compile.algebra import blocks
-from stem_compile.algebra.masks import Causal, Padding
-from stem_compile.selection import FULL, BlockSelection, SelectionSpec, oam, policies, tpd
+from stem_compile.algebra.masks import Causal, Padding, encode
+from stem_compile.selection import FULL, Attention, BlockSelection, SelectionSpec, oam, policies, tpd
 from tests.strategies import Case, cases, specs
 
 
 def select(case: Case, spec: SelectionSpec) -> tuple[BlockSelection, torch.Tensor, torch.Tensor]:
     """(selection, its dense form, candidates)."""
-    q, k, v = case.qkv()
     mask, tensors = case.mask()
-    found = blocks.candidates(mask, case.shape, tensors, [], spec.block_q, spec.block_k, "cpu")
-    visible = blocks.key_visible(mask, case.shape, tensors, [], torch.device("cpu"))
-    scores = oam.oam_scores(q, k, v, visible, found, spec, case.scale)
-    chosen = tpd.tpd_select(scores, spec)
-    found = found.expand(*chosen.counts.shape, chosen.key_blocks)
+    attention = Attention(*case.qkv(), encode(mask), case.scale, spec.text(), tensors=tensors)
+    chosen = tpd.tpd_select(oam.oam_scores(attention), spec)
+    found = attention.candidates.expand(*chosen.counts.shape, chosen.key_blocks)
     return chosen, chosen.dense(found), found
 
 
@@ -105,11 +101,10 @@ def test_chunks_with_the_length_declared_select_as_one_shot_does() -> None:
     q, k, v = case.qkv()
     whole = select(case, spec)[1]
     for start, end in ((0, 512), (512, 1024)):
-        mask, shape = Causal(start), (1, 4, end - start, end)
-        found = blocks.candidates(mask, shape, [], [], 64, 64, "cpu")
-        scores = oam.oam_scores(q[:, :, start:end], k[:, :, :end], v[:, :, :end], None, found, spec, case.scale)
-        chunk = tpd.tpd_select(scores, spec)
-        dense = chunk.dense(found.expand(*chunk.counts.shape, chunk.key_blocks))
+        part = q[:, :, start:end], k[:, :, :end], v[:, :, :end]
+        attention = Attention(*part, encode(Causal(start)), case.scale, spec.text())
+        chunk = tpd.tpd_select(oam.oam_scores(attention), spec)
+        dense = chunk.dense(attention.candidates.expand(*chunk.counts.shape, chunk.key_blocks))
         assert torch.equal(dense, whole[:, :, start // 64 : end // 64, : end // 64])
 
 
@@ -119,15 +114,12 @@ def test_padding_on_the_right_selects_as_the_row_alone() -> None:
     q, k, v = case.qkv()
     keep = torch.ones(1, 1024, dtype=torch.bool)
     keep[:, 640:] = False
-    padded = Causal() & Padding(0)
-    found = blocks.candidates(padded, case.shape, [keep], [], 64, 64, "cpu")
-    wide = tpd.tpd_select(oam.oam_scores(q, k, v, keep, found, spec, case.scale), spec)
-    alone_found = blocks.candidates(Causal(), (1, 4, 640, 640), [], [], 64, 64, "cpu")
-    alone = tpd.tpd_select(
-        oam.oam_scores(q[:, :, :640], k[:, :, :640], v[:, :, :640], None, alone_found, spec, case.scale), spec
+    padded = Attention(q, k, v, encode(Causal() & Padding(0)), case.scale, spec.text(), tensors=[keep])
+    alone = Attention(q[:, :, :640], k[:, :, :640], v[:, :, :640], encode(Causal()), case.scale, spec.text())
+    wide, short = (
+        tpd.tpd_select(oam.oam_scores(a), spec).dense(a.candidates.expand(1, 4, -1, -1)) for a in (padded, alone)
     )
-    wide_dense = wide.dense(found.expand(*wide.counts.shape, 16))[:, :, :10, :10]
-    assert torch.equal(wide_dense, alone.dense(alone_found.expand(*alone.counts.shape, 10)))
+    assert torch.equal(wide[:, :, :10, :10], short)
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,10 @@ from stem_compile.passes.graph.values import View, value
 def average_blind(attention: fx.Node, site: AttentionSite, blind: dict[str, fx.Node]) -> fx.Node:
     """Insert it at the graph's current place. blind: rows that earlier layers asked for, by what they asked."""
     assert site.average is not None
-    q, k, v, _, _, tensors, scalars, *_ = attention.args
-    assert isinstance(v, fx.Node)
+    args = ops.SparseAttentionArgs.of(attention)
+    q, k, v = args.q, args.k, args.v
     heads, key_heads = value(q).shape[1], value(v).shape[1]
-    asked: tuple[Any, ...] = (tensors, scalars, masks.encode(site.average))
+    asked: tuple[Any, ...] = (args.tensors, args.scalars, masks.encode(site.average))
     key = str((asked, [*value(q).shape[:3], value(k).shape[2]]))
     if key not in blind:
         blind[key] = call(attention.graph, ops.BLIND_ROWS, (q, k, *asked), attention)

@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import fx
 
-from stem_compile.algebra.masks import Full, Mask
+from stem_compile.algebra.masks import Full, Mask, encode
 from stem_compile.algebra.scores import Score
-from stem_compile.passes.graph.values import View
+from stem_compile.config import StemConfig
+from stem_compile.passes.graph.values import View, value
 from stem_compile.reasons import Reason
+from stem_compile.selection import Attention
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +88,20 @@ class AttentionSite:
     score: Score = field(default_factory=Score)
     kernel: str = ""
     index: int = 0
+
+    def attention(self, config: StemConfig) -> Attention:
+        """The attention that the operators would be given, of example values."""
+        return Attention(
+            value(self.q),
+            value(self.k),
+            value(self.v),
+            mask_text=encode(Full() if self.mask is None else self.mask),
+            scale=self.scale,
+            spec_text=config.selection.text(),
+            score_text=self.score.text,
+            tensors=[value(n) for n in self.tensors],
+            scalars=[value(n) for n in self.scalars],
+        )
 
     @property
     def words(self) -> str:

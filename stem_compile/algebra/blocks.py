@@ -3,6 +3,7 @@ score."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -28,33 +29,33 @@ class Parts(NamedTuple):
     terms about keys alone."""
 
     causal: Causal | None
-    bands: list[Mask]
-    keys: list[Mask]
-    others: list[Mask]
+    bands: tuple[Mask, ...]
+    keys: tuple[Mask, ...]
+    others: tuple[Mask, ...]
 
     @property
     def lowest(self) -> Any:
         """First key that query ``Q`` may see under the bands: an expression nondecreasing in ``Q``, or None."""
-        return And(tuple(self.bands)).lowest if self.bands else None
+        return And(self.bands).lowest if self.bands else None
 
 
+@functools.lru_cache(maxsize=1024)
 def split(mask: Mask) -> Parts:
     """The terms of a conjunction by kind."""
-    parts = Parts(None, [], [], [])
+    causal: Causal | None = None
+    bands: list[Mask] = []
+    keys: list[Mask] = []
+    others: list[Mask] = []
     for term in mask.terms if isinstance(mask, And) else (mask,):
-        if isinstance(term, Causal) and parts.causal is None:
-            parts = parts._replace(causal=term)
-        elif isinstance(term, Full):
-            continue
-        elif term.lowest is not None:
-            parts.bands.append(term)
-        elif not {Q, H} & term.predicate.free_symbols:
-            parts.keys.append(term)
-        else:
-            parts.others.append(term)
-    return parts
+        if isinstance(term, Causal) and causal is None:
+            causal = term
+        elif not isinstance(term, Full):
+            about_keys = not {Q, H} & term.predicate.free_symbols
+            (bands if term.lowest is not None else keys if about_keys else others).append(term)
+    return Parts(causal, tuple(bands), tuple(keys), tuple(others))
 
 
+@functools.lru_cache(maxsize=1024)
 def unbanded(mask: Mask) -> Mask:
     """``mask`` without its far edges: what budgets are measured against, so that a window within the budget is not
     selected on."""

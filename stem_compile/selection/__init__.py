@@ -1,15 +1,18 @@
 """Which key blocks a query block computes: the specification, block scores (OAM), budgets (TPD) and the policies behind
 them."""
 
-from stem_compile.selection.spec import (
-    FULL,
-    BlockSelection,
-    Observed,
-    OptionValue,
-    SelectionSpec,
-    announce,
-    observe,
-    parse,
-)
+from stem_compile.selection.attention import Attention
+from stem_compile.selection.observe import Observed, announce, observe
+from stem_compile.selection.spec import FULL, BlockSelection, OptionValue, SelectionSpec, parse
 
-__all__ = ["FULL", "BlockSelection", "Observed", "OptionValue", "SelectionSpec", "announce", "observe", "parse"]
+__all__ = [
+    "FULL",
+    "Attention",
+    "BlockSelection",
+    "Observed",
+    "OptionValue",
+    "SelectionSpec",
+    "announce",
+    "observe",
+    "parse",
+]

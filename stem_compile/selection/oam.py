@@ -9,44 +9,33 @@ not linear and costs (block / stride)^2 times more.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 
 from stem_compile.algebra.blocks import cdiv
-from stem_compile.selection import SelectionSpec
+from stem_compile.algebra.scores import block_positions
+from stem_compile.selection import Attention, SelectionSpec
 
 CELL_ROWS = 64
 """Query row blocks whose cells exist at once under max pooling."""
 
 
-def oam_scores(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    visible: torch.Tensor | None,
-    candidates: torch.Tensor,
-    spec: SelectionSpec,
-    scale: float,
-    modify: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """Scores [B, H, query blocks, key blocks], fp32 (fp64 for fp64 inputs); -inf where ``candidates`` is False.
+def oam_scores(attention: Attention) -> torch.Tensor:
+    """Scores [B, H, query blocks, key blocks], fp32 (fp64 for fp64 inputs); -inf where no score is visible.
 
-    q: [B, H, q_len, d]. k: [B, Hk, kv_len, d], v: [B, Hk, kv_len, dv], H a multiple of Hk. visible: bool [B or 1,
-    kv_len] or None (all).
-    candidates: bool, broadcastable to the result.
-    modify: what the attention does to scaled scores, where blocks see it. Pads and ragged ends do not count: a mean is
-    over the token pairs that exist.
+    Pads and ragged ends do not count: a mean is over the token pairs that exist. A score that depends on positions is
+    applied where blocks see it (``scores.block_positions``).
     """
+    q, k, v, spec = attention.q, attention.k, attention.v, attention.spec
+    visible = attention.mask.visible
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    heads, key_heads = q.shape[1], k.shape[1]
     pool = {"mean": _mean_over_cells, "max": _max_over_cells}[spec.pooling]
-    scores = pool(q, k, visible, spec, dtype) * scale
-    if modify is not None:
-        scores = modify(scores)
-    magnitude = _value_term(v, visible, spec, dtype).repeat_interleave(heads // key_heads, 1)
-    return (scores + spec.beta * magnitude[:, :, None, :]).masked_fill_(~candidates, -torch.inf)
+    pooled = pool(q, k, visible, spec, dtype) * attention.scale
+    if attention.score.positional:
+        places = block_positions(*attention.blocks, attention.shape, spec.block_q, spec.block_k, q.device)
+        pooled = attention.score.apply(pooled, attention.mask.environment | places)
+    values = value_term(_largest_norms(v, visible, spec, dtype), spec.metric).repeat_interleave(attention.group, 1)
+    return (pooled + spec.beta * values[:, :, None, :]).masked_fill_(~attention.candidates, -torch.inf)
 
 
 def _grouped(
@@ -103,17 +92,24 @@ def _grouped_product(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return (q.reshape(batch, k.shape[1], group * m, width) @ k.transpose(-1, -2)).view(batch, heads, m, k.shape[2])
 
 
-def _value_term(v: torch.Tensor, visible: torch.Tensor | None, spec: SelectionSpec, dtype: torch.dtype) -> torch.Tensor:
-    """max(0, log max ||v||) a key block: [B, Hk, key blocks]. "released" z-scores the log over the sequence first, so
-    it sees later tokens."""
+def _largest_norms(
+    v: torch.Tensor, visible: torch.Tensor | None, spec: SelectionSpec, dtype: torch.dtype
+) -> torch.Tensor:
+    """Largest ||v|| of each key block's visible keys, 0 without one: [B, Hk, key blocks]."""
     norm = torch.linalg.vector_norm(v, dim=-1, dtype=dtype)
     if visible is not None:
         norm = torch.where(visible[:, None], norm, 0)
     blocks = cdiv(v.shape[2], spec.block_k)
-    peak = F.pad(norm, (0, blocks * spec.block_k - v.shape[2])).unflatten(2, (blocks, spec.block_k)).amax(-1)
-    log = peak.clamp(min=torch.finfo(torch.float32).tiny).log()
-    if spec.metric == "released":
-        real = peak > 0
+    padded = F.pad(norm, (0, blocks * spec.block_k - v.shape[2]))
+    return padded.view(*padded.shape[:2], blocks, spec.block_k).amax(-1)
+
+
+def value_term(norms: torch.Tensor, metric: str) -> torch.Tensor:
+    """max(0, log ||v||) of each block's largest norm [B, Hk, key blocks], 0 for a block without keys. "released"
+    z-scores the logarithms over the sequence first, as the authors' code does, so it sees later tokens."""
+    log = norms.clamp(min=torch.finfo(torch.float32).tiny).log()
+    if metric == "released":
+        real = norms > 0
         count = real.sum(-1, keepdim=True).clamp(min=1)
         mean = torch.where(real, log, 0).sum(-1, keepdim=True) / count
         spread = torch.where(real, (log - mean) ** 2, 0).sum(-1, keepdim=True) / count

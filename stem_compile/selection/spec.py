@@ -8,8 +8,6 @@ cost no index memory and no index loads.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -148,70 +146,3 @@ class BlockSelection:
             raise ValueError(
                 f"a block without visible keys is selected at (batch, head, row) = {tuple(blind.nonzero()[0].tolist())}"
             )
-
-
-@dataclass(frozen=True)
-class Observed:
-    """A selection made at run time, with the mask it was made under. shape: (batch, heads, q_len, kv_len).
-
-    inputs: (q, k, v) of the attention, which may be overwritten later; scale: factor of q.k; spec:
-    ``SelectionSpec.text()``; score: ``Score.text``.
-    """
-
-    selection: BlockSelection
-    mask: str
-    tensors: tuple[torch.Tensor, ...]
-    scalars: tuple[int, ...]
-    shape: tuple[int, int, int, int]
-    inputs: tuple[torch.Tensor, ...] = ()
-    scale: float = 1.0
-    spec: str = ""
-    score: str = ""
-
-    @property
-    def candidates(self) -> torch.Tensor:
-        """Bool [B or 1, H or 1, rows, key blocks]: pairs with a visible score."""
-        from stem_compile.algebra.blocks import candidates
-        from stem_compile.algebra.masks import decode
-
-        chosen = self.selection
-        return candidates(
-            decode(self.mask),
-            self.shape,
-            self.tensors,
-            self.scalars,
-            chosen.block_q,
-            chosen.block_k,
-            chosen.counts.device,
-        )
-
-    @property
-    def density(self) -> float:
-        """Computed over visible block pairs."""
-        return self.selection.density(self.candidates)
-
-
-Observer = Callable[[Observed], "BlockSelection | None"]
-
-_observers: list[Observer] = []
-
-
-@contextlib.contextmanager
-def observe(callback: Observer) -> Iterator[None]:
-    """Call ``callback`` for every selection that the operators make inside the ``with``: for explain and tests.
-
-    A ``BlockSelection`` that it returns, of the same shapes, is computed instead of the one that was made.
-    """
-    _observers.append(callback)
-    try:
-        yield
-    finally:
-        _observers.remove(callback)
-
-
-def announce(made: Observed) -> BlockSelection:
-    """Tell the observers; the selection to compute. Free when there are none."""
-    chosen = made.selection
-    for callback in _observers:
-        chosen = callback(made) or chosen
-    return chosen

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from stem_compile.algebra import symbolic
 from stem_compile.algebra.blocks import cdiv
@@ -38,19 +39,35 @@ def tpd_select(scores: torch.Tensor, spec: SelectionSpec, reach: torch.Tensor | 
     none.
     """
     columns = scores.shape[-1]
-    width = int(list_width(spec, columns))
-    candidate = scores > -torch.inf
-    visible = candidate.sum(-1)
-    limit = row_limits(visible, spec, reach)
-    keep = torch.where(full_rows(visible, limit, spec, reach), FULL, limit)
-    # Forced blocks rank above every score; -inf stays below.
-    rank = candidate.cumsum(-1)
-    forced = candidate & ((rank <= spec.sinks) | (rank > visible.unsqueeze(-1) - spec.locals))
-    ranked = torch.where(forced, torch.inf, scores)
+    candidates = scores > -torch.inf
+    counts = row_counts(candidates.sum(-1), spec, reach)
+    indices = best_blocks(scores, candidates, counts, int(list_width(spec, columns)), spec)
+    return BlockSelection(indices, counts, spec.block_q, spec.block_k, columns)
+
+
+def best_blocks(
+    scores: torch.Tensor, candidates: torch.Tensor, counts: torch.Tensor, width: int, spec: SelectionSpec
+) -> torch.Tensor:
+    """Each row's ``counts`` best candidates, ascending: int32 [..., rows, width], garbage past ``counts``.
+
+    scores: [..., rows, columns]; candidates, counts: broadcastable to it and to its rows. Forced blocks rank above
+    every score; ties go to the earlier block.
+    """
+    columns = scores.shape[-1]
+    rank = candidates.cumsum(-1)
+    forced = candidates & ((rank <= spec.sinks) | (rank > rank[..., -1:] - spec.locals))
+    ranked = scores.masked_fill(~candidates, -torch.inf).masked_fill_(forced, torch.inf)
     order = torch.sort(ranked, dim=-1, descending=True, stable=True).indices[..., :width]
-    listed = torch.arange(width, device=scores.device) < keep.unsqueeze(-1)
-    indices = torch.where(listed, order, columns).sort(-1).values.clamp(max=columns - 1)
-    return BlockSelection(indices.int(), keep.int(), spec.block_q, spec.block_k, columns)
+    listed = torch.arange(order.shape[-1], device=scores.device) < counts.unsqueeze(-1)
+    indices = torch.where(listed, order, columns).sort(-1).values.clamp(max=columns - 1).int()
+    return F.pad(indices, (0, width - indices.shape[-1]))
+
+
+def row_counts(visible: torch.Tensor, spec: SelectionSpec, reach: torch.Tensor | None = None) -> torch.Tensor:
+    """int32 [..., rows]: length of each row's list, ``FULL`` for rows that compute all they see. visible: int64, blocks
+    that a row may compute."""
+    limit = row_limits(visible, spec, reach)
+    return torch.where(full_rows(visible, limit, spec, reach), FULL, limit).int()
 
 
 def row_limits(visible: torch.Tensor, spec: SelectionSpec, reach: torch.Tensor | None = None) -> torch.Tensor:
@@ -75,7 +92,7 @@ def full_rows(
     """
     reach = visible if reach is None else reach
     slack, rows = cdiv(spec.block_k, spec.block_q) + 1, reach.shape[-1]
-    before = torch.nn.functional.pad(reach, (slack, 0))[..., :rows]
+    before = F.pad(reach, (slack, 0))[..., :rows]
     after = reach[..., (torch.arange(rows, device=reach.device) + slack).clamp(max=rows - 1)]
     ends = (before < reach) & (after <= reach) & (reach >= cdiv(spec.prompt_length, spec.block_k))
     full: torch.Tensor = ((limit >= visible) | ends) & (visible > 0)

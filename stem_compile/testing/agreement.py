@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
-from stem_compile.kernels import launch
 from stem_compile.selection import FULL, BlockSelection, Observed
+from stem_compile.selection.oam import oam_scores
 from stem_compile.testing.numerics import FACTOR
 from stem_compile.testing.subject import Force
 from stem_compile.testing.violation import Violation
@@ -50,10 +50,9 @@ def _listed(row: torch.Tensor) -> list[int]:
 
 def _beyond_a_tie(seen: Observed, own: torch.Tensor, want: torch.Tensor) -> tuple[int, ...] | None:
     """First row that differs by more than blocks whose scores rounding cannot tell apart; None without one."""
-    q, k, v = seen.inputs
-    scores = launch.oam_scores(q, k, v, seen.tensors, seen.scalars, seen.mask, seen.scale, seen.spec, seen.score)
+    q, k, scores = seen.attention.q, seen.attention.k, oam_scores(seen.attention)
     # No score exceeds the product of the norms (Cauchy-Schwarz), which is what rounding is relative to.
-    largest = seen.scale * float(
+    largest = seen.attention.scale * float(
         torch.linalg.vector_norm(q.double(), dim=-1).max() * torch.linalg.vector_norm(k.double(), dim=-1).max()
     )
     noise = FACTOR * torch.finfo(q.dtype).eps * largest

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from stem_compile.config import StemConfig
+from stem_compile.ops import SparseAttentionArgs
 from stem_compile.passes.graph.sites import AttentionSite
 from stem_compile.passes.graph.values import module_path
 from stem_compile.testing import numerics
@@ -113,19 +114,8 @@ def _first(subject: Subject, inputs: Inputs, compared: _Compared, sites: list[At
     for index, (made, site, own, golden) in enumerate(
         zip(compared.run.made, sites, compared.own_taps, compared.golden_taps)
     ):
-        q, k, v = made.inputs
-        chosen = (
-            made.selection.indices,
-            made.selection.counts,
-            list(made.tensors),
-            list(made.scalars),
-            made.mask,
-            made.scale,
-            made.spec,
-            site.kernel,
-            made.score,
-        )
-        out = torch.ops.stem.sparse_attention(q, k, v, *chosen)
+        args = SparseAttentionArgs.for_(made.attention, made.selection, site.kernel)
+        out = torch.ops.stem.sparse_attention(*args)
         valid = None if rows is None or rows.shape[-1] != out.shape[2] else rows.expand(out.shape[:3])
         allowed = numerics.budget(own, golden, out.dtype, valid)
         place = numerics.first_beyond(out, golden, allowed, valid)

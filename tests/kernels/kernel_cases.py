@@ -3,17 +3,17 @@ readable."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from stem_compile import ops
-from stem_compile.algebra.blocks import candidates, cdiv
-from stem_compile.algebra.masks import decode
 from stem_compile.algebra.scores import decode as decode_score
-from stem_compile.kernels import launch, reference
-from stem_compile.selection import BlockSelection, SelectionSpec
+from stem_compile.kernels import reference
+from stem_compile.selection import Attention, BlockSelection, SelectionSpec
+from stem_compile.selection.oam import oam_scores
+from stem_compile.selection.tpd import tpd_select
 
 CAUSAL = "kv <= q"
 LAST_ROWS = "kv <= q + kv_len - q_len"
@@ -153,25 +153,18 @@ class Case:
         scalars = [self.kv_len - self.q_len] if "S0" in self.mask else []
         return {"q": q, "k": k, "v": v, "tensors": tensors, "scalars": scalars}
 
-    def candidates(self, tensors: Any, scalars: Any) -> torch.Tensor:
-        return candidates(decode(self.mask), self.shape, tensors, scalars, self.block_q, self.block_k, self.device)
+    def attention(self, **changes: Any) -> Attention:
+        """The attention as the targets take it; changes: fields of it."""
+        fields = {"mask_text": self.mask, "scale": self.head_dim**-0.5, "spec_text": self.spec.text()}
+        return Attention(**{**self.inputs(), **fields, "score_text": self.score, **changes})
 
-    def random_selection(self, tensors: Any, scalars: Any) -> BlockSelection:
+    def random_selection(self, attention: Attention) -> BlockSelection:
         """A valid selection whose scores are noise."""
-        found = self.candidates(tensors, scalars)
+        candidates = attention.candidates
         noise = torch.rand(
-            self.batch, self.heads, *found.shape[2:], generator=torch.Generator().manual_seed(self.seed)
+            self.batch, self.heads, *candidates.shape[2:], generator=torch.Generator().manual_seed(self.seed)
         ).to(self.device)
-        qk = torch.empty(self.batch, self.heads, self.q_len, 0), torch.empty(self.batch, self.heads, self.kv_len, 0)
-        lists = launch.tpd_select(
-            noise.masked_fill(~found, -torch.inf),
-            *(x.to(self.device) for x in qk),
-            tensors,
-            scalars,
-            self.mask,
-            self.spec.text(),
-        )
-        return BlockSelection(*lists, self.block_q, self.block_k, cdiv(self.kv_len, self.block_k))
+        return tpd_select(noise.masked_fill(~candidates, -torch.inf), self.spec, attention.reach)
 
 
 def attention_error(case: Case, target: Any, kernel: str, monkeypatch: Any) -> float:
@@ -179,45 +172,28 @@ def attention_error(case: Case, target: Any, kernel: str, monkeypatch: Any) -> f
     keys."""
     real = ops.attention_output
     monkeypatch.setattr(ops, "attention_output", lambda q, v: real(q, v).fill_(float("nan")))
-    data = case.inputs()
-    chosen = case.random_selection(data["tensors"], data["scalars"])
-    scale = case.head_dim**-0.5
-    extra = (data["tensors"], data["scalars"])
-    q, k, v = (data[x] for x in "qkv")
-    lse = torch.full(q.shape[:3], float("nan"), device=q.device)
-    out = target.attend(
-        q,
-        k,
-        v,
-        chosen.indices,
-        chosen.counts,
-        *extra,
-        case.mask,
-        scale,
-        case.spec.text(),
-        kernel,
-        lse=lse,
-        score=case.score,
-    )
-    expected = reference.sparse_attention(
-        q.double(), k.double(), v.double(), chosen, decode(case.mask), *extra, scale, decode_score(case.score)
-    )
-    assert out.shape == expected.shape and out.dtype == q.dtype
+    attention = case.attention()
+    chosen = case.random_selection(attention)
+    lse = torch.full(case.shape[:3], float("nan"), device=attention.device)
+    out = target.attend(attention, chosen, kernel, lse=lse)
+    expected = reference.sparse_attention(attention.to(torch.float64), chosen)
+    assert out.shape == expected.shape and out.dtype == attention.q.dtype
     error = float((out.double() - expected).norm() / expected.norm().clamp(min=1e-30))
     empty = expected.abs().sum(-1) == 0
     said = f"{case}: relative error {error:.2e}; rows wrong: "
     assert (out[empty] == 0).all(), said + places((out != 0).any(-1) & empty) + " (no visible key: must be 0)"
     assert out.isfinite().all(), said + places(~out.isfinite().all(-1)) + " (not finite)"
-    blind = (lse == -torch.inf) | bool(decode_score(case.score).sink is not None)
+    blind = (lse == -torch.inf) | bool(attention.score.sink is not None)
     assert blind[empty].all(), said + places(~blind & empty) + " (log-sum-exp without a visible key)"
     assert lse[~empty].isfinite().all(), said + places(~lse.isfinite() & ~empty) + " (log-sum-exp)"
     if case.mask == CAUSAL and not case.kind:
         seen = (
-            chosen.dense(case.candidates(*extra))
+            chosen.dense(attention.candidates)
             .repeat_interleave(case.block_q, 2)
             .repeat_interleave(case.block_k, 3)[..., : case.q_len, : case.kv_len]
         )
-        logits = q.double() @ k.double().repeat_interleave(case.heads // case.key_heads, 1).mT * scale
+        exact = attention.to(torch.float64)
+        logits = exact.q @ exact.k.repeat_interleave(attention.group, 1).mT * attention.scale
         want = logits.masked_fill(~(seen & torch.ones_like(seen).tril()), -torch.inf).logsumexp(-1)
         assert (lse - want).abs().max() <= 1e-2 + 1e-5 * want.abs().max(), (
             said + places((lse - want).abs() > 1e-2) + " (log-sum-exp)"
@@ -243,21 +219,15 @@ def places(wrong: torch.Tensor) -> str:
 def selection_gap(case: Case, target: Any) -> tuple[float, bool]:
     """(how far blocks chosen differently are from a tie, in standard deviations of the row's scores; whether counts
     agree)."""
-    data = case.inputs()
-    q, k, v = (data[x] for x in "qkv")
-    extra = (data["tensors"], data["scalars"])
-    scale, spec = case.head_dim**-0.5, case.spec
-    scored = (
-        (rounded_to_fp8(q, case.block_q), rounded_to_fp8(k, case.block_k))
-        if case.score_dtype == "fp8"
-        else (q.double(), k.double())
-    )
-    scores = launch.oam_scores(*scored, v.double(), *extra, case.mask, scale, spec.text())
-    lists = launch.tpd_select(scores, q, k, *extra, case.mask, spec.text())
-    expected = BlockSelection(*lists, case.block_q, case.block_k, cdiv(case.kv_len, case.block_k))
-    indices, counts = target.select(q, k, v, *extra, case.mask, scale, spec.text(), "select")
-    made = BlockSelection(indices, counts, case.block_q, case.block_k, cdiv(case.kv_len, case.block_k))
-    found = case.candidates(*extra)
+    attention = case.attention(score_text="")
+    q, k = attention.q, attention.k
+    scored = attention.to(torch.float64)
+    if case.score_dtype == "fp8":
+        scored = replace(scored, q=rounded_to_fp8(q, case.block_q), k=rounded_to_fp8(k, case.block_k))
+    scores = oam_scores(scored)
+    expected = tpd_select(scores, case.spec, attention.reach)
+    made = attention.selection(*target.select(attention, target.kernels(attention).select))
+    found = attention.candidates
     made.check(found)
     mine, theirs = made.dense(found), expected.dense(found)
     finite = scores.isfinite()
@@ -266,4 +236,4 @@ def selection_gap(case: Case, target: Any) -> tuple[float, bool]:
     best_missed = torch.where(theirs & ~mine, scores, -torch.inf).amax(-1)
     differ = (mine != theirs).any(-1)
     gap = torch.where(differ, (best_missed - worst_kept) / spread, 0.0)
-    return float(gap.max()), bool((counts == expected.counts).all())
+    return float(gap.max()), bool((made.counts == expected.counts).all())

@@ -10,7 +10,12 @@ import torch
 import torch.nn.functional as F
 
 import stem_compile
-from stem_compile.kernels import cache, crossover
+from stem_compile.kernels import crossover
+from stem_compile.kernels.contract import Stopwatch
+from stem_compile.kernels.crossover import Question
+from stem_compile.selection import Attention
+
+WATCH = Stopwatch("a machine", lambda first, second: (1.0, 1.0))
 
 
 @pytest.mark.parametrize(
@@ -30,7 +35,7 @@ def test_selecting_must_win_at_every_longer_length(times: dict[int, tuple[float,
 def test_a_cpu_is_never_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crossover, "_race", lambda *_: pytest.fail("measured"))
     x = torch.empty(1, 2, 8, 64)
-    assert crossover.shortest(x, x, x, "", False, 77) == 77
+    assert crossover.shortest(Attention(x, x, x), False, 77) == 77
 
 
 def test_answers_survive_the_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
@@ -42,8 +47,7 @@ def test_answers_survive_the_process(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         return {2048: (1.0, 2.0), 4096: (2.0, 1.0)}
 
     monkeypatch.setattr(crossover, "_race", race)
-    monkeypatch.setattr(cache, "machine", lambda device: "a machine")
-    question = (torch.device("cuda"), torch.bfloat16, 32, 8, 128, 128, "", False, 2048)
+    question = Question(torch.device("cuda"), torch.bfloat16, 32, 8, 128, 128, "", False, 2048), WATCH
     for _ in range(2):
         crossover._crossover.cache_clear()
         assert crossover._crossover(*question) == 4096
@@ -59,9 +63,9 @@ def test_answers_survive_the_process(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_a_measurement_that_fails_refuses_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("STEM_COMPILE_CACHE", str(tmp_path))
     monkeypatch.setattr(crossover, "_race", lambda *_: 1 / 0)
-    monkeypatch.setattr(cache, "machine", lambda device: "a machine")
     crossover._crossover.cache_clear()
-    assert crossover._crossover(torch.device("cuda"), torch.float16, 4, 4, 64, 64, "", False, 2048) == 2048
+    question = Question(torch.device("cuda"), torch.float16, 4, 4, 64, 64, "", False, 2048)
+    assert crossover._crossover(question, WATCH) == 2048
     assert not list(tmp_path.iterdir())
     crossover._crossover.cache_clear()
 
@@ -77,7 +81,7 @@ def attention(x: torch.Tensor) -> torch.Tensor:
 def test_below_the_crossover_attention_stays_dense(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], decision: str | None
 ) -> None:
-    monkeypatch.setattr(crossover, "shortest", lambda q, k, v, spec, masked, least: max(least, 3072))
+    monkeypatch.setattr(crossover, "shortest", lambda attention, masked, least: max(least, 3072))
     with torch.no_grad():
         told = stem_compile.explain(attention, {"budget": 0.25, **options})(torch.randn(1, 1, 2304, 16))
     assert [s["reason"] for s in told.sites] == [decision]
@@ -86,7 +90,7 @@ def test_below_the_crossover_attention_stays_dense(
 
 
 def test_a_symbolic_length_is_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crossover, "shortest", lambda q, k, v, spec, masked, least: max(least, 3072))
+    monkeypatch.setattr(crossover, "shortest", lambda attention, masked, least: max(least, 3072))
     graphs: list[Any] = []
     from stem_compile import backend
 

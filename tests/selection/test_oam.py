@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from hypothesis import given, settings
 
 from stem_compile.algebra import blocks
-from stem_compile.selection import SelectionSpec, oam
+from stem_compile.algebra.masks import encode
+from stem_compile.selection import Attention, SelectionSpec, oam
 from tests.strategies import Case, cases, specs
 
 
@@ -49,40 +51,33 @@ def brute_force(case: Case, spec: SelectionSpec) -> torch.Tensor:
     return scores
 
 
+def attention(case: Case, spec: SelectionSpec, dtype: torch.dtype | None = None) -> Attention:
+    mask, tensors = case.mask()
+    q, k, v = case.qkv() if dtype is None else case.qkv(dtype)
+    return Attention(q, k, v, encode(mask), case.scale, spec.text(), tensors=tensors)
+
+
 @settings(max_examples=15)
 @given(cases(longest=150), specs().map(lambda s: SelectionSpec(**{**s.__dict__, "metric": "paper"})))
 def test_scores_follow_their_definition(case: Case, spec: SelectionSpec) -> None:
-    q, k, v = case.qkv(torch.float64)
-    mask, tensors = case.mask()
-    found = blocks.candidates(mask, case.shape, tensors, [], spec.block_q, spec.block_k, "cpu")
-    visible = blocks.key_visible(mask, case.shape, tensors, [], torch.device("cpu"))
-    ours = oam.oam_scores(q, k, v, visible, found, spec, case.scale)
+    ours = oam.oam_scores(attention(case, spec, torch.float64))
     assert ours.dtype == torch.float64
     torch.testing.assert_close(ours, brute_force(case, spec))
 
 
 @given(cases(dtypes=(torch.float32, torch.bfloat16, torch.float16)), specs())
 def test_scores_are_fp32_and_finite_where_there_is_a_candidate(case: Case, spec: SelectionSpec) -> None:
-    q, k, v = case.qkv()
-    mask, tensors = case.mask()
-    found = blocks.candidates(mask, case.shape, tensors, [], spec.block_q, spec.block_k, "cpu")
-    ours = oam.oam_scores(
-        q, k, v, blocks.key_visible(mask, case.shape, tensors, [], torch.device("cpu")), found, spec, case.scale
-    )
+    given = attention(case, spec)
+    ours = oam.oam_scores(given)
     assert ours.dtype == torch.float32
-    assert torch.equal(ours > -torch.inf, found.expand(ours.shape))
+    assert torch.equal(ours > -torch.inf, given.candidates.expand(ours.shape))
     assert not ours.isnan().any()
 
 
 def test_larger_values_attract() -> None:
-    case = Case(q_len=512)
-    q, k, v = case.qkv()
-    spec = SelectionSpec(block_q=64, block_k=64)
-    found = blocks.candidates(case.mask()[0], case.shape, [], [], 64, 64, "cpu")
-    v[:, :, 70] *= 100
-    louder = oam.oam_scores(q, k, v, None, found, spec, case.scale)
-    v[:, :, 70] /= 100
-    plain = oam.oam_scores(q, k, v, None, found, spec, case.scale)
-    gain = (louder - plain)[0, 0, 5]
+    plain = attention(Case(q_len=512), SelectionSpec(block_q=64, block_k=64))
+    louder = replace(plain, v=plain.v.clone())
+    louder.v[:, :, 70] *= 100
+    gain = (oam.oam_scores(louder) - oam.oam_scores(plain))[0, 0, 5]
     assert gain[1] > 0.2 * math.log(50)
     assert gain[[0, 2, 3]].abs().max() == 0

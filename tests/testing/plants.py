@@ -12,13 +12,11 @@ import pytest
 import torch
 
 from stem_compile import selection
-from stem_compile.algebra import masks
-from stem_compile.algebra.blocks import candidates
 from stem_compile.algebra.masks import And, Mask
 from stem_compile.kernels.targets.cpu import target as cpu
 from stem_compile.passes import pipeline
 from stem_compile.passes.graph.sites import AttentionSite
-from stem_compile.selection import BlockSelection
+from stem_compile.selection import Attention, BlockSelection
 
 Patch = pytest.MonkeyPatch
 Call = dict[str, Any]
@@ -51,8 +49,18 @@ def fault(name: str, caught_by: str) -> Callable[[Callable[[Patch], None]], None
 # -- where faults are planted
 # ----------------------------------------------------------------------------------------------
 
-ATTEND = ("q", "k", "v", "indices", "counts", "tensors", "scalars", "mask", "scale", "spec", "kernel")
-SELECT = ("q", "k", "v", "tensors", "scalars", "mask", "scale", "spec", "kernel")
+
+def _call(attention: Attention, lists: BlockSelection | None = None) -> Call:
+    """What a kernel is called with, by name."""
+    a = attention
+    texts = {"mask": a.mask_text, "spec": a.spec_text, "score": a.score_text}
+    call = {"q": a.q, "k": a.k, "v": a.v, "tensors": a.tensors, "scalars": a.scalars, "scale": a.scale, **texts}
+    return call if lists is None else {**call, "indices": lists.indices, "counts": lists.counts}
+
+
+def _changed(call: Call, changes: dict[str, Callable[[Call], Any]]) -> Attention:
+    c = call | {name: change(call) for name, change in changes.items()}
+    return Attention(c["q"], c["k"], c["v"], c["mask"], c["scale"], c["spec"], c["score"], c["tensors"], c["scalars"])
 
 
 def sites(patch: Patch, change: Callable[[AttentionSite], Any]) -> None:
@@ -81,25 +89,28 @@ def terms(patch: Patch, change: Callable[[Mask], Mask]) -> None:
 def attend(patch: Patch, **changes: Callable[[Call], Any]) -> None:
     """The attention kernel gets other arguments than it was called with."""
     right = cpu.attend
-    patch.setattr(cpu, "attend", lambda *args, **rest: right(*_changed(ATTEND, args, changes), **rest))
+
+    def wrong(attention: Attention, lists: BlockSelection, kernel: str) -> torch.Tensor:
+        call = _call(attention, lists)
+        others = {name: change(call) for name, change in changes.items() if name in ("indices", "counts")}
+        return right(_changed(call, changes), dataclasses.replace(lists, **others), kernel)
+
+    patch.setattr(cpu, "attend", wrong)
 
 
 def select(patch: Patch, **changes: Callable[[Call], Any]) -> None:
     """So does the selection."""
     right = cpu.select
-    patch.setattr(cpu, "select", lambda *args, **rest: right(*_changed(SELECT, args, changes), **rest))
-
-
-def _changed(names: tuple[str, ...], args: Any, changes: dict[str, Callable[[Call], Any]]) -> list[Any]:
-    call = dict(zip(names, args, strict=True))
-    return list((call | {name: change(call) for name, change in changes.items()}).values())
+    patch.setattr(cpu, "select", lambda attention, kernel: right(_changed(_call(attention), changes), kernel))
 
 
 def output(patch: Patch, change: Callable[[Call, torch.Tensor], torch.Tensor]) -> None:
     """Change what the attention kernel wrote."""
     right = cpu.attend
     patch.setattr(
-        cpu, "attend", lambda *args, **rest: change(dict(zip(ATTEND, args, strict=True)), right(*args, **rest))
+        cpu,
+        "attend",
+        lambda attention, lists, kernel: change(_call(attention, lists), right(attention, lists, kernel)),
     )
 
 
@@ -108,28 +119,19 @@ def lists(
 ) -> None:
     """Change the block lists that were made."""
     right = cpu.select
-    patch.setattr(
-        cpu, "select", lambda *args, **rest: change(dict(zip(SELECT, args, strict=True)), *right(*args, **rest))
-    )
+    patch.setattr(cpu, "select", lambda attention, kernel: change(_call(attention), *right(attention, kernel)))
 
 
 def plain(patch: Patch, weights: Callable[[torch.Tensor, torch.Tensor, Call], torch.Tensor]) -> None:
     """A kernel of ten lines in the target's place. weights: (scores, blocks computed [B, H, rows, columns], call) ->
     what multiplies the values."""
 
-    def kernel(*args: Any, **_: Any) -> torch.Tensor:
-        call = dict(zip(ATTEND, args, strict=True))
-        q, k, v = call["q"], call["k"], call["v"]
-        spec, meaning, shape = selection.parse(call["spec"]), masks.decode(call["mask"]), (*q.shape[:3], k.shape[2])
-        found = candidates(meaning, shape, call["tensors"], call["scalars"], spec.block_q, spec.block_k, q.device)
-        dense = BlockSelection(call["indices"], call["counts"], spec.block_q, spec.block_k, found.shape[-1]).dense(
-            found
-        )
-        keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        hidden = ~(expanded(dense, spec, shape) & meaning.dense(shape, call["tensors"], call["scalars"]))
-        return (
-            weights((q @ keys.transpose(-1, -2) * call["scale"]).masked_fill(hidden, -torch.inf), dense, call) @ values
-        )
+    def kernel(attention: Attention, lists: BlockSelection, kernel: str) -> torch.Tensor:
+        dense = lists.dense(attention.candidates)
+        keys, values = (x.repeat_interleave(attention.group, 1) for x in (attention.k, attention.v))
+        hidden = ~(expanded(dense, attention.spec, attention.shape) & attention.mask.dense())
+        scores = (attention.q @ keys.transpose(-1, -2) * attention.scale).masked_fill(hidden, -torch.inf)
+        return weights(scores, dense, _call(attention, lists)) @ values
 
     patch.setattr(cpu, "attend", kernel)
 

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
 from stem_compile.algebra.blocks import cdiv
+from stem_compile.algebra.scores import block_positions
+from stem_compile.algebra.symbolic import KV, B, H, Q
 from stem_compile.kernels.targets.cpu import workers
 from stem_compile.kernels.targets.cpu.gather import dense
-from stem_compile.selection import SelectionSpec, oam
+from stem_compile.selection import Attention
+from stem_compile.selection.oam import value_term
+from stem_compile.selection.tpd import best_blocks
 
 PIECE = {"mean": 1 << 15, "max": 1 << 13}
 """Tokens read at once, the heads of a group counted apart. Smaller would fit the caches better, but short calls wait
@@ -27,79 +30,62 @@ At = tuple[int, int, slice]
 """(batch row, key head, tokens)."""
 
 
-def ranked(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    visible: torch.Tensor | None,
-    candidates: torch.Tensor,
-    counts: torch.Tensor,
-    width: int,
-    spec: SelectionSpec,
-    scale: float,
-) -> torch.Tensor:
+def ranked(attention: Attention, counts: torch.Tensor, width: int) -> torch.Tensor:
     """Each row's ``counts`` best blocks, ascending: int32 [B, H, query blocks, width]. Ties go to the earlier block.
 
-    q: [B, H, q_len, d]. k: [B, Hk, kv_len, d], v: [B, Hk, kv_len, dv]. visible: bool [B or 1, kv_len] or None (all).
-    candidates: bool [B or 1, H or 1, query blocks, key blocks]. counts: its first three dimensions; rows with none or
-    ``FULL`` are left as garbage.
+    counts: int32 [B or 1, H or 1, query blocks]; rows with none or ``FULL`` are left as garbage.
     """
+    q, k, spec, candidates = attention.q, attention.k, attention.spec, attention.candidates
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    keys = _Keys(k, v, visible, spec, dtype)
+    keys = _Keys(attention, dtype)
     indices = q.new_empty(q.shape[0], q.shape[1], *candidates.shape[2:3], width, dtype=torch.int32)
     q_present = _present(q.shape[2], None, spec.block_q, keys.stride, dtype)[0]
-    group = q.shape[1] // k.shape[1]
+    group = attention.group
+    places = block_positions(*attention.blocks, attention.shape, spec.block_q, spec.block_k, q.device)
 
     def rank(at: At) -> None:
         b, h, tokens = at
         rows = slice(tokens.start // spec.block_q, cdiv(tokens.stop, spec.block_q))
         heads = slice(h * group, (h + 1) * group)
-        kept, found = (x[b % len(x), heads if x.shape[1] > 1 else slice(None), rows] for x in (counts, candidates))
+        kept, possible = (x[b % len(x), heads if x.shape[1] > 1 else slice(None), rows] for x in (counts, candidates))
         if int(kept.max()) <= 0:
             indices[b, heads, rows] = 0
             return
         # Blocks beyond all of the piece's rows' sight need no score.
-        reach = int((found.flatten(0, 1).any(0) * torch.arange(1, found.shape[2] + 1)).max())
-        queries = _padded(q[b, heads, tokens], dtype, found.shape[1] * spec.block_q).unflatten(
-            1, (found.shape[1], -1, keys.stride)
+        reach = int((possible.flatten(0, 1).any(0) * torch.arange(1, possible.shape[2] + 1)).max())
+        queries = _padded(q[b, heads, tokens], dtype, possible.shape[1] * spec.block_q).unflatten(
+            1, (possible.shape[1], -1, keys.stride)
         )
-        scores = keys.scores(b, h, queries, q_present[rows], reach, scale)
-        indices[b, heads, rows] = _best(scores, found[:, :, :reach], kept, width, spec)
+        pooled = keys.pooled(b, h, queries, q_present[rows], reach).mul_(attention.scale)
+        if attention.score.positional:
+            here = {
+                B: torch.tensor(b),
+                H: places[H][0, heads],
+                Q: places[Q][0, :, rows],
+                KV: places[KV][0, ..., :reach],
+            }
+            pooled = attention.score.apply(pooled, attention.mask.environment | here)
+        scores = pooled + keys.values[b, h, :reach]
+        indices[b, heads, rows] = best_blocks(scores, possible[:, :, :reach], kept, width, spec)
 
     # Late rows see most: the last piece to finish had better be a small one.
     workers.run(rank, reversed(list(_pieces(k, q.shape[2], PIECE[spec.pooling] // group, spec.block_q))))
     return indices
 
 
-def _best(
-    scores: torch.Tensor, found: torch.Tensor, counts: torch.Tensor, width: int, spec: SelectionSpec
-) -> torch.Tensor:
-    """Algorithm 1's choice, as ``tpd.tpd_select`` makes it: scores [heads, rows, columns], found and counts
-    broadcastable -> int32 [heads, rows, width]."""
-    columns = scores.shape[2]
-    place = found.cumsum(-1)
-    forced = found & ((place <= spec.sinks) | (place > place[..., -1:] - spec.locals))
-    scores = scores.masked_fill_(~found, -torch.inf).masked_fill_(forced, torch.inf)
-    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :width]
-    listed = torch.arange(order.shape[2]) < counts.unsqueeze(-1)
-    chosen = torch.where(listed, order, columns).sort(-1).values.clamp(max=columns - 1).int()
-    return F.pad(chosen, (0, width - chosen.shape[2]))
-
-
 class _Keys:
     """What a score needs of keys and values: summaries (or reversed groups, for the maximum), presence and the value
     term."""
 
-    def __init__(
-        self, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None, spec: SelectionSpec, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, attention: Attention, dtype: torch.dtype) -> None:
+        k, v, spec, visible = attention.k, attention.v, attention.spec, attention.mask.visible
         self.stride = stride = min(spec.stride, spec.block_q, spec.block_k)
         self.peak = spec.pooling == "max"
         self.cells = spec.block_k // stride if self.peak else 1
         groups = cdiv(k.shape[2], spec.block_k) * self.cells
         # [B, Hk, groups, stride, d], the last key of a group first.
         self.keys = k.new_empty(*k.shape[:2], groups, stride, k.shape[3], dtype=dtype)
-        peaks = v.new_empty(*v.shape[:2], cdiv(v.shape[2], spec.block_k), 1, dtype=dtype)
+        norms_of_blocks = v.new_empty(*v.shape[:2], cdiv(v.shape[2], spec.block_k), dtype=dtype)
 
         def summarise(at: At) -> None:
             b, h, tokens = at
@@ -107,10 +93,10 @@ class _Keys:
             piece = _padded(k[at], dtype, (blocks.stop - blocks.start) * spec.block_k)
             norms = torch.linalg.vector_norm(v[at].to(dtype), dim=-1)
             if visible is not None:
-                seen = visible[b % len(visible), tokens]
-                norms = norms.where(seen, 0)
-                piece = piece.where(F.pad(seen, (0, len(piece) - len(seen)))[:, None], 0)
-            peaks[b, h, blocks, 0] = F.pad(norms, (0, len(piece) - len(norms))).view(-1, spec.block_k).amax(-1)
+                shown = visible[b % len(visible), tokens]
+                norms = norms.where(shown, 0)
+                piece = piece.where(F.pad(shown, (0, len(piece) - len(shown)))[:, None], 0)
+            norms_of_blocks[b, h, blocks] = F.pad(norms, (0, len(piece) - len(norms))).view(-1, spec.block_k).amax(-1)
             piece = (
                 piece.unflatten(0, (-1, stride))
                 if self.peak
@@ -123,14 +109,11 @@ class _Keys:
         # [B or 1, groups, stride]: how many keys each entry sums.
         self.present = (present.flatten(1, 2) if self.peak else present.sum(2)).flip(2)
         self.whole = bool(present.all())
-        # A block's largest norm as the only value of a block of one: the definition does the rest.
-        self.values = oam._value_term(peaks, None, replace(spec, block_k=1), dtype) * spec.beta
+        self.values = value_term(norms_of_blocks, spec.metric) * spec.beta
 
-    def scores(
-        self, b: int, h: int, queries: torch.Tensor, present: torch.Tensor, reach: int, scale: float
-    ) -> torch.Tensor:
-        """[heads, rows, reach] of queries [heads, rows, groups, stride, d] of one key head; present [rows, groups,
-        stride]: 1 for queries that exist."""
+    def pooled(self, b: int, h: int, queries: torch.Tensor, present: torch.Tensor, reach: int) -> torch.Tensor:
+        """Pooled products [heads, rows, reach] of queries [heads, rows, groups, stride, d] of one key head; present
+        [rows, groups, stride]: 1 for queries that exist."""
         keys, count = (
             self.keys[b, h, : reach * self.cells].flatten(1),
             self.present[b % len(self.present), : reach * self.cells],
@@ -153,7 +136,7 @@ class _Keys:
                 .amax(-1)
                 .nan_to_num_(neginf=0.0)
             )
-        return pooled.mul_(scale).add_(self.values[b, h, :reach])
+        return pooled
 
 
 def _pieces(k: torch.Tensor, length: int, tokens: int, block: int) -> Iterator[At]:

@@ -7,22 +7,20 @@ PyTorch's flash attention; a score that is more than a bias (softcap) is compute
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
 
-from stem_compile.algebra import blocks, symbolic
-from stem_compile.algebra.masks import Mask, environment
+from stem_compile.algebra import symbolic
+from stem_compile.algebra.masks import environment
 from stem_compile.algebra.scores import Score
 from stem_compile.algebra.symbolic import KV, SCORE, B, H, Q
 from stem_compile.kernels.targets.cpu import workers
 from stem_compile.kernels.targets.cpu.gather import Problem, blind_to, dense, flash
-from stem_compile.selection import FULL
-
-Tensors = Sequence[torch.Tensor]
+from stem_compile.selection import FULL, Attention
 
 
 @dataclass(frozen=True)
@@ -35,16 +33,14 @@ class Piece:
     listed: torch.Tensor
 
 
-def attend(
-    p: Problem, counts: torch.Tensor, tensors: Tensors, scalars: Sequence[int], mask: Mask, score: Score
-) -> None:
+def attend(p: Problem, counts: torch.Tensor, attention: Attention) -> None:
     """Fill ``p.out`` and ``p.lse``. p: a problem without bias; counts: int32 [B, H, query blocks]. The sink is not the
     kernel's business."""
-    batch, heads, q_len, _ = p.q.shape
-    shape = (batch, heads, q_len, p.kv_len)
+    heads, q_len = p.q.shape[1:3]
+    score, predicate = attention.score, attention.mask.mask.predicate
     exact = torch.promote_types(p.keys.dtype, torch.float32)
-    tensors = [t.to(exact) if t.is_floating_point() else t for t in tensors]
-    env = environment(shape, tensors, scalars)
+    tensors = [t.to(exact) if t.is_floating_point() else t for t in attention.tensors]
+    env = environment(attention.shape, tensors, attention.scalars)
     bias = None if not score.modified else sympy.expand(score.expr - SCORE)
     if bias is not None and bias.has(SCORE):
         bias = None
@@ -67,9 +63,9 @@ def attend(
         position = (at.listed[:, None] * p.block_k + torch.arange(p.block_k)).flatten()
         here = env | {B: torch.tensor(at.batch), H: torch.tensor(list(at.heads))[:, None, None]}
         here |= {Q: torch.arange(rows.start, rows.stop)[:, None], KV: position}
-        seen = torch.as_tensor(symbolic.evaluate(mask.predicate, here)) & (position < p.kv_len)
+        visible = torch.as_tensor(symbolic.evaluate(predicate, here)) & (position < p.kv_len)
         added = torch.zeros(()) if bias is None else torch.as_tensor(symbolic.evaluate(bias, here)).to(key.dtype)
-        hidden = torch.where(seen, added, -torch.inf).to(key.dtype).expand(len(at.heads), q.shape[1], len(position))
+        hidden = torch.where(visible, added, -torch.inf).to(key.dtype).expand(len(at.heads), q.shape[1], len(position))
         if score.modified and bias is None:
             result, total = _open(q, key, value, p.scale, score, here, hidden)
         else:
@@ -87,7 +83,7 @@ def attend(
         if lse is not None:
             lse.copy_(total)
 
-    workers.run(piece, _pieces(p, counts, shape, tensors, scalars, mask))
+    workers.run(piece, _pieces(p, counts, attention))
 
 
 def _open(
@@ -108,29 +104,24 @@ def _open(
     return weights.to(value.dtype) @ value, total
 
 
-def _pieces(
-    p: Problem, counts: torch.Tensor, shape: blocks.Shape, tensors: Tensors, scalars: Sequence[int], mask: Mask
-) -> Iterator[Piece]:
+def _pieces(p: Problem, counts: torch.Tensor, attention: Attention) -> Iterator[Piece]:
     batch, heads, rows = counts.shape
-    group = heads // p.keys.shape[1]
-    columns = p.keys.shape[2] // p.block_k
+    group = attention.group
     lengths = counts.tolist()
-    found = None
+    full_rows = bool((counts == FULL).any())
+    candidates = attention.candidates.expand(batch, -1, -1, -1) if full_rows else counts
+
+    def listed(b: int, h: int, row: int) -> torch.Tensor:
+        count = lengths[b][h][row]
+        if count == FULL:
+            return candidates[b, h % candidates.shape[1], row].nonzero()[:, 0]
+        return p.indices[b, h, row, :count]
+
     for row in range(rows - 1, -1, -1):
         for b in range(batch):
             for start in range(0, heads, group):
-                full = [h for h in range(start, start + group) if lengths[b][h][row] == FULL]
-                if full and found is None:
-                    found = blocks.candidates(mask, shape, tensors, scalars, p.block_q, p.block_k, p.q.device).expand(
-                        batch, -1, -1, columns
-                    )
-                if len(full) == group and found is not None and found.shape[1] == 1:
-                    yield Piece(b, range(start, start + group), row, found[b, 0, row].nonzero()[:, 0])
-                    continue
-                for h in range(start, start + group):
-                    listed = (
-                        p.indices[b, h, row, : lengths[b][h][row]]
-                        if h not in full
-                        else found[b, h % found.shape[1], row].nonzero()[:, 0]  # type: ignore[index,union-attr]
-                    )
-                    yield Piece(b, range(h, h + 1), row, listed)
+                together = range(start, start + group)
+                if all(lengths[b][h][row] == FULL for h in together) and candidates.shape[1] == 1:
+                    yield Piece(b, together, row, listed(b, start, row))
+                else:
+                    yield from (Piece(b, range(h, h + 1), row, listed(b, h, row)) for h in together)

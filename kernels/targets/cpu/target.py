@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 
 from stem_compile import ops
 from stem_compile.algebra import blocks, scores
-from stem_compile.algebra.masks import Full, Mask, decode
+from stem_compile.algebra.blocks import cdiv
+from stem_compile.algebra.masks import decode
+from stem_compile.kernels.contract import Kernels, Stopwatch
 from stem_compile.kernels.targets.cpu import pooling, rowwise, workers
 from stem_compile.kernels.targets.cpu.gather import Problem, Run, dense
 from stem_compile.kernels.targets.cpu.gather import attend as attend_run
-from stem_compile.selection import FULL, SelectionSpec, parse, policies
-from stem_compile.selection.tpd import full_rows, row_limits
+from stem_compile.reasons import Reason
+from stem_compile.selection import FULL, Attention, BlockSelection, SelectionSpec
+from stem_compile.selection.tpd import everything, row_counts
 
-Tensors = Sequence[torch.Tensor]
-
-HEAD_DIMS = range(1, 1025)
+LARGEST_HEAD = 1024
+"""Head dims beyond are no attention that anybody has tried here."""
 TALL = 1536
 """Queries of a run, all heads together. PyTorch's flash attention takes its largest tile from 768 on."""
 NATIVE_BF16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()
@@ -29,14 +31,25 @@ NATIVE_BF16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and t
 _SHORT = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def kernel_name(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: str, spec: str, score: str = "") -> str:
-    """Name of what ``attend`` runs for (fake) tensors; ``ops.REFERENCE`` for dtypes it has nothing for."""
-    if q.dtype not in _SHORT:
-        return ops.REFERENCE
-    chosen = parse(spec)
-    return (
-        f"cpu {'rowwise' if _is_general(mask, score) else 'gather'} {_SHORT[q.dtype]} {chosen.block_q}x{chosen.block_k}"
-    )
+def supports(attention: Attention) -> Reason | None:
+    """None for every dtype of attention and every usual head dim."""
+    if attention.q.dtype not in _SHORT:
+        return Reason.DTYPE
+    return Reason.HEAD_DIM if max(attention.q.shape[-1], attention.v.shape[-1]) > LARGEST_HEAD else None
+
+
+def kernels(attention: Attention) -> Kernels:
+    """What is pooled, and how: "gather" where blocks are alike but for causal edge and padding, else "rowwise"."""
+    spec = attention.spec
+    size = f"{spec.block_q}x{spec.block_k}"
+    way = "rowwise" if _is_general(attention.mask_text, attention.score_text) else "gather"
+    scored = "unscored" if everything(spec) else spec.pooling
+    return Kernels(f"cpu {scored} {size}", f"cpu {way} {_SHORT[attention.q.dtype]} {size}")
+
+
+def stopwatch(device: torch.device) -> Stopwatch | None:
+    """None: a CPU is never measured, since other work on it would decide."""
+    return None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -46,41 +59,14 @@ def _is_general(mask: str, score: str) -> bool:
     return bool(parts.others or parts.bands or scores.decode(score).modified)
 
 
-def select_name(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: str, spec: str) -> str:
-    """Name of what ``select`` runs."""
-    chosen = parse(spec)
-    return (
-        f"cpu {chosen.pooling if policies.get(chosen.policy).SCORED else 'unscored'} {chosen.block_q}x{chosen.block_k}"
-    )
-
-
-def select(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    tensors: Tensors,
-    scalars: Sequence[int],
-    mask: str,
-    scale: float,
-    spec: str,
-    kernel: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def select(attention: Attention, kernel: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Blocks to compute: indices int32 [B, H, query blocks, width] ascending, counts int32 [B, H, query blocks]."""
-    chosen, meaning = parse(spec), decode(mask)
-    shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    found = blocks.candidates(meaning, shape, tensors, scalars, chosen.block_q, chosen.block_k, q.device)
-    reach = None
-    if blocks.split(meaning).bands:
-        reach = blocks.candidates(
-            blocks.unbanded(meaning), shape, tensors, scalars, chosen.block_q, chosen.block_k, q.device
-        ).sum(-1)
-    counts = _counts(found.sum(-1), reach, chosen)
-    width = int(ops.selection_shape(q, k, chosen)[3])
+    counts = _counts(attention.candidates.sum(-1), attention.reach, attention.spec)
+    shape = ops.selection_shape(attention.q, attention.k, attention.spec)
     if int(counts.max()) <= 0:
-        indices = q.new_zeros(*shape[:2], found.shape[2], width, dtype=torch.int32)
+        indices = attention.q.new_zeros(shape, dtype=torch.int32)
     else:
-        seen = blocks.key_visible(meaning, shape, tensors, scalars, q.device)
-        indices = pooling.ranked(q, k, v, seen, found, counts, width, chosen, scale)
+        indices = pooling.ranked(attention, counts, int(shape[3]))
     return indices, counts.expand(shape[0], shape[1], -1).contiguous()
 
 
@@ -94,64 +80,37 @@ def _counts(visible: torch.Tensor, reach: torch.Tensor | None, spec: SelectionSp
 def _counts_of(content: tuple[int, ...], shape: tuple[int, ...], spec: SelectionSpec) -> torch.Tensor:
     both = torch.tensor(content, dtype=torch.int64).view(shape)
     visible, reach = both[0], both[-1]
-    limit = row_limits(visible, spec, reach)
-    return torch.where(full_rows(visible, limit, spec, reach), FULL, limit).int()
+    return row_counts(visible, spec, reach)
 
 
 def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    indices: torch.Tensor,
-    counts: torch.Tensor,
-    tensors: Tensors,
-    scalars: Sequence[int],
-    mask: str,
-    scale: float,
-    spec: str,
-    kernel: str,
-    lse: torch.Tensor | None = None,
-    score: str = "",
+    attention: Attention, selection: BlockSelection, kernel: str, lse: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Softmax attention over the visible keys of the selected blocks; a row without any gives 0.
 
-    q: [B, H, q_len, d]. k: [B, Hk, kv_len, d], v: [B, Hk, kv_len, dv]. indices, counts: as ``select`` returns. Result:
-    ``ops.attention_output``.
-    lse: [B, H, q_len], receives the log-sum-exp of each row's visible scores and its sink, -inf without any.
+    Result: [B, H, q_len, dv] in memory of ``ops.attention_output``. lse: [B, H, q_len], receives the log-sum-exp of
+    each row's visible scores and its sink, -inf without any.
     """
-    chosen, meaning, modifier = parse(spec), decode(mask), scores.decode(score)
-    out = ops.attention_output(q, v)
-    if modifier.sink is not None and lse is None:
-        lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-    if _is_general(mask, score):
-        problem = _problem(q, k, v, indices, tensors, scalars, Full(), scale, chosen, out)
-        problem.lse = lse
-        rowwise.attend(problem, counts, tensors, scalars, meaning, modifier)
-        return _with_sink(out, lse, modifier, tensors, scalars, k.shape[2])
+    out = ops.attention_output(attention.q, attention.v)
+    if attention.score.sink is not None and lse is None:
+        lse = attention.q.new_empty(attention.shape[:3], dtype=torch.promote_types(attention.q.dtype, torch.float32))
+    if kernel.startswith("cpu rowwise"):
+        rowwise.attend(_problem(attention, selection, out, lse, plain=True), selection.counts, attention)
+    else:
 
-    def pieces() -> Iterator[tuple[Problem, Run]]:
-        # Lazy, so that a worker plans: its small calls run alone instead of waiting for torch's other threads.
-        problem = _problem(q, k, v, indices, tensors, scalars, meaning, scale, chosen, out)
-        problem.lse = lse
-        for run in sorted(_runs(problem, counts, chosen), key=lambda run: run.count is not None):
-            yield problem, run
+        def pieces() -> Iterator[tuple[Problem, Run]]:
+            # Lazy, so that a worker plans: its small calls run alone instead of waiting for torch's other threads.
+            problem = _problem(attention, selection, out, lse)
+            for run in sorted(_runs(problem, selection.counts, attention.spec), key=lambda run: run.count is not None):
+                yield problem, run
 
-    workers.run(lambda piece: attend_run(*piece), pieces())
-    return _with_sink(out, lse, modifier, tensors, scalars, k.shape[2])
+        workers.run(lambda piece: attend_run(*piece), pieces())
+    return out if lse is None or attention.score.sink is None else _with_sink(out, lse, attention)
 
 
-def _with_sink(
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    score: scores.Score,
-    tensors: Tensors,
-    scalars: Sequence[int],
-    kv_len: int,
-) -> torch.Tensor:
+def _with_sink(out: torch.Tensor, lse: torch.Tensor, attention: Attention) -> torch.Tensor:
     """Both with the sink joined: keys keep the share they have beside it; a row without keys is 0 and stays it."""
-    if score.sink is None or lse is None:
-        return out
-    sink = score.sink_logits((*out.shape[:3], kv_len), tensors, scalars, lse)
+    sink = attention.score.sink_logits(attention.shape, attention.tensors, attention.scalars, lse)
     assert sink is not None
     out.mul_(torch.sigmoid(lse.unsqueeze(-1) - sink).to(out.dtype))
     torch.logaddexp(lse, sink.squeeze(-1), out=lse)
@@ -159,29 +118,32 @@ def _with_sink(
 
 
 def _problem(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    indices: torch.Tensor,
-    tensors: Tensors,
-    scalars: Sequence[int],
-    mask: Mask,
-    scale: float,
-    spec: SelectionSpec,
-    out: torch.Tensor,
+    attention: Attention, selection: BlockSelection, out: torch.Tensor, lse: torch.Tensor | None, plain: bool = False
 ) -> Problem:
-    shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    """What pieces of the attention share. plain: without the mask, which each piece evaluates itself."""
+    q, spec, mask = attention.q, attention.spec, attention.mask
+    batch, kv_len = attention.shape[0], attention.shape[3]
     dtype = q.dtype if NATIVE_BF16 and q.dtype == torch.bfloat16 else torch.promote_types(q.dtype, torch.float32)
-    width = max(k.shape[3], v.shape[3])
-    columns = blocks.cdiv(shape[3], spec.block_k)
-    keys, values = (dense(x, dtype, width, columns * spec.block_k) for x in (k, v))
-    offset = blocks.causal_offset(mask, shape, tensors, scalars)
+    width = max(attention.k.shape[3], attention.v.shape[3])
+    columns = cdiv(kv_len, spec.block_k)
+    keys, values = (dense(x, dtype, width, columns * spec.block_k) for x in (attention.k, attention.v))
     problem = Problem(
-        q, keys, values, out, indices, spec.block_q, spec.block_k, shape[3], scale, offset, [0] * shape[0]
+        q=q,
+        keys=keys,
+        values=values,
+        out=out,
+        indices=selection.indices,
+        block_q=spec.block_q,
+        block_k=spec.block_k,
+        kv_len=kv_len,
+        scale=attention.scale,
+        offset=None if plain else mask.causal_offset,
+        first=[0] * batch,
+        lse=lse,
     )
-    visible = blocks.key_visible(mask, shape, tensors, scalars, q.device)
+    visible = None if plain else mask.visible
     if visible is not None and not bool(visible.all()):
-        hidden = ~F.pad(visible.expand(shape[0], -1), (0, keys.shape[2] - shape[3]))
+        hidden = ~F.pad(visible.expand(batch, -1), (0, keys.shape[2] - kv_len))
         problem.bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
         per_block = hidden.unflatten(1, (columns, spec.block_k)).sum(-1)
         problem.first = (per_block == spec.block_k).int().cumprod(-1).sum(-1).tolist()
@@ -249,8 +211,8 @@ def _edges(p: Problem, counts: torch.Tensor, spec: SelectionSpec) -> tuple[torch
     spans = torch.tensor([p.columns(row) for row in range(counts.shape[2])])
     back = torch.arange(1, min(spec.locals, width) + 1)
     place = counts.unsqueeze(-1) - back
-    found = listed.gather(-1, place.clamp(min=0).long())
-    window = ((found == spans[:, 1:] - back) & (place >= 0)).int().cumprod(-1).sum(-1)
+    trailing = listed.gather(-1, place.clamp(min=0).long())
+    window = ((trailing == spans[:, 1:] - back) & (place >= 0)).int().cumprod(-1).sum(-1)
     # A window that leaves a diagonal block to the gathered part is none.
     window = window.masked_fill(window < spans[:, 1] - spans[:, 0], 0)
     # Nor does a prefix reach over the diagonal.

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from stem_compile.selection import Observed, parse
+from stem_compile.selection import Observed
 from stem_compile.testing import numerics
 from stem_compile.testing.case import Case
 from stem_compile.testing.subject import Subject
@@ -67,7 +67,7 @@ def finish(subject: Subject, measures: Sequence[Measure]) -> None:
 
 
 def _well_formed(index: int, seen: Observed) -> None:
-    candidates, spec = seen.candidates, parse(seen.spec)
+    candidates, spec = seen.candidates, seen.attention.spec
     try:
         seen.selection.check(candidates)
     except ValueError as error:

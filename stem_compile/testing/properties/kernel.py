@@ -9,13 +9,13 @@ until scores reach ``PEAK``, where a softmax without its maximum overflows; mode
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from stem_compile.algebra import scores
-from stem_compile.algebra.masks import decode
 from stem_compile.kernels.reference import sparse_attention
+from stem_compile.ops import SparseAttentionArgs
 from stem_compile.passes.graph.sites import AttentionSite
 from stem_compile.selection import Observed
 from stem_compile.testing import numerics
@@ -60,29 +60,20 @@ def check(subject: Subject, case: Case) -> Measure:
 
 def _stressed(seen: Observed, kernel: str) -> Measure:
     """The kernel alone, on scores that reach ``PEAK``."""
-    q, k, v = (x.detach() for x in seen.inputs)
-    group = q.shape[1] // k.shape[1]
-    peak = seen.scale * float((q.double() @ k.double().repeat_interleave(group, 1).transpose(-1, -2)).abs().max())
+    attention, chosen = seen.attention, seen.selection
+    q, k, v = (x.detach() for x in (attention.q, attention.k, attention.v))
+    products = q.double() @ k.double().repeat_interleave(attention.group, 1).transpose(-1, -2)
+    peak = attention.scale * float(products.abs().max())
     q = (q * (PEAK / max(peak, 1e-3))).to(q.dtype)
-    chosen, mask = seen.selection, decode(seen.mask).dense(seen.shape, seen.tensors, seen.scalars, q.device)
-    operands = (
-        chosen.indices,
-        chosen.counts,
-        list(seen.tensors),
-        list(seen.scalars),
-        seen.mask,
-        seen.scale,
-        seen.spec,
-        kernel,
-        seen.score,
-    )
-    out = torch.ops.stem.sparse_attention(q, k, v, *operands)
-    if seen.score:
+    attention = replace(attention, q=q, k=k, v=v)
+    args = SparseAttentionArgs.for_(attention, chosen, kernel)
+    out = torch.ops.stem.sparse_attention(*args)
+    if attention.score_text:
         # The definition that kernels are held to; SDPA has no such scores.
-        given = (chosen, decode(seen.mask), seen.tensors, seen.scalars, seen.scale, scores.decode(seen.score))
-        golden, own = sparse_attention(q.double(), k.double(), v.double(), *given), sparse_attention(q, k, v, *given)
+        golden, own = sparse_attention(attention.to(torch.float64), chosen), sparse_attention(attention, chosen)
     else:
-        rest = (mask, False, seen.scale, chosen.dense(seen.candidates), (chosen.block_q, chosen.block_k))
+        computed, size = chosen.dense(seen.candidates), (chosen.block_q, chosen.block_k)
+        rest = (attention.mask.dense(), False, attention.scale, computed, size)
         golden, own = restricted(q.double(), k.double(), v.double(), *rest), restricted(q, k, v, *rest)
     return require(
         numerics.gap(out, golden, numerics.budget(own, golden, q.dtype)),

@@ -17,13 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stem_compile import ops
 from stem_compile.algebra.blocks import cdiv
-from stem_compile.algebra.masks import decode, environment
-from stem_compile.algebra.scores import decode as decode_score
+from stem_compile.algebra.masks import environment
 from stem_compile.algebra.symbolic import KV, B, H, Q
 from stem_compile.kernels import reference
 from stem_compile.kernels.targets.cpu import gather, pooling, workers
 from stem_compile.kernels.targets.cpu import target as cpu
-from stem_compile.selection import FULL, BlockSelection, SelectionSpec
+from stem_compile.reasons import Reason
+from stem_compile.selection import FULL, Attention, BlockSelection, SelectionSpec
 from tests.kernels.kernel_cases import (
     CAUSAL,
     CHUNKED,
@@ -102,11 +102,11 @@ def any_lists(case: Case, chosen: BlockSelection, found: torch.Tensor) -> BlockS
     return replace(chosen, indices=indices.int(), counts=counts.int())
 
 
-def sdpa_error(case: Case, data: dict[str, Any], chosen: BlockSelection, golden: torch.Tensor) -> float:
+def sdpa_error(case: Case, attention: Attention, chosen: BlockSelection, golden: torch.Tensor) -> float:
     """SDPA's own error in the case's dtype, given the whole mask as a tensor."""
-    q, k, v = (data[x] for x in "qkv")
-    dense = chosen.dense(case.candidates(data["tensors"], data["scalars"]))
-    seen = decode(case.mask).dense(case.shape, data["tensors"], data["scalars"]).expand(case.shape)
+    q, k, v = attention.q, attention.k, attention.v
+    dense = chosen.dense(attention.candidates)
+    seen = attention.mask.dense().expand(case.shape)
     computed = dense.repeat_interleave(case.block_q, 2)[:, :, : case.q_len].repeat_interleave(case.block_k, 3)[
         ..., : case.kv_len
     ]
@@ -117,7 +117,7 @@ def sdpa_error(case: Case, data: dict[str, Any], chosen: BlockSelection, golden:
     else:
         # Written out as models do: products in the case's dtype, the rest in fp32.
         keys, values = (x.repeat_interleave(case.heads // case.key_heads, 1) for x in (k, v))
-        score, extra = decode_score(case.score), (data["tensors"], data["scalars"])
+        score, extra = attention.score, (attention.tensors, attention.scalars)
         axes = [torch.arange(n).view([-1 if i == j else 1 for j in range(4)]) for i, n in enumerate(case.shape)]
         scores = score.apply(
             (q @ keys.mT * case.head_dim**-0.5).to(torch.promote_types(q.dtype, torch.float32)),
@@ -130,40 +130,32 @@ def sdpa_error(case: Case, data: dict[str, Any], chosen: BlockSelection, golden:
     return float((out.double() - golden).abs().max())
 
 
+def attend(attention: Attention, chosen: BlockSelection, **rest: Any) -> torch.Tensor:
+    return cpu.attend(attention, chosen, cpu.kernels(attention).attend, **rest)
+
+
+def select(attention: Attention) -> BlockSelection:
+    return attention.selection(*cpu.select(attention, cpu.kernels(attention).select))
+
+
 def check_attention(case: Case, every_list: bool) -> None:
-    data = case.inputs()
-    extra = (data["tensors"], data["scalars"])
-    q, k, v = (data[x] for x in "qkv")
-    chosen, scale = case.random_selection(*extra), case.head_dim**-0.5
+    attention = case.attention()
+    q = attention.q
+    chosen = case.random_selection(attention)
     if every_list:
-        chosen = any_lists(case, chosen, case.candidates(*extra))
+        chosen = any_lists(case, chosen, attention.candidates)
     lse = torch.full(q.shape[:3], torch.nan, dtype=torch.float64)
-    out = cpu.attend(
-        q,
-        k,
-        v,
-        chosen.indices,
-        chosen.counts,
-        *extra,
-        case.mask,
-        scale,
-        case.spec.text(),
-        "",
-        lse=lse,
-        score=case.score,
-    )
-    golden = reference.sparse_attention(
-        q.double(), k.double(), v.double(), chosen, decode(case.mask), *extra, scale, decode_score(case.score)
-    )
-    like = ops.attention_output(q, v)
+    out = attend(attention, chosen, lse=lse)
+    golden = reference.sparse_attention(attention.to(torch.float64), chosen)
+    like = ops.attention_output(q, attention.v)
     assert (out.shape, out.stride(), out.dtype) == (like.shape, like.stride(), q.dtype)
-    allowed = FACTOR * sdpa_error(case, data, chosen, golden) + FLOOR.get(q.dtype, 2.0) * torch.finfo(
+    allowed = FACTOR * sdpa_error(case, attention, chosen, golden) + FLOOR.get(q.dtype, 2.0) * torch.finfo(
         q.dtype
     ).eps * float(golden.abs().max())
     assert float((out.double() - golden).abs().max()) <= allowed
     # exp(lse) is what the weights sum to: an attention over values of one must come back as one.
     empty = golden.abs().sum(-1) == 0
-    blind = (lse == -torch.inf) | (decode_score(case.score).sink is not None)
+    blind = (lse == -torch.inf) | (attention.score.sink is not None)
     assert (out[empty] == 0).all() and blind[empty].all() and lse[~empty].isfinite().all()
 
 
@@ -196,48 +188,31 @@ def test_bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("scale", [-0.4, 0.0, 3.0])
 def test_any_scale(scale: float) -> None:
     case = Case(300, 300, block_q=64, block_k=32, budget=0.3, dtype=torch.float64)
-    data = case.inputs()
-    q, k, v = (data[x] for x in "qkv")
-    chosen = case.random_selection([], [])
-    out = cpu.attend(q, k, v, chosen.indices, chosen.counts, [], [], CAUSAL, scale, case.spec.text(), "")
-    torch.testing.assert_close(out, reference.sparse_attention(q, k, v, chosen, decode(CAUSAL), [], [], scale))
+    attention = case.attention(scale=scale)
+    chosen = case.random_selection(attention)
+    torch.testing.assert_close(attend(attention, chosen), reference.sparse_attention(attention, chosen))
 
 
 def test_log_sum_exp() -> None:
     case = Case(400, 460, 2, 4, 2, block_q=64, block_k=32, budget=0.4, dtype=torch.float64, mask=PADDED)
-    data = case.inputs()
-    extra = (data["tensors"], data["scalars"])
-    chosen = case.random_selection(*extra)
-    lse = torch.full(data["q"].shape[:3], torch.nan, dtype=torch.float64)
-    cpu.attend(
-        data["q"],
-        data["k"],
-        data["v"],
-        chosen.indices,
-        chosen.counts,
-        *extra,
-        PADDED,
-        0.2,
-        case.spec.text(),
-        "",
-        lse=lse,
-    )
-    computed = (
-        chosen.dense(case.candidates(*extra)).repeat_interleave(64, 2)[:, :, :400].repeat_interleave(32, 3)[..., :460]
-    )
-    seen = computed & decode(PADDED).dense(case.shape, *extra)
-    scores = data["q"] @ data["k"].repeat_interleave(2, 1).transpose(-1, -2) * 0.2
-    torch.testing.assert_close(lse, scores.masked_fill(~seen, -torch.inf).logsumexp(-1))
+    attention = case.attention(scale=0.2)
+    chosen = case.random_selection(attention)
+    lse = torch.full(attention.q.shape[:3], torch.nan, dtype=torch.float64)
+    attend(attention, chosen, lse=lse)
+    computed = chosen.dense(attention.candidates)
+    computed = computed.repeat_interleave(64, 2)[:, :, :400].repeat_interleave(32, 3)[..., :460]
+    scores = attention.q @ attention.k.repeat_interleave(2, 1).transpose(-1, -2) * 0.2
+    want = scores.masked_fill(~(computed & attention.mask.dense()), -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(lse, want)
 
 
 def test_large_scores_do_not_overflow() -> None:
     case = Case(400, 400, 1, 2, 1, block_q=64, block_k=32, budget=0.4)
-    data = case.inputs()
-    q, k, v = data["q"] * 40, data["k"] * 40, data["v"]
-    chosen = case.random_selection([], [])
-    out = cpu.attend(q, k, v, chosen.indices, chosen.counts, [], [], CAUSAL, 1.0, case.spec.text(), "")
-    golden = reference.sparse_attention(q.double(), k.double(), v.double(), chosen, decode(CAUSAL), [], [], 1.0)
-    torch.testing.assert_close(out.double(), golden, atol=0.05, rtol=0)
+    plain = case.attention(scale=1.0)
+    attention = replace(plain, q=plain.q * 40, k=plain.k * 40)
+    chosen = case.random_selection(attention)
+    golden = reference.sparse_attention(attention.to(torch.float64), chosen)
+    torch.testing.assert_close(attend(attention, chosen).double(), golden, atol=0.05, rtol=0)
 
 
 @quick
@@ -245,13 +220,9 @@ def test_large_scores_do_not_overflow() -> None:
 def test_runs_cover_every_row_once(case: Case) -> None:
     if case.mask in (WINDOW, DOCUMENT):
         return
-    data = case.inputs()
-    extra = (data["tensors"], data["scalars"])
-    chosen = case.random_selection(*extra)
-    out = ops.attention_output(data["q"], data["v"])
-    problem = cpu._problem(
-        data["q"], data["k"], data["v"], chosen.indices, *extra, decode(case.mask), 1.0, case.spec, out
-    )
+    attention = case.attention(scale=1.0)
+    chosen = case.random_selection(attention)
+    problem = cpu._problem(attention, chosen, ops.attention_output(attention.q, attention.v), None)
     times = torch.zeros(chosen.counts.shape, dtype=torch.int)
     for run in cpu._runs(problem, chosen.counts, case.spec):
         times[run.batch, run.heads.start : run.heads.stop, run.rows.start : run.rows.stop] += 1
@@ -262,12 +233,13 @@ def test_forced_blocks_are_not_gathered() -> None:
     """What makes it fast: sinks and local blocks are views, heads of a group and neighbouring rows run together."""
     spec = SelectionSpec(budget=0.3)
     q, k, v = torch.randn(1, 3, 4096, 16), torch.randn(1, 1, 4096, 16), torch.randn(1, 1, 4096, 16)
-    indices, counts = cpu.select(q, k, v, [], [], CAUSAL, 0.25, spec.text(), "")
-    problem = cpu._problem(q, k, v, indices, [], [], decode(CAUSAL), 0.25, spec, ops.attention_output(q, v))
-    runs = list(cpu._runs(problem, counts, spec))
+    attention = Attention(q, k, v, CAUSAL, 0.25, spec.text())
+    chosen = select(attention)
+    problem = cpu._problem(attention, chosen, ops.attention_output(q, v), None)
+    runs = list(cpu._runs(problem, chosen.counts, spec))
     listed = [run for run in runs if run.count is not None]
     assert {(run.prefix, run.window, len(run.heads)) for run in listed} == {(spec.sinks, spec.locals, 3)}
-    assert len(runs) < 0.7 * counts.shape[2]
+    assert len(runs) < 0.7 * chosen.counts.shape[2]
 
 
 @quick
@@ -295,14 +267,12 @@ def test_selection_under_a_mask_that_differs_by_head() -> None:
 def test_nothing_is_scored_where_every_row_is_full(spec: SelectionSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pooling, "ranked", None)
     case = Case(1000, 1100, 2, 4, 2, mask=PADDED)
-    data = case.inputs()
-    q, k, v = (data[x] for x in "qkv")
-    indices, counts = cpu.select(q, k, v, data["tensors"], data["scalars"], PADDED, 1.0, spec.text(), "")
-    found = case.candidates(data["tensors"], data["scalars"])
-    assert tuple(indices.shape) == ops.selection_shape(q, k, spec)
-    assert indices.dtype == counts.dtype == torch.int32
-    made = BlockSelection(indices, counts, 128, 128, cdiv(1100, 128))
-    assert torch.equal(made.dense(found), found.expand(2, 4, -1, -1))
+    attention = case.attention(scale=1.0, spec_text=spec.text())
+    made = select(attention)
+    assert tuple(made.indices.shape) == ops.selection_shape(attention.q, attention.k, spec)
+    assert made.indices.dtype == made.counts.dtype == torch.int32
+    assert made.key_blocks == cdiv(1100, 128)
+    assert torch.equal(made.dense(attention.candidates), attention.candidates.expand(2, 4, -1, -1))
 
 
 class Largest(TorchDispatchMode):
@@ -332,11 +302,9 @@ def test_memory_grows_linearly(mask: str, pool: str, monkeypatch: pytest.MonkeyP
     largest = []
     for length in (2048, 4096):
         case = Case(length, length, 1, 2, 1, 16, 16, 32, 32, mask=mask, budget=0.25, pooling=pool)
-        data = case.inputs()
-        q, k, v = (data[x] for x in "qkv")
+        attention = case.attention(scale=0.2)
         with Largest() as made:
-            indices, counts = cpu.select(q, k, v, data["tensors"], data["scalars"], mask, 0.2, case.spec.text(), "")
-            cpu.attend(q, k, v, indices, counts, data["tensors"], data["scalars"], mask, 0.2, case.spec.text(), "")
+            attend(attention, select(attention))
         largest.append(made.elements)
     assert largest[1] <= 2.1 * largest[0]
 
@@ -377,18 +345,19 @@ def test_under_any_gradient_mode(mode: Any, threads: int) -> None:
     torch.set_num_threads(threads)
     with mode():
         case = Case(300, 300, block_q=64, block_k=32, budget=0.3)
-        data = case.inputs()
-        q, k, v = (data[x] for x in "qkv")
-        indices, counts = cpu.select(q, k, v, [], [], CAUSAL, 0.2, case.spec.text(), "")
-        out = cpu.attend(q, k, v, indices, counts, [], [], CAUSAL, 0.2, case.spec.text(), "")
+        attention = case.attention(scale=0.2)
+        out = attend(attention, select(attention))
         assert out.isfinite().all() and not out.requires_grad
         assert out.is_inference() == torch.is_inference_mode_enabled()
 
 
 def test_names_need_no_data() -> None:
     x = torch.empty(1, 2, 256, 64, dtype=torch.bfloat16, device="meta")
-    spec = SelectionSpec(block_k=64, pooling="max").text()
-    assert cpu.kernel_name(x, x, x, CAUSAL, spec) == "cpu gather bf16 128x64"
-    assert cpu.kernel_name(x, x, x, WINDOW, spec) == "cpu rowwise bf16 128x64"
-    assert cpu.select_name(x, x, x, CAUSAL, spec) == "cpu max 128x64"
-    assert cpu.kernel_name(x.to(torch.int8), x, x, CAUSAL, spec) == ops.REFERENCE
+    plain = Attention(x, x, x, CAUSAL, spec_text=SelectionSpec(block_k=64, pooling="max", budget=0.5).text())
+    assert cpu.kernels(plain) == ("cpu max 128x64", "cpu gather bf16 128x64")
+    assert cpu.kernels(replace(plain, mask_text=WINDOW)).attend == "cpu rowwise bf16 128x64"
+    assert cpu.kernels(replace(plain, spec_text="budget=1.0")).select == "cpu unscored 128x128"
+    assert cpu.supports(plain) is None
+    assert cpu.supports(plain.to(torch.int8)) is Reason.DTYPE
+    wide = torch.empty(1, 2, 256, 1025, device="meta")
+    assert cpu.supports(Attention(wide, wide, wide)) is Reason.HEAD_DIM

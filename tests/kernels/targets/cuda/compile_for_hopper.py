@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from stem_compile.kernels.targets.cuda import device
 from stem_compile.kernels.targets.cuda import target as cuda
-from stem_compile.selection import SelectionSpec
+from stem_compile.selection import Attention, SelectionSpec
 
 
 class Properties:
@@ -135,17 +136,16 @@ def main() -> None:
             torch.empty(1, 1, 8192, d, dtype=dtype),
             torch.empty(1, 1, 8192, dv, dtype=dtype),
         )
-        extra = (tensors, (0,) if "S0" in mask else ())
+        scalars = (0,) if "S0" in mask else ()
         for pooling in ("mean", "max"):
             spec = SelectionSpec(pooling=pooling, block_q=blocks[0], block_k=blocks[1]).text()
             print(f"{template} d{d}/{dv} {blocks} {dtype} {mask} {pooling}{' [' + score + ']' if score else ''}")
-            indices, counts = cuda.select(q, k, v, *extra, mask, 0.1, spec, "select")
+            attention = Attention(q, k, v, mask, 0.1, spec, score, tensors, scalars)
+            lists = attention.selection(*cuda.select(attention, "select"))
             if pooling == "max":
-                cuda.select(
-                    q[:, :, :8100], k, v, *extra, mask, 0.1, spec, "select"
-                )  # its last row of blocks is cut short
-                cuda.select(q, k, v, *extra, mask, 0.1, f"{spec},score_dtype=fp8", "select")
-        cuda.attend(q, k, v, indices, counts, *extra, mask, 0.1, spec, template, score=score)
+                cuda.select(replace(attention, q=q[:, :, :8100]), "select")  # its last row of blocks is cut short
+                cuda.select(replace(attention, spec_text=f"{spec},score_dtype=fp8"), "select")
+        cuda.attend(attention, lists, template)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from stem_compile import ops
 from stem_compile.kernels import launch
 from stem_compile.kernels.targets.cuda import device
+from stem_compile.selection import Attention
 from tests.kernels.kernel_cases import (
     ALIBI,
     BIAS,
@@ -52,16 +53,12 @@ def few_programs(monkeypatch: Any) -> None:
 def check(case: Case, template: str, monkeypatch: Any) -> None:
     target = launch.target("cuda")
     assert target is not None
-    name = target.kernel_name(
-        *(
-            torch.empty(1, 1, 1, d, dtype=case.dtype, device="cuda")
-            for d in (case.head_dim, case.head_dim, case.value_dim)
-        ),
-        case.mask,
-        case.spec.text(),
-        case.score,
+    q, k, v = (
+        torch.empty(1, 1, 1, d, dtype=case.dtype, device="cuda") for d in (case.head_dim, case.head_dim, case.value_dim)
     )
-    assert name != ops.REFERENCE
+    asked = Attention(q, k, v, case.mask, spec_text=case.spec.text(), score_text=case.score)
+    assert target.supports(asked) is None
+    name = target.kernels(asked).attend
     if template == "hopper" and not name.startswith("hopper"):
         pytest.skip(f"no Hopper kernel: {name}")
     error = attention_error(case, target, name.replace("hopper", template).replace("portable", template), monkeypatch)
@@ -174,25 +171,10 @@ def test_hidden_keys_say_nothing_about_a_rows_peak(garbage: float, block_k: int,
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_same_inputs_same_bits(template: str) -> None:
     case = Case(4000, 4000, 1, 4, 2, 128, 128, dtype=torch.bfloat16, device="cuda")
-    data = case.inputs()
-    target, chosen = launch.target("cuda"), case.random_selection([], [])
+    attention, target = case.attention(scale=0.1), launch.target("cuda")
     assert target is not None
-    runs = [
-        target.attend(
-            data["q"],
-            data["k"],
-            data["v"],
-            chosen.indices,
-            chosen.counts,
-            [],
-            [],
-            CAUSAL,
-            0.1,
-            case.spec.text(),
-            template,
-        )
-        for _ in range(5)
-    ]
+    chosen = case.random_selection(attention)
+    runs = [target.attend(attention, chosen, template) for _ in range(5)]
     assert all(torch.equal(runs[0], r) for r in runs)
 
 
@@ -231,15 +213,15 @@ def test_selection(pooling: str, dtype: torch.dtype, mask: str) -> None:
 @pytest.mark.parametrize("mask", MASKS)
 def test_nothing_waits_for_the_device(pooling: str, mask: str) -> None:
     case = Case(2000, 2000, 2, 4, 2, 64, 64, dtype=torch.bfloat16, mask=mask, kind=SINK, pooling=pooling, device="cuda")
-    data, target = case.inputs(), launch.target("cuda")
+    attention, target = case.attention(scale=0.1), launch.target("cuda")
     assert target is not None
-    q, k, v, extra = data["q"], data["k"], data["v"], (data["tensors"], data["scalars"])
-    kernel = target.kernel_name(q, k, v, mask, case.spec.text(), case.score)
+    names = target.kernels(attention)
     for mode in ("default", "error"):  # once to compile
+        fresh = replace(attention)
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            indices, counts = target.select(q, k, v, *extra, mask, 0.1, case.spec.text(), "select")
-            target.attend(q, k, v, indices, counts, *extra, mask, 0.1, case.spec.text(), kernel, score=case.score)
+            lists = fresh.selection(*target.select(fresh, names.select))
+            target.attend(replace(attention), lists, names.attend)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -365,14 +347,13 @@ def test_beyond_two_to_the_31_elements(monkeypatch: Any) -> None:
         p.normal_()
     target = launch.target("cuda")
     assert target is not None
-    spec = Case(n, n, budget=0.05).spec.text()
-    indices, counts = target.select(*parts, [], [], CAUSAL, 0.125, spec, "select")
-    copies = [p.contiguous() for p in parts]
-    _, plain_counts = target.select(*copies, [], [], CAUSAL, 0.125, spec, "select")
-    assert torch.equal(counts, plain_counts)
-    expected = target.attend(*copies, indices, counts, [], [], CAUSAL, 0.125, spec, "portable")
+    attention = Attention(*parts, CAUSAL, 0.125, Case(n, n, budget=0.05).spec.text())
+    copies = replace(attention, **{name: p.contiguous() for name, p in zip("qkv", parts)})
+    lists, plain = (a.selection(*target.select(a, "select")) for a in (attention, copies))
+    assert torch.equal(lists.counts, plain.counts)
+    expected = target.attend(copies, lists, "portable")
     for template in TEMPLATES:
         if template == "hopper" and torch.cuda.get_device_capability()[0] != 9:
             continue
-        out = target.attend(*parts, indices, counts, [], [], CAUSAL, 0.125, spec, template)
+        out = target.attend(attention, lists, template)
         assert (out - expected).norm() < 5e-3 * expected.norm()

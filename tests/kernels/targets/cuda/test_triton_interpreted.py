@@ -6,6 +6,7 @@ The interpreter multiplies bf16 as integers, so these run in fp16 and fp32; ``te
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -40,8 +41,15 @@ from tests.kernels.kernel_cases import (
 )
 
 pytest.importorskip("triton")
-from stem_compile.kernels import cache, launch
+from stem_compile.kernels.targets.cuda import attention as kernel
+from stem_compile.kernels.targets.cuda import device, selection
 from stem_compile.kernels.targets.cuda import target as cuda
+from stem_compile.kernels.targets.cuda.configurations import MARKED_ROWS, Config
+from stem_compile.kernels.triton.arguments import arguments
+from stem_compile.reasons import Reason
+from stem_compile.selection import Attention
+from stem_compile.selection.oam import oam_scores
+from stem_compile.selection.tpd import tpd_select
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the compiled kernels")
 
@@ -113,28 +121,22 @@ def test_selection(case: Case) -> None:
 def test_equal_scores_go_to_the_earlier_blocks(loud: int, mask: str) -> None:
     """Keys that say nothing, of which ``loud`` blocks have larger values."""
     case = Case(400, 400, 1, 2, 1, 16, 16, 16, 16, budget=0.3, mask=mask)
-    data = case.inputs()
-    q, k, v = data["q"], torch.zeros_like(data["k"]), torch.ones_like(data["v"])
-    v[:, :, 64 : 64 + 16 * loud] = 9.0
-    arguments = ([], [], mask, 0.25, case.spec.text())
-    indices, counts = cuda.select(q, k, v, *arguments, "select")
-    scores = launch.oam_scores(q, k, v, *arguments)
-    expected, expected_counts = launch.tpd_select(scores, q, k, [], [], mask, case.spec.text())
+    attention = case.attention(scale=0.25)
+    attention.k.zero_()
+    attention.v.fill_(1.0)[:, :, 64 : 64 + 16 * loud] = 9.0
+    indices, counts = cuda.select(attention, "select")
+    expected = tpd_select(oam_scores(attention), attention.spec, attention.reach)
     listed = torch.arange(indices.shape[-1]) < counts.unsqueeze(-1)
-    assert torch.equal(counts, expected_counts)
-    assert torch.equal(indices[listed], expected[..., : indices.shape[-1]][listed])
+    assert torch.equal(counts, expected.counts)
+    assert torch.equal(indices[listed], expected.indices[..., : indices.shape[-1]][listed])
 
 
 def test_scores_in_row_chunks_are_the_same(monkeypatch: Any) -> None:
-    from stem_compile.kernels.targets.cuda import device_selection
-
-    case = Case(700, 700, 1, 2, 1, 16, 16, 16, 16, budget=0.3)
-    data = case.inputs()
-    arguments = (data["q"], data["k"], data["v"], [], [], CAUSAL, 0.25, case.spec.text(), "select")
-    whole = cuda.select(*arguments)
-    monkeypatch.setattr(device_selection, "SCORE_BYTES", 1)
-    monkeypatch.setattr(device_selection, "CHUNK_UNIT", 16)
-    parts = cuda.select(*arguments)
+    attention = Case(700, 700, 1, 2, 1, 16, 16, 16, 16, budget=0.3).attention(scale=0.25)
+    whole = cuda.select(attention, "select")
+    monkeypatch.setattr(selection, "SCORE_BYTES", 1)
+    monkeypatch.setattr(selection, "CHUNK_UNIT", 16)
+    parts = cuda.select(attention, "select")
     listed = torch.arange(whole[0].shape[-1]) < whole[1].unsqueeze(-1)
     assert torch.equal(whole[1], parts[1])
     assert torch.equal(whole[0][listed], parts[0][listed])
@@ -146,57 +148,58 @@ def test_scores_in_row_chunks_are_the_same(monkeypatch: Any) -> None:
 )
 def test_marked_rows_are_computed_again_and_no_others(block_q: int, block_k: int, mask: str, kind: str) -> None:
     case = Case(450, 450, 2, 2, 1, 16, 32, block_q, block_k, mask=mask, kind=kind)
-    data = case.inputs()
-    extra = data["tensors"], data["scalars"]
-    chosen = case.random_selection(*extra)
-    q, k, v = (data[x] for x in "qkv")
-    parts = block_q // cuda.MARKED_ROWS
+    attention = case.attention(scale=0.25)
+    chosen = case.random_selection(attention)
+    q, k, v = attention.q, attention.k, attention.v
+    parts = block_q // MARKED_ROWS
     marks = (torch.rand(2, 2, chosen.counts.shape[2], parts) < 0.4).int()
     marks[-1, -1, -1, -1] = 1  # beyond the last query where only 2 rows are left
-    runtime = (
-        2,
-        2,
-        450,
-        450,
-        chosen.indices.shape[-1],
-        0.25 * (1.0 if kind == SOFTCAP else cuda.LOG2E),
-        *cuda.arguments(*extra, mask, case.score),
-    )
+    scale = 0.25 * (1.0 if kind == SOFTCAP else kernel.LOG2E)
+    extra = arguments(attention.tensors, attention.scalars, mask, case.score)
+    runtime = (2, 2, 450, 450, chosen.indices.shape[-1], scale, *extra)
     fill = float("nan")
     out, lse = torch.full_like(q[..., :1], fill).repeat(1, 1, 1, 32), torch.full(q.shape[:3], fill)
-    module = cache.load(cuda._attention_spec("portable", q, v, mask, case.spec.text(), case.score))
-    strides = [x.stride()[:3] for x in (q, k, v, out)]
-    config = cuda.Config(min(64, block_k), 2, 4, cuda.MARKED_ROWS)
-    cuda.attend_marked(marks, module, config, q, k, v, out, lse, chosen.indices, chosen.counts, strides, runtime, False)
-    expected, expected_lse = torch.empty_like(out), torch.empty_like(lse)
-    expected = cuda.attend(
-        q,
-        k,
-        v,
-        chosen.indices,
-        chosen.counts,
-        *extra,
-        mask,
-        0.25,
-        case.spec.text(),
-        "portable",
-        lse=expected_lse,
-        score=case.score,
-    )
-    again = marks.bool().flatten(2).repeat_interleave(cuda.MARKED_ROWS, -1)[..., :450]
+    spec = kernel.attention_spec("portable", attention)
+    launch = kernel.Launch(spec, q, k, v, out, lse, chosen.indices, chosen.counts, runtime)
+    tiles = kernel.Tiles(launch, Config(min(64, block_k), 2, 4, MARKED_ROWS), bulk=False)
+    kernel.attend_marked(marks, launch, tiles)
+    expected_lse = torch.empty_like(lse)
+    expected = cuda.attend(attention, chosen, "portable", lse=expected_lse)
+    again = marks.bool().flatten(2).repeat_interleave(MARKED_ROWS, -1)[..., :450]
     assert out[~again].isnan().all()
     assert lse[~again].isnan().all()
     torch.testing.assert_close(out[again], expected[again])
     torch.testing.assert_close(lse[again], expected_lse[again])
 
 
+def test_what_the_templates_do_not_cover_is_refused() -> None:
+    x = torch.empty(1, 2, 256, 64)
+    assert cuda.supports(Attention(x, x, x, CAUSAL, score_text=" ; sink T0(h)")) is None
+    assert cuda.supports(Attention(x, x, x, CAUSAL, score_text=" ; sink T0(h, q)")) is Reason.DEVICE
+    assert cuda.supports(Attention(x, x, x, CAUSAL).to(torch.float64)) is Reason.DTYPE
+    assert cuda.supports(Attention(x[..., :8], x[..., :8], x, CAUSAL)) is Reason.HEAD_DIM
+
+
+def test_the_kernel_that_is_named_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "capability", lambda _: (9, 0))
+    x = torch.empty(1, 2, 256, 64, dtype=torch.bfloat16)
+    wide = torch.empty(1, 2, 256, 65, dtype=torch.bfloat16)
+    for k, template in (
+        (x, "hopper"),
+        (x.transpose(1, 2).contiguous().transpose(1, 2), "hopper"),
+        (x.mT.contiguous().mT, "hopper"),  # copied, since its rows are not consecutive
+        (wide[..., :64], "portable"),
+        (wide.flatten()[1 : 1 + x.numel()].view(x.shape), "portable"),
+        (x[:, :1].expand(1, 2, 256, 64), "portable"),
+    ):
+        assert cuda.kernels(Attention(x, k, x, CAUSAL)).attend.startswith(template), (k.stride(), k.storage_offset())
+
+
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
 def test_scales_that_are_not_positive(scale: float) -> None:
     case = Case(50, 50, block_q=16, block_k=16)
-    data = case.inputs()
-    chosen = case.random_selection([], [])
-    q, k, v = (data[x] for x in "qkv")
-    spec = case.spec.text()
-    out = cuda.attend(q, k, v, chosen.indices, chosen.counts, [], [], CAUSAL, scale, spec, "portable")
-    flipped = cuda.attend(q * scale, k, v, chosen.indices, chosen.counts, [], [], CAUSAL, 1.0, spec, "portable")
+    attention = case.attention(scale=scale)
+    chosen = case.random_selection(attention)
+    out = cuda.attend(attention, chosen, "portable")
+    flipped = cuda.attend(replace(attention, q=attention.q * scale, scale=1.0), chosen, "portable")
     torch.testing.assert_close(out, flipped)

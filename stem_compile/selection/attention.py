@@ -1,0 +1,89 @@
+"""One attention as everything behind the operators takes it: tensors, and the texts that say what is done to them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from stem_compile.algebra import masks, scores
+from stem_compile.algebra.blocks import Shape, cdiv
+from stem_compile.algebra.bound import BoundMask
+from stem_compile.algebra.scores import Score
+from stem_compile.selection.spec import BlockSelection, SelectionSpec, parse
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """softmax(score(scale q k^T)) v over the visible keys of the selected blocks.
+
+    q: [B, H, q_len, d]; k: [B, Hk, kv_len, d]; v: [B, Hk, kv_len, dv], H a multiple of Hk; of one dtype, real or fake.
+    mask_text: ``masks.encode``. spec_text: ``SelectionSpec.text()``. score_text: ``Score.text``. tensors: T0, T1, ...
+    of mask and score; scalars: S0, S1, ... scale: factor of q.k before the score.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask_text: str = "True"
+    scale: float = 1.0
+    spec_text: str = ""
+    score_text: str = ""
+    tensors: Sequence[torch.Tensor] = ()
+    scalars: Sequence[int] = ()
+
+    @property
+    def shape(self) -> Shape:
+        """(batch, query heads, q_len, kv_len)."""
+        return self.q.shape[0], self.q.shape[1], self.q.shape[2], self.k.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        """Where q is."""
+        return self.q.device
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def spec(self) -> SelectionSpec:
+        """What the selection depends on."""
+        return parse(self.spec_text)
+
+    @property
+    def score(self) -> Score:
+        """What happens to scaled products."""
+        return scores.decode(self.score_text)
+
+    @functools.cached_property
+    def mask(self) -> BoundMask:
+        """The mask on this attention's tensors."""
+        return BoundMask(masks.decode(self.mask_text), self.shape, self.tensors, self.scalars, self.device)
+
+    def to(self, dtype: torch.dtype) -> Attention:
+        """The same with q, k and v in another dtype."""
+        return replace(self, q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype))
+
+    def selection(self, indices: torch.Tensor, counts: torch.Tensor) -> BlockSelection:
+        """Lists of this attention's blocks, shaped as ``BlockSelection`` says."""
+        return BlockSelection(indices, counts, self.spec.block_q, self.spec.block_k, self.blocks[1])
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """(query blocks, key blocks)."""
+        return cdiv(self.q.shape[2], self.spec.block_q), cdiv(self.k.shape[2], self.spec.block_k)
+
+    @property
+    def candidates(self) -> torch.Tensor:
+        """Bool [B or 1, H or 1, query blocks, key blocks]: pairs that may hold a visible score."""
+        return self.mask.candidates(self.spec.block_q, self.spec.block_k)
+
+    @property
+    def reach(self) -> torch.Tensor | None:
+        """Candidates of each row without the mask's far edges, [B or 1, H or 1, query blocks]; None where it has
+        none."""
+        return self.mask.reach(self.spec.block_q, self.spec.block_k)
