@@ -17,17 +17,19 @@ if TYPE_CHECKING:
     from stem_compile.kernels.contract import TARGETS as targets
     from stem_compile.passes.match import PATTERNS as patterns
     from stem_compile.selection.policies import POLICIES as policies
+    from stem_compile.serving.transformers import register_attention
 
 __version__ = "0.1.0"
 """The only place where the version is written down; the package's metadata reads it here."""
 
-__all__ = ["StemConfig", "explain", "patterns", "policies", "targets", "testing"]
+__all__ = ["StemConfig", "explain", "patterns", "policies", "register_attention", "targets", "testing"]
 
 _HOMES = {
     "StemConfig": ("stem_compile.config", "StemConfig"),
     "explain": ("stem_compile.explanation", "explain"),
     "patterns": ("stem_compile.passes.match", "PATTERNS"),
     "policies": ("stem_compile.selection.policies", "POLICIES"),
+    "register_attention": ("stem_compile.serving.transformers", "register_attention"),
     "targets": ("stem_compile.kernels.contract", "TARGETS"),
 }
 

@@ -20,7 +20,7 @@ LAYERS = (
     ("kernels",),
     ("passes",),
     ("backend",),
-    ("explanation",),
+    ("explanation", "serving"),
     ("testing",),
     ("bench",),
     ("demo",),

@@ -18,9 +18,13 @@ config = LlamaConfig(
     hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
     vocab_size=32, max_position_embeddings=40000,
 )
-model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+options = {"budget": 0.25, "min_length": 0, "inner": "eager"}
+if sys.argv[1] == "registered":
+    from stem_compile import register_attention
+    register_attention("stem", options=options)
+name = "stem" if sys.argv[1] == "registered" else "sdpa"
+model = AutoModelForCausalLM.from_config(config, attn_implementation=name).eval()
 if sys.argv[1] == "stem":
-    options = {"budget": 0.25, "min_length": 0, "inner": "eager"}
     model = torch.compile(model, backend="stem", options=options, dynamic=False)
 
 def peak():
@@ -40,7 +44,7 @@ print(peak() - before)
 """
 
 
-@pytest.mark.parametrize(("way", "needs_the_mask"), [("stem", False), ("eager", True)])
+@pytest.mark.parametrize(("way", "needs_the_mask"), [("stem", False), ("registered", False), ("eager", True)])
 def test_peak_memory_beside_one_mask(way: str, needs_the_mask: bool) -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM, way], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
