@@ -217,7 +217,7 @@ def _of_logits(
     tensor = interpreter.tensor(source)
     logits = number(_at(tensor, (B, H, Q, KV)))
     predicate, scale, score = split_logits(logits)
-    extra = sympy.expand(as_expr(tensor.shape[-1]) - as_expr(kv_len))
+    extra = symbolic.expand(as_expr(tensor.shape[-1]) - as_expr(kv_len))
     if extra == 1:
         sink = number(_at(tensor, (B, H, Q, as_expr(kv_len))))
         if sink.has(SCORE):
@@ -272,12 +272,14 @@ def _product(node: fx.Node, heads: Any, q_len: Any, interpreter: Interpreter) ->
     op = normalize.read(node)
     assert op is not None
     four = (B, H, Q, KV)
-    merged = (sympy.expand(B * as_expr(heads) + H), Q, KV)
+    merged = (symbolic.expand(B * as_expr(heads) + H), Q, KV)
 
     def at(index: tuple[Any, ...]) -> Any:
         own = four if len(shape) == 4 else merged if len(shape) == 3 else (Q, KV)
         places = [own, four[1:]] if len(shape) == 3 else [own]
-        if not any(all(n == 1 or sympy.expand(i - p) == 0 for i, p, n in zip(index, place, shape)) for place in places):
+        if not any(
+            all(n == 1 or symbolic.expand(i - p) == 0 for i, p, n in zip(index, place, shape)) for place in places
+        ):
             raise Unreadable(f"{node.name} is read at {index}")
         if op.name != "baddbmm":
             return SCORE

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ import sympy
 from sympy.logic.boolalg import BooleanFalse, BooleanTrue
 
 from stem_compile import selection
-from stem_compile.algebra import symbolic
+from stem_compile.algebra import functions, symbolic
 from stem_compile.algebra.blocks import split
 from stem_compile.algebra.masks import Chunks, Mask, Window, decode
 from stem_compile.algebra.scores import Score
@@ -29,35 +30,17 @@ from stem_compile.algebra.symbolic import (
     KV,
     KV_LEN,
     Q_LEN,
-    REAL_FUNCTIONS,
     ROW,
     SCORE,
     B,
-    FloorDiv,
     H,
     Q,
-    Where,
 )
 from stem_compile.kernels.spec import KernelSpec
 from stem_compile.selection import policies
 
 BEGIN, END = "# generated: begin", "# generated: end"
 TEMPLATES = Path(__file__).parent / "templates"
-
-_INFIX: dict[Any, str] = {
-    sympy.Le: "<=",
-    sympy.Lt: "<",
-    sympy.Ge: ">=",
-    sympy.Gt: ">",
-    sympy.Eq: "==",
-    sympy.Ne: "!=",
-    sympy.Add: "+",
-    sympy.Mul: "*",
-    sympy.And: "&",
-    sympy.Or: "|",
-}
-_NARY: dict[Any, str] = {sympy.Min: "minimum", sympy.Max: "maximum"}
-
 
 _HELPERS = {
     "floordiv": (
@@ -91,9 +74,8 @@ def triton_expression(expr: Any, names: Mapping[Any, str], module: str = "tl") -
     """``expr`` as Triton source. names: symbols -> variables. module: the language's name in the template (``tl``,
     Gluon's ``gl``).
 
-    Loads become ``load<i>(index, ..., tensors, layouts)``. Integer division floors, as in Python. Raises TypeError for
-    a function outside
-    ``symbolic``'s closed set.
+    Loads become ``load<i>(index, ..., tensors, layouts)``. Integer division floors, as in Python; whole numbers that
+    may leave int32 are computed in 64 bits. Raises OutsideAlgebra (a TypeError) for a function outside the table.
     """
     if expr in names:
         return names[expr]
@@ -102,61 +84,57 @@ def triton_expression(expr: Any, names: Mapping[Any, str], module: str = "tl") -
     if isinstance(expr, int | sympy.Integer):
         return str(int(expr)) if int(expr) >= 0 else f"({int(expr)})"
     if (index := symbolic.load_index(expr)) is not None:
-        arguments = [*(triton_expression(a, names, module) for a in expr.args), "tensors", "layouts"]
-        return f"load{index}({', '.join(arguments)})"
+        places = [*(triton_expression(a, names, module) for a in expr.args), "tensors", "layouts"]
+        return f"load{index}({', '.join(places)})"
     if expr.is_number:
-        return repr(float(expr)) if float(expr) >= 0 else f"({float(expr)!r})"
-    # Sums and products in sympy's printing order, not its hash order: equal masks must give equal text.
-    ordered = (
-        sorted(expr.args, key=sympy.default_sort_key)
-        if isinstance(expr, sympy.And | sympy.Or | sympy.Min | sympy.Max)
-        else expr.args
-    )
-    if isinstance(expr, sympy.Add | sympy.Mul):
-        ordered = expr.as_ordered_terms() if isinstance(expr, sympy.Add) else expr.as_ordered_factors()
-    args = [triton_expression(a, names, module) for a in ordered]
-    for kind, sign in _INFIX.items():
-        if isinstance(expr, kind):
-            return "(" + f" {sign} ".join(args) + ")"
-    for kind, function in _NARY.items():
-        if isinstance(expr, kind):
-            return functools.reduce(lambda a, b: f"{module}.{function}({a}, {b})", args)
-    if isinstance(expr, FloorDiv | sympy.Mod):
-        return _division(expr, *args)
-    if isinstance(expr, sympy.Not):
-        return f"(not {args[0]})" if args[0] in ("True", "False") else f"(~{args[0]})"
-    if isinstance(expr, Where):
-        return f"{module}.where({', '.join(args)})"
-    if isinstance(expr, sympy.Abs):
-        return f"{module}.abs({args[0]})"
-    if expr.func in REAL_FUNCTIONS:
-        name = REAL_FUNCTIONS[expr.func]
-        return f"{name}({args[0]})" if name in _HELPERS else f"{module}.{name}({args[0]})"
-    if isinstance(expr, sympy.Pow) and expr.exp.is_number:
-        return _power(args[0], expr.exp, module)
-    raise TypeError(f"cannot print {expr.func} as Triton; extend stem_compile/algebra/symbolic.py")
+        return _number(float(expr))
+    row = functions.row_of(expr)
+    if row is None:
+        symbolic.check(expr)
+        raise KeyError(f"{expr} has no name here; named are {sorted(map(str, names))}")
+    operands = _ordered(expr)
+    arguments = tuple(triton_expression(a, names, module) for a in operands)
+    call = functions.Call(expr, operands, arguments, module, _is_wide(expr))
+    if isinstance(row.triton, str):
+        return row.triton.format(*call.arguments, tl=module)
+    return row.triton(call)
 
 
-def _division(expr: Any, a: str, b: str) -> str:
-    """Floor division or remainder by a positive number. Triton's own round to 0, which is the same for dividends that
-    are not negative."""
-    divides, divisor = isinstance(expr, FloorDiv), expr.args[1]
-    if expr.args[0].is_nonnegative:
-        return f"({a} {'//' if divides else '%'} {b})"
-    if divisor.is_Integer and int(divisor).bit_count() == 1:
-        return f"({a} >> {int(divisor).bit_length() - 1})" if divides else f"({a} & {int(divisor) - 1})"
-    return f"{'floordiv' if divides else 'floormod'}({a}, {b})"
+def _number(value: float) -> str:
+    if not math.isfinite(value):
+        return f"float('{value}')"
+    return repr(value) if value >= 0 else f"({value!r})"
 
 
-def _power(base: str, exponent: Any, module: str) -> str:
-    size = abs(exponent)
-    if size.is_Integer:
-        value = "(" + " * ".join([base] * int(size)) + ")"
-    elif size == sympy.Rational(1, 2):
-        value = f"{module}.sqrt({base})"
-    else:
-        value = f"{module}.exp2({float(size)!r} * {module}.log2({base}))"
-    return f"(1.0 / {value})" if exponent < 0 else value
+def _ordered(expr: Any) -> tuple[Any, ...]:
+    """Arguments in sympy's printing order, not its hash order: equal masks must give equal text."""
+    if isinstance(expr, sympy.And | sympy.Or | sympy.Xor | sympy.Min | sympy.Max):
+        return tuple(sorted(expr.args, key=sympy.default_sort_key))
+    if isinstance(expr, sympy.Add):
+        return tuple(expr.as_ordered_terms())
+    return tuple(expr.as_ordered_factors()) if isinstance(expr, sympy.Mul) else tuple(expr.args)
+
+
+LONGEST = 1 << 24
+"""Tokens up to which generated arithmetic on positions is exact."""
+LARGEST_SCALAR = 1 << 30
+"""Magnitude that a runtime scalar stays below: with a position added it still is an int32."""
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_wide(expr: Any) -> bool:
+    """Whether a sum, product or power of whole numbers may leave int32, in which kernels hold positions (``ROW`` and
+    ``BLOCKS`` are 64 bits wide)."""
+    if not isinstance(expr, sympy.Add | sympy.Mul | sympy.Pow) or expr.free_symbols & {ROW, BLOCKS, SCORE}:
+        return False
+    rows = (functions.row_of(part) for part in sympy.preorder_traversal(expr) if part is not expr)
+    if any(not n.is_Integer for n in expr.atoms(sympy.Number)) or any(r and r.gives is functions.REAL for r in rows):
+        return False
+    limits = {s: LARGEST_SCALAR if s.name.startswith("S") else LONGEST for s in expr.free_symbols}
+    box: dict[Any, Any] = {s: (-n if s.name.startswith("S") else 0, n) for s, n in limits.items()}
+    box |= {symbolic.tensor(i): lambda *_: (-(1 << 31), (1 << 31) - 1) for i in _loads(expr)}
+    low, high = symbolic.bounds(expr, box)
+    return bool(low < -(1 << 31) or high >= 1 << 31)
 
 
 def _names(*exprs: Any) -> dict[Any, str]:
@@ -191,7 +169,7 @@ def only_edges(mask: Mask) -> bool:
     # The end of a chunk lies beyond the causal limit where both count the same positions.
     chunks = [band for band in bands if isinstance(band, Chunks)]
     within = causal is not None and all(
-        sympy.expand(causal.offset + c.kv_shift - c.q_shift).is_nonpositive for c in chunks
+        symbolic.expand(causal.offset + c.kv_shift - c.q_shift).is_nonpositive for c in chunks
     )
     return all(isinstance(band, Window | Chunks) for band in bands) and (within or not chunks)
 
@@ -228,15 +206,17 @@ def _visible(mask: Mask, module: str) -> str:
     else:
         value = triton_expression(mask.predicate, _names(mask.predicate), module)
         value = {"True": "(kv >= 0)", "False": "(kv < 0)"}.get(value, value)
+        if KV not in mask.predicate.free_symbols and mask.predicate.free_symbols:
+            value = f"((kv >= 0) & {value})"
     return (
         f"def visible(b, h, q, kv, q_len, kv_len, tensors, layouts, scalars):\n    # {mask.words}\n    return {value}\n"
     )
 
 
 def _position(head: str, expr: Any, module: str) -> str:
-    """Function of a key's position; one that a tensor holds may be an int64."""
+    """Function of a key's position; one that a tensor holds, or one beyond int32, is an int64."""
     value = triton_expression(expr, _names(expr), module)
-    if _loads(expr):
+    if _loads(expr) or any(_is_wide(part) for part in sympy.preorder_traversal(expr)):
         value = f"{module}.minimum({module}.maximum({value}, -1073741824), 1073741824).to({module}.int32)"
     return f"def {head}:\n    return {value}\n"
 
@@ -285,6 +265,23 @@ def constants(spec: KernelSpec) -> dict[str, object]:
     }
 
 
+def _with_helpers(parts: list[str], ranks: Mapping[int, int], module: str, decorator: str) -> list[str]:
+    """Sources of functions, each under ``decorator``, behind those of the loads and helpers that they call."""
+    called = {name for part in parts for name in re.findall(r"\b(\w+)\(", part)}
+    helpers = [text.format(tl=module) for name, text in _HELPERS.items() if name in called]
+    return [f"{decorator}\n{part}" for part in [*_load_functions(ranks, called, module), *helpers, *parts]]
+
+
+def functions_source(exprs: Mapping[str, Any]) -> str:
+    """Source of a Triton module with one function of ``(s, b, h, q, kv, q_len, kv_len, tensors, layouts, scalars)``
+    for every expression, by name: what templates call ``visible`` or ``score``."""
+    head = "(s, b, h, q, kv, q_len, kv_len, tensors, layouts, scalars)"
+    parts = [f"def {name}{head}:\n    return {triton_expression(e, _names(e), 'tl')}\n" for name, e in exprs.items()]
+    ranks = {i: rank for e in exprs.values() for i, rank in _loads(e).items()}
+    functions = _with_helpers(parts, ranks, "tl", "@triton.jit")
+    return "\n\n".join(["import triton\nimport triton.language as tl\n", *functions])
+
+
 def generate(spec: KernelSpec) -> str:
     """Source of ``spec``'s module. A pure function of the spec and the template file."""
     template = (TEMPLATES / f"{spec.template}.py").read_text()
@@ -323,11 +320,7 @@ def generate(spec: KernelSpec) -> str:
             lines.append(f"{name} = {module}.constexpr({values[name]!r})\n")
         elif isinstance(node, ast.FunctionDef):
             parts.append(functions[node.name]())
-    called = {name for part in parts for name in re.findall(r"\b(\w+)\(", part)}
-    helpers = [text.format(tl=module) for name, text in _HELPERS.items() if name in called]
-    parts = [
-        f"{decorator}\n{part}" for part in [*_load_functions(loads(mask, score), called, module), *helpers, *parts]
-    ]
+    parts = _with_helpers(parts, loads(mask, score), module, decorator)
     body = "\n\n".join(["".join(lines), *parts])
     source = f"templates/{spec.template}.py"
     head = f"# Generated by stem_compile/kernels/triton/codegen.py from {source}; do not edit.\n{spec.header}"

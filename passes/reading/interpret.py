@@ -128,7 +128,7 @@ def is_one(size: Any) -> bool:
 
 def same(a: Any, b: Any) -> bool:
     """Whether two sizes are the same expression."""
-    return bool(sympy.expand(as_expr(a) - as_expr(b)) == 0)
+    return bool(symbolic.expand(as_expr(a) - as_expr(b)) == 0)
 
 
 def broadcast_index(index: tuple[Any, ...], shape: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -280,7 +280,7 @@ class Interpreter:
         """(quotient, remainder) of a nonnegative index expression by a size: ``(b * heads + h, heads) -> (b, h)``."""
         divisor = as_expr(size)
         whole, rest = sympy.Integer(0), sympy.Integer(0)
-        for term in sympy.Add.make_args(sympy.expand(expr)):
+        for term in sympy.Add.make_args(symbolic.expand(expr)):
             share = sympy.cancel(term / divisor)
             if share.is_integer and sympy.denom(share) == 1:
                 whole += share
@@ -300,7 +300,7 @@ class Interpreter:
         """Whether an index is surely below (True) or surely not below (False) a size; None when unknown."""
         bound = as_expr(size)
         if index in self.extents:
-            gap = sympy.expand(bound - as_expr(self.extents[index]))
+            gap = symbolic.expand(bound - as_expr(self.extents[index]))
             return True if gap.is_nonnegative else None
-        gap = sympy.expand(sympy.sympify(index) - bound)
+        gap = symbolic.expand(sympy.sympify(index) - bound)
         return False if gap.is_nonnegative else True if gap.is_negative else None

@@ -33,7 +33,7 @@ def split_logits(expr: Any) -> tuple[Any, float, Score]:
     """
     hides, expr = hidden_conditions(expr)
     visible = sympy.And(*(h.visible for h in hides))
-    expr = sympy.expand(expr) if not expr.atoms(sympy.tanh) else expr
+    expr = symbolic.expand(expr) if not expr.atoms(sympy.tanh) else expr
     slope = sympy.diff(expr, SCORE).subs(SCORE, 0) if not expr.atoms(Where) else sympy.Integer(0)
     scale = float(slope) if slope.is_number and slope.is_real and slope > 0 else 1.0
     return (
@@ -70,7 +70,7 @@ def hidden_conditions(expr: Any) -> tuple[list[Hide], Any]:
                 break
         else:
             kept.update(choices)
-    for term in sympy.Add.make_args(sympy.expand(expr)):
+    for term in sympy.Add.make_args(symbolic.expand(expr)):
         # A bias that was not understood may hold the mask: its very negative entries hide.
         factor, rest = term.as_coeff_Mul()
         if factor > 0 and symbolic.load_index(rest) is not None and {Q, KV} <= rest.free_symbols:
@@ -108,7 +108,7 @@ def _hide(condition: Any, shows: bool) -> Hide:
 
 def is_deep(expr: Any) -> bool:
     """Whether the logit is that of a hidden key whatever the product is."""
-    return _highest(sympy.expand(expr)) <= DEEP
+    return _highest(symbolic.expand(expr)) <= DEEP
 
 
 def _highest(expr: Any) -> float:
@@ -120,7 +120,9 @@ def _highest(expr: Any) -> float:
         if rest == 1:
             total += float(factor)
         elif choices := _choices(rest):
-            total += max(_highest(sympy.expand(term.xreplace({choices[0]: branch}))) for branch in choices[0].args[1:])
+            total += max(
+                _highest(symbolic.expand(term.xreplace({choices[0]: branch}))) for branch in choices[0].args[1:]
+            )
         elif factor <= DEEP and _divides(rest):
             total += float(factor)
         elif abs(factor) >= LARGE:
@@ -145,7 +147,7 @@ def _choices(expr: Any) -> list[Any]:
 def _masks(expr: Any) -> list[Any]:
     """Loads with a factor so large that 0 and 1 decide: a padding mask that was multiplied instead of compared."""
     found = set()
-    for term in sympy.Add.make_args(sympy.expand(expr)):
+    for term in sympy.Add.make_args(symbolic.expand(expr)):
         factor, rest = term.as_coeff_Mul()
         if abs(factor) >= LARGE and symbolic.load_index(rest) is not None:
             found.add(rest)

@@ -69,7 +69,7 @@ def _level(expr: Any, dtype: torch.dtype) -> float | None:
     """The number that an expression of a score is rounded to in ``dtype``, whatever the score; None where the score
     stays."""
     clamps = {e: level for e in expr.atoms(sympy.Max, sympy.Min) if (level := _extreme(e, dtype)) is not None}
-    constant, rest = sympy.expand(expr.xreplace(clamps)).as_coeff_Add()
+    constant, rest = symbolic.expand(expr.xreplace(clamps)).as_coeff_Add()
     if rest != 0:
         # Loads are of ordinary size, as everywhere (``split_logits.is_deep``).
         ordinary = all(abs(n) < LARGE for n in rest.atoms(sympy.Number))

@@ -177,7 +177,7 @@ def _widths(predicate: Any, box: dict[Any, Any]) -> dict[int, list[int | None]]:
         most = []
         for index in load.args:
             # Summands without a position are one value for all positions of a block.
-            moving = sympy.Add(*(t for t in sympy.Add.make_args(sympy.expand(index)) if {Q, KV} & t.free_symbols))
+            moving = sympy.Add(*(t for t in sympy.Add.make_args(symbolic.expand(index)) if {Q, KV} & t.free_symbols))
             low, high = symbolic.bounds(moving, box)
             width = torch.as_tensor(high - low).max().item() + 1
             most.append(int(width) if width < symbolic.INFINITE else None)

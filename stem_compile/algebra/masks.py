@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import sympy
 import torch
 
-from stem_compile.algebra import symbolic
+from stem_compile.algebra import symbolic, text
 from stem_compile.algebra.symbolic import KV, KV_LEN, Q_LEN, B, H, Q
 
 
@@ -276,7 +276,7 @@ class And(Mask):
         for term in self.terms:
             if isinstance(term, Window) and causal is not None:
                 # kv <= q + causal.offset and kv >= q + window.offset
-                parts.append(f"sliding window of {sympy.expand(causal.offset - term.offset + 1)}")
+                parts.append(f"sliding window of {symbolic.expand(causal.offset - term.offset + 1)}")
             else:
                 parts.append(f"({term.words})" if isinstance(term, Or) else term.words)
         return " & ".join(parts)
@@ -352,14 +352,16 @@ def _edge(expr: Any) -> tuple[int, Any] | None:
     lengths, scalars, ``T0()``."""
     if not isinstance(expr, sympy.Le | sympy.Lt | sympy.Ge | sympy.Gt):
         return None
-    slack = sympy.expand(expr.gts - expr.lts)
+    slack = symbolic.expand(expr.gts - expr.lts)
     # Whole numbers: kv / 3 <= q / 3 is kv <= q, and a < b is a <= b - 1.
-    slack = sympy.expand(slack * sympy.ilcm(1, *(c.q for c in slack.as_coefficients_dict().values() if c.is_Rational)))
+    slack = symbolic.expand(
+        slack * sympy.ilcm(1, *(c.q for c in slack.as_coefficients_dict().values() if c.is_Rational))
+    )
     slack -= 1 if isinstance(expr, sympy.Lt | sympy.Gt) else 0
     factor = slack.coeff(Q)
     if not factor.is_Integer or factor == 0 or slack.coeff(KV) != -factor:
         return None
-    rest = sympy.expand(slack - factor * Q + factor * KV)
+    rest = symbolic.expand(slack - factor * Q + factor * KV)
     offset = symbolic.FloorDiv(rest, factor) if factor > 0 else -symbolic.FloorDiv(rest, -factor)
     if offset.has(Q, KV, B, H) or any(
         symbolic.load_index(f) is None or f.args for f in offset.atoms(sympy.core.function.AppliedUndef)
@@ -387,7 +389,7 @@ def _chunks(expr: Any) -> Mask | None:
     ):
         return None
     row, key = sides if sides[0].has(Q) else sides[::-1]
-    size, shifts = row.args[1], (sympy.expand(row.args[0] - Q), sympy.expand(key.args[0] - KV))
+    size, shifts = row.args[1], (symbolic.expand(row.args[0] - Q), symbolic.expand(key.args[0] - KV))
     if not size.is_Integer or any(s.has(Q, KV, H) for s in shifts):
         return None
     return Chunks(int(size), *(int(s) if s.is_Integer else s for s in shifts))
@@ -435,14 +437,17 @@ _RECOGNISERS = (_causal, _window, _chunks, _documents, _positions, _padding, _gi
 
 
 def encode(mask: Mask) -> str:
-    """Canonical text of a mask's predicate; equal masks give equal text. Inverse: ``decode``."""
-    return str(mask.predicate)
+    """Canonical text of a mask's predicate; equal masks give equal text. Inverse: ``decode``.
+
+    Raises OutsideAlgebra (a TypeError) for a predicate that holds more than the algebra does.
+    """
+    return text.encode(mask.predicate)
 
 
 @functools.lru_cache(maxsize=1024)
-def decode(text: str) -> Mask:
+def decode(encoded: str) -> Mask:
     """Mask of the text that ``encode`` wrote. Raises ValueError for anything else."""
     try:
-        return predicate(symbolic.parse(text))
-    except (sympy.SympifyError, SyntaxError, TypeError, AttributeError) as error:
-        raise ValueError(f"not an encoded mask: {text!r}") from error
+        return predicate(text.decode(encoded))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"not an encoded mask: {encoded!r} ({error})") from error

@@ -16,7 +16,7 @@ from typing import Any
 import sympy
 import torch
 
-from stem_compile.algebra import symbolic
+from stem_compile.algebra import symbolic, text
 from stem_compile.algebra.masks import environment
 from stem_compile.algebra.symbolic import KV, SCORE, B, H, Q
 
@@ -38,9 +38,10 @@ class Score:
 
     @property
     def text(self) -> str:
-        """Canonical text, "" for a plain score; ``decode``'s inverse."""
-        expr = "" if self.expr == SCORE else str(self.expr)
-        return expr + (f"{SEPARATOR}{self.sink}" if self.sink is not None else "")
+        """Canonical text, "" for a plain score; ``decode``'s inverse. Raises OutsideAlgebra (a TypeError) where a
+        function is not in the table."""
+        expr = "" if self.expr == SCORE else text.encode(self.expr)
+        return expr + (f"{SEPARATOR}{text.encode(self.sink)}" if self.sink is not None else "")
 
     @property
     def modified(self) -> bool:
@@ -62,7 +63,7 @@ class Score:
         if caps:
             parts.append(f"softcap {float(1 / caps[0].args[0].coeff(SCORE)):g}")
         if self.positional:
-            rest = sympy.expand(self.expr - SCORE)
+            rest = symbolic.expand(self.expr - SCORE)
             loads = {f for f in self.expr.atoms(sympy.core.function.AppliedUndef) if symbolic.load_index(f) is not None}
             if not rest.has(SCORE) and rest.has(KV) and not any({Q, KV} & f.free_symbols for f in loads):
                 parts.append("position bias linear in the distance")
@@ -95,13 +96,13 @@ class Score:
 
 
 @functools.lru_cache(maxsize=1024)
-def decode(text: str) -> Score:
+def decode(encoded: str) -> Score:
     """Score of ``Score.text``. Raises ValueError for anything else."""
-    expr, _, sink = text.partition(SEPARATOR)
+    expr, _, sink = encoded.partition(SEPARATOR)
     try:
-        return Score(symbolic.parse(expr) if expr else SCORE, symbolic.parse(sink) if sink else None)
-    except (sympy.SympifyError, SyntaxError, TypeError, AttributeError) as error:
-        raise ValueError(f"not an encoded score: {text!r}") from error
+        return Score(text.decode(expr) if expr else SCORE, text.decode(sink) if sink else None)
+    except ValueError as error:
+        raise ValueError(f"not an encoded score: {encoded!r} ({error})") from error
 
 
 def block_positions(

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 
 from stem_compile.algebra import symbolic
@@ -41,7 +40,7 @@ def attend(p: Problem, counts: torch.Tensor, attention: Attention) -> None:
     exact = torch.promote_types(p.keys.dtype, torch.float32)
     tensors = [t.to(exact) if t.is_floating_point() else t for t in attention.tensors]
     env = environment(attention.shape, tensors, attention.scalars)
-    bias = None if not score.modified else sympy.expand(score.expr - SCORE)
+    bias = None if not score.modified else symbolic.expand(score.expr - SCORE)
     if bias is not None and bias.has(SCORE):
         bias = None
 

@@ -35,7 +35,7 @@ def _diff(i: Interpreter, op: Op, known: torch.Tensor) -> SymTensor:
             return number(inner.at(step(place + 1))) - number(inner.at(step(place)))
         first = number(inner.at(step(sympy.Integer(0)))) - number(before.at(step(sympy.Integer(0))))
         later = number(inner.at(step(place))) - number(inner.at(step(place - 1)))
-        first, later = sympy.expand(first), sympy.expand(later)
+        first, later = symbolic.expand(first), symbolic.expand(later)
         if _loads(first) or _loads(later):
             raise Unreadable("diff of runtime values")
         return later if first == later else Where(sympy.Eq(place, 0), first, later)

@@ -8,6 +8,7 @@ import sympy
 import torch
 from torch import fx
 
+from stem_compile.algebra import symbolic
 from stem_compile.algebra.symbolic import Where
 from stem_compile.passes.graph.normalize import Op
 from stem_compile.passes.graph.values import value
@@ -188,7 +189,7 @@ def _cat(i: Interpreter, op: Op, known: torch.Tensor) -> SymTensor:
     def at(index: tuple[Any, ...]) -> Any:
         def from_part(n: int, place: Any) -> Any:
             inside = True if n + 1 == len(parts) else i.below(place, parts[n].shape[dim])
-            rest = None if inside is True else from_part(n + 1, sympy.expand(place - as_expr(parts[n].shape[dim])))
+            rest = None if inside is True else from_part(n + 1, symbolic.expand(place - as_expr(parts[n].shape[dim])))
             if inside is False:
                 return rest
             here = parts[n].at((*index[:dim], place, *index[dim + 1 :]))
