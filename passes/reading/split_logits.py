@@ -168,7 +168,7 @@ def in_floats(expr: Any, largest: float | None = None) -> Any:
     """Fractions, and whole numbers that no integer type holds, as floats: what kernels compute with, none of them
     beyond ``largest``."""
     wide = [n for n in expr.atoms(sympy.Rational) if not n.is_Integer or abs(n) >= 1 << 31]
-    numbers = {n: sympy.Float(n if largest is None else min(max(n, -largest), largest), 17) for n in wide}
+    numbers = {n: sympy.Float(float(n if largest is None else min(max(n, -largest), largest))) for n in wide}
     powers = {e: e for e in expr.atoms(sympy.Pow)}
     return expr.xreplace({n: f for n, f in numbers.items() if not any(n == p.exp for p in powers)})
 
