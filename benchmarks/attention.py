@@ -33,11 +33,10 @@ from stem_compile.algebra.blocks import cdiv
 from stem_compile.config import StemConfig
 from stem_compile.kernels import launch
 from stem_compile.selection import Attention, BlockSelection, SelectionSpec
+from stem_compile.testing.tolerances import RELATIVE
 from stem_compile.timing import in_turns, timed
 
 MASK = "kv <= q"
-TOLERANCE = {"bfloat16": 8e-3, "float16": 2e-3}
-"""Relative error of a query block: two to three roundings of the working type."""
 
 
 TURNS = 6
@@ -180,7 +179,7 @@ def gate(contender: Contender, problem: Problem, options: argparse.Namespace) ->
         out = contender.run()
         if contender.dense is not None:
             entry["error"] = problem.error(out, contender.dense)
-            if not entry["error"] < TOLERANCE[options.dtype]:
+            if not entry["error"] < RELATIVE[options.dtype][0]:
                 entry["wrong"] = True
     except Exception as failure:  # a missing backend is a line of the table, not the end of the run
         entry["failed"] = f"{type(failure).__name__}: {str(failure).splitlines()[0][:160] if str(failure) else ''}"
@@ -300,7 +299,7 @@ def million(options: argparse.Namespace) -> int:
         torch.cuda.synchronize()
         extra = torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()
         error = problem.error(out)
-        wrong += not error < TOLERANCE[options.dtype]
+        wrong += not error < RELATIVE[options.dtype][0]
         del out
         times = measure(
             {"selection": problem.select, "whole": functools.partial(problem.whole, kernel)}, options.milliseconds

@@ -1,21 +1,26 @@
-"""Error budgets: how far a result may be from fp64, measured by how far plain torch is on the same inputs in the same
-dtype."""
+"""How far a result may be from fp64 or from eager, by the table of ``stem_compile.testing.tolerances``."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.utils import _pytree as pytree
 
-FACTOR = 3.0
-"""Our error over eager's. Two roundings in another order stay well under it; a wrong mask, scale or block is orders of
-magnitude over."""
-FLOOR = 4.0
-"""Ulps of the output's largest value granted when eager happens to be exact."""
+from stem_compile.testing.tolerances import ATTENTION, CLOSE, Closeness
 
 
-def budget(golden: torch.Tensor, eager: torch.Tensor) -> float:
+def allowed_error(golden: torch.Tensor, eager: torch.Tensor) -> float:
     """Largest absolute error allowed against ``golden`` (fp64), given eager's result in the working dtype."""
-    ulp = torch.finfo(eager.dtype).eps * float(golden.abs().max().clamp(min=1e-30))
-    return FACTOR * float((eager.double() - golden).abs().max()) + FLOOR * ulp
+    own = float((eager.double() - golden).abs().max())
+    return ATTENTION.allowed(own, float(golden.abs().max().clamp(min=1e-30)), eager.dtype)
+
+
+def assert_close(ours: Any, eager: Any, closeness: Closeness | None = None) -> None:
+    """Two results, or two tuples of them, of which neither is the truth, are equal but for rounding in their dtype."""
+    for a, b in zip(pytree.tree_leaves(ours), pytree.tree_leaves(eager), strict=True):
+        rule = closeness or CLOSE[b.dtype if b.dtype in CLOSE else torch.float32]
+        torch.testing.assert_close(a, b, **rule.bounds(b.dtype))
 
 
 def assert_within(ours: torch.Tensor, golden: torch.Tensor, eager: torch.Tensor) -> None:
@@ -25,7 +30,7 @@ def assert_within(ours: torch.Tensor, golden: torch.Tensor, eager: torch.Tensor)
         f"NaN at {ours.isnan().nonzero()[0].tolist()}: memory that nothing wrote, or a softmax over nothing"
     )
     error = (ours.double() - golden).abs()
-    allowed = budget(golden, eager)
+    allowed = allowed_error(golden, eager)
     worst = torch.unravel_index(error.argmax(), error.shape)
     assert float(error.max()) <= allowed, (
         f"error {float(error.max()):.3g} at {[int(i) for i in worst]}, allowed {allowed:.3g}"

@@ -15,6 +15,7 @@ from stem_compile.backend import StemError
 from stem_compile.passes import pipeline
 from stem_compile.passes.graph.sites import Rejected
 from stem_compile.reasons import Reason, StemWarning
+from tests.numerics import assert_close
 
 OPTIONS: dict[str, Any] = {"min_length": 0, "budget": 1.0, "inner": "eager"}
 
@@ -39,7 +40,7 @@ def test_a_plain_module_is_rewritten() -> None:
     model, made = Block(), []
     with torch.no_grad(), backend.listen(made.append):
         out = torch.compile(model, backend="stem", options=OPTIONS, fullgraph=True)(X)
-        torch.testing.assert_close(out, model(X), rtol=1e-4, atol=1e-5)
+        assert_close(out, model(X))
     assert len(made[0].sites) == 1
 
 
@@ -51,7 +52,7 @@ def test_fused_encoder_layers_are_rewritten(first: bool, dynamic: bool | None) -
     mask = torch.ones(100, 100, dtype=torch.bool).triu(1)
     with torch.no_grad(), backend.listen(made.append):
         out = torch.compile(layer, backend="stem", options=OPTIONS, fullgraph=True, dynamic=dynamic)(X, src_mask=mask)
-        torch.testing.assert_close(out, layer(X, src_mask=mask), rtol=1e-4, atol=1e-5)
+        assert_close(out, layer(X, src_mask=mask))
     assert len(made[0].sites) == 1
 
 
@@ -135,7 +136,7 @@ def test_views_behind_an_attention_keep_working() -> None:
         return F.scaled_dot_product_attention(x, x, x, is_causal=True).view(-1)
 
     x = torch.randn(1, 2, 50, 16)
-    torch.testing.assert_close(torch.compile(model, backend="stem", options=OPTIONS)(x), model(x), rtol=1e-4, atol=1e-5)
+    assert_close(torch.compile(model, backend="stem", options=OPTIONS)(x), model(x))
 
 
 @pytest.mark.slow

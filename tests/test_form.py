@@ -34,6 +34,7 @@ STILL_WITHOUT: set[str] = {
     "note", "Report.failures", "ModelInputs.inputs", "ModelInputs.args", "ModelInputs.kwargs", "ModelInputs.valid",
     "AttentionInputs.kv_len", "factors", "Rewrite.changed",
 }  # fmt: skip
+STILL_BY_HAND = {"tests/kernels/targets/cpu/test_cpu.py", "tests/kernels/triton/test_codegen.py"}
 
 
 def tracked() -> list[Path]:
@@ -132,6 +133,19 @@ def test_public_names_are_documented(path: Path) -> None:
         pytest.importorskip("hypothesis")
     bare = set(undocumented(importlib.import_module(module)))
     assert bare <= STILL_WITHOUT, f"{module}: {sorted(bare)} have no docstring"
+
+
+@pytest.mark.parametrize("path", [p for p in sources() if p.relative_to(ROOT).parts[0] != "stem_compile"], ids=name)
+def test_no_tolerance_is_written_by_hand(path: Path) -> None:
+    """``stem_compile.testing.tolerances`` has one row for each kind of comparison."""
+    calls = (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call))
+    by_hand = [
+        call.lineno
+        for call in calls
+        for keyword in call.keywords
+        if keyword.arg in ("rtol", "atol") and isinstance(keyword.value, ast.Constant)
+    ]
+    assert not by_hand or name(path) in STILL_BY_HAND, f"{name(path)}: a tolerance in lines {by_hand}"
 
 
 def test_nothing_of_the_machine_is_tracked() -> None:

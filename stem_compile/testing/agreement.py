@@ -13,8 +13,8 @@ import torch
 
 from stem_compile.selection import FULL, BlockSelection, Observed
 from stem_compile.selection.oam import oam_scores
-from stem_compile.testing.numerics import FACTOR
 from stem_compile.testing.subject import Force
+from stem_compile.testing.tolerances import MODEL
 from stem_compile.testing.violation import Violation
 
 
@@ -55,7 +55,7 @@ def _beyond_a_tie(seen: Observed, own: torch.Tensor, want: torch.Tensor) -> tupl
     largest = seen.attention.scale * float(
         torch.linalg.vector_norm(q.double(), dim=-1).max() * torch.linalg.vector_norm(k.double(), dim=-1).max()
     )
-    noise = FACTOR * torch.finfo(q.dtype).eps * largest
+    noise = MODEL.factor * torch.finfo(q.dtype).eps * largest
     taken, left = own & ~want, want & ~own
     best = scores.masked_fill(~taken, -torch.inf).amax(-1)
     worst = scores.masked_fill(~left, torch.inf).amin(-1)

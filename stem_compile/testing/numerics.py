@@ -1,8 +1,8 @@
 """When two results are equal: an error budget measured on the model itself, never a tolerance picked by hand.
 
 The golden result is the model in fp64. The model in its own dtype is off from it by its rounding; a rewrite may be off
-by ``FACTOR`` times that, since it rounds in another order, plus ``ULPS`` units in the last place of the result's own
-size, where the model happens to be exact.
+by a small factor of that, since it rounds in another order, plus some units in the last place of the result's own size,
+where the model happens to be exact: ``tolerances.MODEL``.
 """
 
 from __future__ import annotations
@@ -11,11 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-FACTOR = 4.0
-"""Error allowed relative to the model's own: two orders of summation differ by less, a wrong key or scale by orders of
-magnitude."""
-ULPS = 8.0
-"""Floor, in units of the dtype's precision: a handful of roundings between equal inputs and the compared output."""
+from stem_compile.testing.tolerances import MODEL
 
 
 class Undefined(ArithmeticError):
@@ -74,7 +70,7 @@ def budget(eager: torch.Tensor, golden: torch.Tensor, dtype: torch.dtype, valid:
     own = errors(eager, golden)
     own = own[valid] if valid is not None and valid.shape == own.shape else own
     worst = float(own.nan_to_num(posinf=0.0).max()) if own.numel() else 0.0
-    return FACTOR * worst + ULPS * torch.finfo(dtype).eps * max(size(golden, valid), torch.finfo(torch.float32).tiny)
+    return MODEL.allowed(worst, max(size(golden, valid), torch.finfo(torch.float32).tiny), dtype)
 
 
 def gap(actual: torch.Tensor, golden: torch.Tensor, allowed: float, valid: torch.Tensor | None = None) -> Gap:

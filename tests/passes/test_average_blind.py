@@ -15,6 +15,7 @@ from stem_compile import ops
 from stem_compile.kernels import launch
 from stem_compile.passes.pipeline import Rewrite
 from stem_compile.testing import numerics
+from tests.numerics import assert_close
 from tests.passes.capture import rewritten
 
 Tensor = torch.Tensor
@@ -107,7 +108,7 @@ def test_what_is_no_mean_stays_0(name: str) -> None:
     assert count(result, ops.SPARSE_ATTENTION) == 1
     assert count(result, ops.BLIND_ROWS) == count(result, torch.where) == 0
     assert (out[0, :, :PADDING] == 0).all()
-    torch.testing.assert_close(out[0, :, PADDING:], function(*given)[0, :, PADDING:], rtol=1e-4, atol=1e-5)
+    assert_close(out[0, :, PADDING:], function(*given)[0, :, PADDING:])
 
 
 def test_a_key_hidden_twice_leaves_no_mean() -> None:
@@ -138,7 +139,7 @@ def test_a_padding_mask_of_numbers_multiplied(dynamic: bool) -> None:
     given = (q, q, q, padding.float())
     result, out = rewritten(attention, given, dynamic=dynamic)
     assert count(result, ops.BLIND_ROWS) == 1
-    torch.testing.assert_close(out, attention(*given), rtol=1e-4, atol=1e-5)
+    assert_close(out, attention(*given))
 
 
 def test_a_bias_chosen_by_distance_is_rounded_away() -> None:
@@ -151,7 +152,7 @@ def test_a_bias_chosen_by_distance_is_rounded_away() -> None:
     q, _, _, padding = inputs()
     result, out = rewritten(attention, (q, q, q, padding))
     assert count(result, ops.BLIND_ROWS) == 1
-    torch.testing.assert_close(out, attention(q, q, q, padding), rtol=1e-4, atol=1e-5)
+    assert_close(out, attention(q, q, q, padding))
 
 
 def test_a_mask_that_leaves_no_row_blind_costs_nothing() -> None:
@@ -165,7 +166,7 @@ def test_a_mask_that_leaves_no_row_blind_costs_nothing() -> None:
         result, out = rewritten(causal, (q, q, q, padding), dynamic=dynamic)
         assert len(result.sites) == 1
         assert count(result, ops.BLIND_ROWS) == count(result, torch.where) == 0
-        torch.testing.assert_close(out, causal(q, q, q, padding), rtol=1e-4, atol=1e-5)
+        assert_close(out, causal(q, q, q, padding))
 
 
 def test_a_prefix_leaves_no_row_blind() -> None:
@@ -192,7 +193,7 @@ def test_layers_ask_once() -> None:
     given = inputs()
     result, out = rewritten(model, given)
     assert [count(result, t) for t in (ops.SPARSE_ATTENTION, ops.BLIND_ROWS, torch.where)] == [3, 1, 3]
-    torch.testing.assert_close(out, model(*given), rtol=1e-4, atol=1e-5)
+    assert_close(out, model(*given))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -224,7 +225,7 @@ def test_a_mask_from_outside(fill: str) -> None:
     result, out = rewritten(attention, (q, q, q, mask))
     assert len(result.sites) == 1
     eager = attention(q, q, q, mask)
-    torch.testing.assert_close(out, eager if fill == "lowest" else eager.nan_to_num(0.0), rtol=1e-4, atol=1e-5)
+    assert_close(out, eager if fill == "lowest" else eager.nan_to_num(0.0))
 
 
 def test_a_bias_of_integers_has_no_lowest_entry_that_means_hidden() -> None:
@@ -237,7 +238,7 @@ def test_a_bias_of_integers_has_no_lowest_entry_that_means_hidden() -> None:
     result, out = rewritten(attention, (q, q, q, bias))
     assert len(result.sites) == 1
     assert count(result, ops.BLIND_ROWS) == 0
-    torch.testing.assert_close(out[1], attention(q, q, q, bias)[1], rtol=1e-4, atol=1e-5)
+    assert_close(out[1], attention(q, q, q, bias)[1])
 
 
 def test_a_sink_takes_what_hidden_keys_had() -> None:
@@ -252,7 +253,7 @@ def test_a_sink_takes_what_hidden_keys_had() -> None:
     given = (q, q, q, padding, torch.randn(4))
     result, out = rewritten(attention, given)
     assert count(result, ops.BLIND_ROWS) == 0
-    torch.testing.assert_close(out, attention(*given), rtol=1e-4, atol=1e-5)
+    assert_close(out, attention(*given))
 
 
 def test_weights_set_to_0_stay_0() -> None:
@@ -264,7 +265,7 @@ def test_weights_set_to_0_stay_0() -> None:
     q, _, _, padding = inputs()
     result, out = rewritten(attention, (q, q, q, padding))
     assert count(result, ops.BLIND_ROWS) == 0
-    torch.testing.assert_close(out, attention(q, q, q, padding), rtol=1e-4, atol=1e-5)
+    assert_close(out, attention(q, q, q, padding))
 
 
 def test_a_bias_of_positions_is_rounded_away_only_by_the_lowest() -> None:
@@ -281,7 +282,7 @@ def test_a_bias_of_positions_is_rounded_away_only_by_the_lowest() -> None:
     given = (q, q, q, padding, torch.tensor([0.5, 0.25, 0.1, 0.01]))
     result, out = rewritten(attention(lowest(q)), given)
     assert count(result, ops.BLIND_ROWS) == 1
-    torch.testing.assert_close(out, attention(lowest(q))(*given), rtol=1e-4, atol=1e-5)
+    assert_close(out, attention(lowest(q))(*given))
     assert count(rewritten(attention(-1e9), given)[0], ops.BLIND_ROWS) == 0
 
 
@@ -295,7 +296,7 @@ def test_every_kernel_and_budget_agrees(monkeypatch: pytest.MonkeyPatch) -> None
     outs += [rewritten(function, given, budget=budget, **options)[1] for budget in (1.0, 0.5)]
     eager = function(*given)
     for out in outs:
-        torch.testing.assert_close(out[0, :, :PADDING], eager[0, :, :PADDING], rtol=1e-4, atol=1e-5)
+        assert_close(out[0, :, :PADDING], eager[0, :, :PADDING])
 
 
 def test_verify_catches_a_site_that_forgot(monkeypatch: pytest.MonkeyPatch) -> None:

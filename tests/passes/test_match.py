@@ -17,6 +17,8 @@ from stem_compile.passes.graph import normalize
 from stem_compile.passes.graph.sites import AttentionSite, Rejected
 from stem_compile.passes.graph.values import value
 from stem_compile.reasons import Reason
+from stem_compile.testing.tolerances import CLOSE_SHORT
+from tests.numerics import assert_close
 from tests.passes.capture import graph_of, rewritten
 
 EXAMPLES = [(kind, name, *case) for kind, p in matching.PATTERNS.members() for name, case in p.examples().items()]
@@ -29,7 +31,7 @@ NEAR_MISSES = [(kind, name, *case) for kind, p in matching.PATTERNS.members() fo
 def test_examples_are_rewritten_and_right(pattern: str, name: str, function: Callable[..., Any], inputs: Any) -> None:
     result, out = rewritten(function, inputs)
     assert len(result.sites) == len(result.found) == 1
-    torch.testing.assert_close(out, function(*inputs), rtol=1e-4, atol=1e-5)
+    assert_close(out, function(*inputs))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,7 @@ def test_only_a_real_repetition_is_undone(name: str) -> None:
     inputs = (torch.randn(2, 6, 50, 16), torch.randn(2, 2, 50, 16), torch.randn(2, 2, 50, 16))
     result, out = rewritten(model, inputs)
     assert value(result.sites[0].k).shape[1] == (2 if name in REPEATS else 6)
-    torch.testing.assert_close(out, model(*inputs), rtol=1e-4, atol=1e-5)
+    assert_close(out, model(*inputs))
 
 
 def test_a_repetition_whose_source_is_overwritten_is_kept() -> None:
@@ -88,7 +90,7 @@ def test_a_repetition_whose_source_is_overwritten_is_kept() -> None:
     inputs = (torch.randn(1, 6, 50, 16), torch.randn(1, 2, 50, 16), torch.randn(1, 2, 50, 16))
     result, out = rewritten(model, inputs)
     assert value(result.sites[0].k).shape[1] == 6
-    torch.testing.assert_close(out, model(*inputs), rtol=1e-4, atol=1e-5)
+    assert_close(out, model(*inputs))
 
 
 def _autocast(attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -143,8 +145,7 @@ def test_an_attention_keeps_the_dtypes_that_the_graph_gives_it(name: str) -> Non
     result, out = rewritten(model, inputs)
     assert [value(site.q).dtype for site in result.sites] == [computed]
     expected = model(*inputs)
-    tolerance = 1e-5 if expected.dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
+    assert_close(out, expected, CLOSE_SHORT if expected.dtype == torch.float32 else None)
 
 
 def _no_grad(attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

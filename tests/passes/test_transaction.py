@@ -19,6 +19,7 @@ from stem_compile.passes.pipeline import Rewrite
 from stem_compile.passes.reading import interpret
 from stem_compile.reasons import Reason, StemWarning
 from stem_compile.selection import policies
+from tests.numerics import assert_close
 
 OPTIONS: dict[str, Any] = {"min_length": 0, "budget": 1.0, "inner": "eager"}
 N = 70
@@ -39,7 +40,7 @@ def compiled(function: Callable[..., Any], *inputs: Any, **options: Any) -> tupl
     with torch.no_grad(), backend.listen(rewrites.append), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         out = torch.compile(function, backend="stem", options={**OPTIONS, **options}, fullgraph=True)(*inputs)
-        torch.testing.assert_close(out, function(*inputs), rtol=1e-4, atol=1e-5)
+        assert_close(out, function(*inputs))
     return out, rewrites[0], [str(w.message) for w in caught if issubclass(w.category, StemWarning)]
 
 

@@ -1,8 +1,8 @@
 """Dense equivalence: with ``budget=1.0`` the compiled model computes what the model itself computes.
 
 At full budget every visible block is computed, so nothing is approximated: recovered masks, scales, head maps, cached
-offsets and padding must be right, for every length and batch. Off from the model in fp64 by at most ``numerics.FACTOR``
-times the model's own error in its dtype, at every position.
+offsets and padding must be right, for every length and batch. Off from the model in fp64 by no more than
+``tolerances.MODEL`` allows, at every position.
 """
 
 from __future__ import annotations

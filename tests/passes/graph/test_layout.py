@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from stem_compile import ops
+from stem_compile.testing.tolerances import CLOSE_DEEP
+from tests.numerics import assert_close
 from tests.passes.capture import rewritten
 
 N = 70
@@ -57,7 +59,7 @@ def test_strides_are_those_of_eager(name: str, dynamic: bool | None) -> None:
     assert rewrite.sites
     wanted = VISIBLE[name](x)
     for ours, theirs in zip(*(t if isinstance(t, tuple) else (t,) for t in (out, wanted)), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+        assert_close(ours, theirs, CLOSE_DEEP)
         assert ours.stride() == theirs.stride()
 
 

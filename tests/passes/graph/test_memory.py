@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from stem_compile.passes.graph import memory
 from stem_compile.passes.graph.sites import AttentionSite
 from stem_compile.reasons import Reason
+from tests.numerics import assert_close
 from tests.passes.capture import graph_of, rewritten
 
 Tensor = torch.Tensor
@@ -89,7 +90,7 @@ def test_what_an_attention_read_is_not_read_again(name: str) -> None:
 def _right(model: Callable[..., Tensor]) -> list[Any]:
     inputs = tuple(torch.randn(2, 4, N, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
     result, out = rewritten(model, tuple(x.clone() for x in inputs))
-    torch.testing.assert_close(out, model(*(x.clone() for x in inputs)), rtol=1e-4, atol=1e-5)
+    assert_close(out, model(*(x.clone() for x in inputs)))
     return result.found
 
 

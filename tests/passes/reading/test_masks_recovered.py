@@ -13,6 +13,7 @@ from stem_compile.algebra.masks import And, Causal, Padding
 from stem_compile.passes.graph.sites import AttentionSite, Rejected
 from stem_compile.passes.graph.values import value
 from stem_compile.reasons import Reason
+from tests.numerics import assert_close
 from tests.passes.capture import rewritten
 from tests.passes.reading.programs import Program, programs
 
@@ -21,7 +22,7 @@ def _agrees(program: Program, dynamic: bool | None) -> AttentionSite | Rejected:
     inputs = program.inputs()
     result, out = rewritten(program, inputs, dynamic=dynamic)
     expected = program(*inputs)
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    assert_close(out, expected)
     return result.found[0]
 
 
@@ -45,7 +46,7 @@ def test_wider_masks_are_right_and_leave_no_square(program: Program) -> None:
     hit = result.found[0]
     assert isinstance(hit, AttentionSite), f"{program}: {hit.words}"
     assert not any(sum(n > 1 for n in value(t).shape[1:]) > 1 for t in hit.tensors), hit.words
-    torch.testing.assert_close(out, program(*inputs), rtol=1e-4, atol=1e-5)
+    assert_close(out, program(*inputs))
 
 
 @settings(max_examples=25)
@@ -53,7 +54,7 @@ def test_wider_masks_are_right_and_leave_no_square(program: Program) -> None:
 def test_wider_masks_are_right_for_symbolic_sizes(program: Program) -> None:
     inputs = program.inputs()
     result, out = rewritten(program, inputs, dynamic=True)
-    torch.testing.assert_close(out, program(*inputs), rtol=1e-4, atol=1e-5)
+    assert_close(out, program(*inputs))
     assert isinstance(result.found[0], AttentionSite) or result.found[0].reason is Reason.MASK
 
 
@@ -108,7 +109,7 @@ def test_masks_beyond_causal_are_rewritten_and_right(name: str) -> None:
     result, out = rewritten(_unread(READ[name]), inputs)
     assert len(result.sites) == 1
     torch.manual_seed(0)
-    torch.testing.assert_close(out, _unread(READ[name])(*inputs), rtol=1e-4, atol=1e-5)
+    assert_close(out, _unread(READ[name])(*inputs))
 
 
 # Masks of ids that only the run knows, in every dtype that ids are kept in.
@@ -135,7 +136,7 @@ def test_ids_are_compared_as_numbers_of_any_dtype(name: str, dtype: torch.dtype)
     inputs = (*_qkv(), ids)
     result, out = rewritten(model, inputs)
     assert len(result.found) == 1
-    torch.testing.assert_close(out, model(*inputs), rtol=1e-4, atol=1e-5)
+    assert_close(out, model(*inputs))
 
 
 def test_positions_that_half_precision_rounds_are_not_believed() -> None:
@@ -198,7 +199,7 @@ def test_packed_positions_fold_to_nothing() -> None:
     inputs = _qkv()
     result, out = rewritten(model, inputs)
     assert [s.words for s in result.sites] == ["causal"]
-    torch.testing.assert_close(out, model(*inputs), rtol=1e-4, atol=1e-5)
+    assert_close(out, model(*inputs))
 
 
 def test_no_tensor_of_n_by_n_is_left() -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stem_compile.algebra.masks import Causal
+from tests.numerics import assert_close
 from tests.passes.capture import rewritten
 
 Tensor = torch.Tensor
@@ -98,7 +99,7 @@ def _same(spelling: Spelling, dynamic: bool | None) -> None:
     assert [(s.mask, s.score.text) for s in result.sites] == [(Causal(0), "")], [hit.words for hit in result.found]
     assert abs(result.sites[0].scale - SCALE) < 1e-6
     expected = F.scaled_dot_product_attention(*inputs, is_causal=True, scale=SCALE)
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    assert_close(out, expected)
 
 
 @pytest.mark.parametrize(("part", "name"), [(part, name) for part, table in TABLES.items() for name in table])
@@ -121,4 +122,4 @@ def test_any_spelling_keeps_what_rows_without_a_key_give(spelling: Spelling, dyn
     inputs = tuple(torch.randn(2, 3, 40, d, generator=torch.Generator().manual_seed(d)) for d in (16, 16, 24))
     result, out = rewritten(spelling, (*inputs, padding), dynamic=dynamic)
     assert [s.words for s in result.sites] == ["causal & padding"]
-    torch.testing.assert_close(out, spelling(*inputs, padding).nan_to_num(0.0), rtol=1e-4, atol=1e-5)
+    assert_close(out, spelling(*inputs, padding).nan_to_num(0.0))
