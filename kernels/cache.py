@@ -17,6 +17,8 @@ from typing import Any
 
 from stem_compile.kernels.spec import KernelSpec
 from stem_compile.kernels.triton import codegen
+from stem_compile.kernels.triton.template import TEMPLATES
+from stem_compile.selection.policies import POLICIES
 
 
 def directory() -> Path:
@@ -47,7 +49,7 @@ def _replace(path: Path, text: str) -> None:
 
 def templates() -> str:
     """Hash of all templates: a measured choice is of one set of them."""
-    return _hash("".join(path.read_text() for path in sorted(codegen.TEMPLATES.glob("*.py"))))
+    return _hash("".join(template.source() for _, template in TEMPLATES.members()))
 
 
 def recall(kind: str, key: str) -> Any:
@@ -65,6 +67,8 @@ def store(kind: str, key: str, value: Any) -> None:
         _replace(directory() / f"{kind}_{_hash(key)}.json", json.dumps({"key": key, "value": value}, indent=1))
 
 
+@TEMPLATES.caches
+@POLICIES.caches
 @functools.cache
 def load(spec: KernelSpec) -> ModuleType:
     """The generated module of ``spec``, imported once a process."""

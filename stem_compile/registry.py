@@ -46,14 +46,23 @@ class Registry(Generic[Member]):
 
     kind: what a member is called in messages. contract: the Protocol whose names every member has. folder, package:
     where the built-in members are, as a path and as a package. layout: place of a member within both, such as "{}.py"
-    or "{}/target.py". group: entry-point group of third parties.
+    or "{}/target.py". group: entry-point group of third parties. read: makes a built-in member of its file; None where
+    the file is a module that is the member.
     """
 
     def __init__(
-        self, kind: str, contract: type, *, folder: Path, package: str, group: str, layout: str = "{}.py"
+        self,
+        kind: str,
+        contract: type,
+        *,
+        folder: Path,
+        package: str,
+        group: str,
+        layout: str = "{}.py",
+        read: Callable[[Path], Member] | None = None,
     ) -> None:
         self.kind, self.contract, self.group = kind, contract, group
-        self._folder, self._package, self._layout = folder, package, layout
+        self._folder, self._package, self._layout, self._read = folder, package, layout, read
         self._registered: set[str] = set()
         self._ready: dict[str, Member] = {}
         self._loaded: dict[tuple[str, str], Member | RegistryError] = {}
@@ -141,9 +150,14 @@ class Registry(Generic[Member]):
         if len(points) > 1:
             both = " and ".join(sorted(_origin(point) for point in points))
             return RegistryError(f"{self.kind} {name!r} comes from {both}; uninstall all but one")
-        place = self._layout.format(name).removesuffix(".py").replace("/", ".")
+        place = self._layout.format(name)
         try:
-            member: Any = points[0].load() if points else importlib.import_module(f"{self._package}.{place}")
+            if points:
+                member: Any = points[0].load()
+            elif self._read is not None:
+                member = self._read(self._folder / place)
+            else:
+                member = importlib.import_module(f"{self._package}.{place.removesuffix('.py').replace('/', '.')}")
             self._require(name, member)
         except Exception as error:
             source = f" of {_origin(points[0])}" if points else ""

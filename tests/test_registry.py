@@ -18,9 +18,12 @@ import stem_compile
 from stem_compile import selection
 from stem_compile.algebra.symbolic import BLOCKS
 from stem_compile.config import OptionError, StemConfig
-from stem_compile.kernels import launch
+from stem_compile.kernels import cache, launch
 from stem_compile.kernels.contract import TARGETS, Kernels, Stopwatch
+from stem_compile.kernels.spec import KernelSpec
 from stem_compile.kernels.targets.cpu import target as cpu
+from stem_compile.kernels.triton import codegen
+from stem_compile.kernels.triton.template import TEMPLATES, TemplateFile
 from stem_compile.passes.match import PATTERNS
 from stem_compile.reasons import Reason
 from stem_compile.registry import Registry, RegistryError, contract_names
@@ -28,7 +31,7 @@ from stem_compile.selection import Attention, SelectionSpec, parse
 from stem_compile.selection.policies import POLICIES, check
 from stem_compile.selection.policy import Option
 
-REGISTRIES: tuple[Registry[Any], ...] = (POLICIES, PATTERNS, TARGETS)
+REGISTRIES: tuple[Registry[Any], ...] = (POLICIES, PATTERNS, TARGETS, TEMPLATES)
 MEMBERS = [(registry, name) for registry in REGISTRIES for name in registry.builtin()]
 
 
@@ -280,3 +283,25 @@ def test_a_device_whose_target_is_broken_stays_dense(tmp_path: Path, monkeypatch
     with pytest.warns(UserWarning, match="attention on meta stays dense: target 'meta' of meta-target"):
         assert launch.refusal(Attention(x, x, x)) is Reason.DEVICE
     launch.target.cache_clear()
+
+
+def test_a_template_of_ones_own_is_generated(tmp_path: Path) -> None:
+    path = tmp_path / "toy.py"
+    path.write_text(
+        "import triton\nimport triton.language as tl\n\n# generated: begin\nHEAD_DIM = tl.constexpr(64)\n"
+        "# generated: end\nTWICE = tl.constexpr(2 * HEAD_DIM.value)\n"
+    )
+    with TEMPLATES.register("toy", TemplateFile(path)):
+        source = codegen.generate(KernelSpec("toy", head_dim=96))
+    assert "HEAD_DIM = tl.constexpr(96)\n" in source
+    assert source.endswith("TWICE = tl.constexpr(2 * HEAD_DIM.value)\n")
+    with pytest.raises(RegistryError, match="unknown template 'toy'"):
+        codegen.generate(KernelSpec("toy", head_dim=96))
+
+
+def test_a_generated_module_is_of_the_policy_that_is_registered() -> None:
+    pytest.importorskip("triton")
+    spec = KernelSpec("select", selection="policy=toy")
+    for strength in (2, 3):
+        with stem_compile.policies.register("toy", toy(budget=lambda spec, n=strength: n)):
+            assert f"return {strength}\n" in Path(str(cache.load(spec).__file__)).read_text()

@@ -13,7 +13,6 @@ import functools
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import sympy
@@ -37,10 +36,10 @@ from stem_compile.algebra.symbolic import (
     Q,
 )
 from stem_compile.kernels.spec import KernelSpec
+from stem_compile.kernels.triton.template import TEMPLATES
 from stem_compile.selection import policies
 
 BEGIN, END = "# generated: begin", "# generated: end"
-TEMPLATES = Path(__file__).parent / "templates"
 
 _HELPERS = {
     "floordiv": (
@@ -284,7 +283,7 @@ def functions_source(exprs: Mapping[str, Any]) -> str:
 
 def generate(spec: KernelSpec) -> str:
     """Source of ``spec``'s module. A pure function of the spec and the template file."""
-    template = (TEMPLATES / f"{spec.template}.py").read_text()
+    template = TEMPLATES.get(spec.template).source()
     before, _, rest = template.partition(BEGIN + "\n")
     defaults, found, after = rest.partition(END + "\n")
     if not found:

@@ -28,7 +28,7 @@ from stem_compile.kernels.triton import codegen
 from stem_compile.kernels.triton.arguments import arguments
 from stem_compile.selection import SelectionSpec, policies
 
-TEMPLATES = sorted(p.stem for p in codegen.TEMPLATES.glob("*.py"))
+TEMPLATES = codegen.TEMPLATES.builtin()
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
