@@ -6,5 +6,5 @@ needs nothing.
 
 from __future__ import annotations
 
-NAMES = ("demo", "explain", "bench", "check", "env")
+NAMES = ("demo", "explain", "bench", "check", "fuzz", "env")
 """In the order of the help."""

@@ -1,0 +1,288 @@
+"""Thousands of trials over several processes, within a limit of time, whatever happens to any of them.
+
+Every trial has a number, and its seed and number alone say what it is. Workers take numbers one by one and tell which
+they are at, so one that dies or hangs costs that trial and is replaced.
+"""
+
+from __future__ import annotations
+
+import collections
+import datetime
+import json
+import multiprocessing
+import os
+import queue
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stem_compile.bench.machine import describe, environment
+from stem_compile.testing.fuzz.judge import BAD
+
+DEFECTS = (*BAD, "crashed", "hung")
+SHOWN = 20
+"""Failures that the table names."""
+
+INDUCTOR_EVERY = 50
+"""One trial in so many has Inductor inside where "mixed" is asked for: its compilation takes seconds."""
+SHRINK_SECONDS, SHRINKS = 45.0, 4
+"""Time for making one failure smaller, and how many of a verdict a worker makes smaller."""
+HANG_SECONDS = 240.0
+"""A trial that takes longer is ended and counted as "hung"."""
+RESET_EVERY = 40
+"""Trials after which a worker has Dynamo forget what it compiled."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run. programs: how many trials, None for as many as fit; seconds: time for all. inner: "eager",
+    "inductor" or "mixed" (a share under Inductor). out: folder for the scripts of failures."""
+
+    seed: int = 0
+    programs: int | None = None
+    seconds: float | None = None
+    device: str = "cpu"
+    inner: str = "mixed"
+    jobs: int = 1
+    out: str = "out/fuzz"
+    first: int = 0
+
+    def inner_of(self, number: int) -> str:
+        """Inner backend of trial ``number``."""
+        if self.inner != "mixed":
+            return self.inner
+        return "inductor" if number % INDUCTOR_EVERY == INDUCTOR_EVERY - 1 else "eager"
+
+
+@dataclass
+class Tally:
+    """Counts of a campaign. verdicts: of trials; decisions: of attentions; failures: number, verdict, detail, file."""
+
+    verdicts: collections.Counter[str] = field(default_factory=collections.Counter)
+    decisions: collections.Counter[str] = field(default_factory=collections.Counter)
+    inner: collections.Counter[str] = field(default_factory=collections.Counter)
+    voids: collections.Counter[str] = field(default_factory=collections.Counter)
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    worst: float = 0.0
+
+    @property
+    def programs(self) -> int:
+        return sum(self.verdicts.values())
+
+    @property
+    def bad(self) -> int:
+        """Trials that show a defect."""
+        return sum(self.verdicts[v] for v in DEFECTS)
+
+    @property
+    def share(self) -> float:
+        """Part of the attentions that were rewritten, of those in programs that say something."""
+        return self.decisions["rewritten"] / max(sum(self.decisions.values()), 1)
+
+    def add(self, message: dict[str, Any]) -> None:
+        self.verdicts[message["verdict"]] += 1
+        self.inner[message["inner"]] += 1
+        if message["verdict"] == "void":
+            self.voids[message["detail"][:160]] += 1
+            return
+        self.decisions.update(message["decisions"])
+        self.worst = max(self.worst, message["ratio"] if message["verdict"] not in BAD else 0.0)
+        if message["verdict"] in DEFECTS:
+            self.failures.append({k: message[k] for k in ("number", "verdict", "detail", "file", "inner")})
+
+    def to_dict(self, plan: Plan, settings: dict[str, Any]) -> dict[str, Any]:
+        """Everything, as plain data."""
+        return {
+            "settings": settings | {"seed": plan.seed, "device": plan.device, "inner": plan.inner, "jobs": plan.jobs},
+            "programs": self.programs,
+            "seconds": round(self.seconds, 1),
+            "verdicts": dict(self.verdicts.most_common()),
+            "attentions": dict(self.decisions.most_common()),
+            "inner": dict(self.inner),
+            "rewritten share": round(self.share, 4),
+            "worst error of its budget": round(self.worst, 3),
+            "bad": self.bad,
+            "failures": self.failures,
+            "void": dict(self.voids.most_common(20)),
+        }
+
+
+def campaign(plan: Plan, tell: Callable[[Tally], None] = lambda tally: None) -> Tally:
+    """Run ``plan``. tell: called with the counts so far, a few times a second. Ctrl-C keeps what was counted."""
+    tally, begun = Tally(), time.monotonic()
+    Path(plan.out).mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    numbers, messages = context.Value("q", plan.first), context.Queue()
+    last = None if plan.programs is None else plan.first + plan.programs
+    deadline = None if plan.seconds is None else time.time() + plan.seconds
+
+    def started() -> _Worker:
+        return _Worker(context, plan, numbers, last, deadline, messages)
+
+    workers = [started() for _ in range(plan.jobs)]
+    try:
+        while workers:
+            _take(messages, tally, {w.process.pid: w for w in workers})
+            tally.seconds = time.monotonic() - begun
+            tell(tally)
+            late = deadline is not None and time.time() > deadline + SHRINK_SECONDS
+            workers = [w for old in workers for w in _kept(old, tally, started, late)]
+        _take(messages, tally, {})
+    except KeyboardInterrupt:
+        pass
+    finally:
+        for worker in workers:
+            worker.end()
+    tally.seconds = time.monotonic() - begun
+    tally.failures.sort(key=lambda f: int(f["number"]))
+    return tally
+
+
+class _Worker:
+    """One process. at: the number of the trial it is at, None between two."""
+
+    def __init__(self, context: Any, plan: Plan, numbers: Any, last: Any, deadline: Any, messages: Any) -> None:
+        self.plan, self.at, self.since = plan, None, time.monotonic()
+        self.process = context.Process(target=_work, args=(plan, numbers, last, deadline, messages), daemon=True)
+        self.process.start()
+
+    def end(self) -> None:
+        """Stop it, whatever it does."""
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join(5)
+
+
+def _take(messages: Any, tally: Tally, workers: dict[int | None, _Worker]) -> None:
+    """Count what workers have said by now."""
+    timeout = 0.2
+    while True:
+        try:
+            message = messages.get(timeout=timeout)
+        except (queue.Empty, EOFError):
+            return
+        timeout = 0.0
+        worker = workers.get(message["worker"])
+        if worker is not None:
+            worker.at, worker.since = message.get("begins"), time.monotonic()
+        if "verdict" in message:
+            tally.add(message)
+
+
+def _kept(worker: _Worker, tally: Tally, started: Callable[[], _Worker], late: bool) -> list[_Worker]:
+    """The worker, the one that replaces it, or none where it is done."""
+    hung = time.monotonic() - worker.since > HANG_SECONDS + SHRINK_SECONDS
+    if worker.process.is_alive() and not hung and not late:
+        return [worker]
+    alive = worker.process.is_alive()
+    worker.end()
+    if late:
+        return []
+    if not alive and worker.process.exitcode == 0:
+        return []
+    verdict = "hung" if alive else "crashed"
+    detail = f"exit status {worker.process.exitcode}" if not alive else f"no verdict within {HANG_SECONDS:.0f} s"
+    if worker.at is None:
+        # It died before its first trial: another would, too.
+        tally.failures.append({"number": -1, "verdict": verdict, "detail": detail, "file": "", "inner": ""})
+        tally.verdicts[verdict] += 1
+        return []
+    tally.add(_message(worker.plan, worker.at, verdict, detail, _saved(worker.plan, worker.at, detail)))
+    return [started()]
+
+
+def _message(plan: Plan, number: int, verdict: str, detail: str, file: str = "", **more: Any) -> dict[str, Any]:
+    given = {"number": number, "verdict": verdict, "detail": detail, "file": file, "inner": plan.inner_of(number)}
+    return given | {"decisions": (), "ratio": 0.0} | more
+
+
+def _saved(plan: Plan, number: int, detail: str, trial: Any = None) -> str:
+    """The script of a trial as a file."""
+    from stem_compile.testing.fuzz.one import drawn
+    from stem_compile.testing.fuzz.write import script
+
+    trial = drawn(plan.seed, number, plan.inner_of(number)) if trial is None else trial
+    path = Path(plan.out) / f"seed{plan.seed}-{number}.py"
+    title = f"Trial {number} of seed {plan.seed}.\n\n{detail}\n"
+    path.write_text(script(trial, title.replace("\\", "/").replace('"""', "'''")))
+    return str(path)
+
+
+def _work(plan: Plan, numbers: Any, last: int | None, deadline: float | None, messages: Any) -> None:
+    """A worker: trials until numbers or time run out."""
+    import logging
+    import warnings
+
+    import torch
+
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    torch.set_num_threads(1)
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    me, shrunk = os.getpid(), collections.Counter[str]()
+    for done in range(1 << 60):
+        with numbers.get_lock():
+            number = numbers.value
+            if last is not None and number >= last:
+                return
+            numbers.value = number + 1
+        if deadline is not None and time.time() > deadline:
+            return
+        messages.put({"worker": me, "begins": number})
+        messages.put(_tried(plan, number, deadline, shrunk) | {"worker": me})
+        if done % RESET_EVERY == RESET_EVERY - 1:
+            torch._dynamo.reset()
+
+
+def _tried(plan: Plan, number: int, deadline: float | None, shrunk: collections.Counter[str]) -> dict[str, Any]:
+    from stem_compile.testing.fuzz.one import drawn, run, smaller
+
+    inner = plan.inner_of(number)
+    trial = drawn(plan.seed, number, inner)
+    try:
+        outcome = run(trial, plan.device)
+    except Exception as error:
+        return _message(plan, number, "void", f"the script itself: {type(error).__name__}: {error}")
+    file = ""
+    if outcome.bad:
+        kind = f"{outcome.verdict} {outcome.detail[:40]}"
+        if shrunk[outcome.verdict] < SHRINKS and not shrunk[kind]:
+            shrunk.update((outcome.verdict, kind))
+            left = SHRINK_SECONDS if deadline is None else max(min(SHRINK_SECONDS, deadline - time.time()), 0.0)
+            trial, outcome = smaller(plan.seed, number, inner, outcome, plan.device, left)
+        file = _saved(plan, number, outcome.detail, trial)
+    return _message(
+        plan, number, outcome.verdict, outcome.detail, file, decisions=outcome.decisions, ratio=outcome.ratio
+    )
+
+
+def write(tally: Tally, plan: Plan, path: Path) -> None:
+    """The campaign as JSON, with versions, machine and date."""
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    facts: dict[str, Any] = {"date": date, **environment()}
+    path.write_text(json.dumps(tally.to_dict(plan, facts), indent=2) + "\n")
+
+
+def table(tally: Tally, plan: Plan) -> str:
+    """A short table for people."""
+    rows = [
+        ("programs", f"{tally.programs} in {tally.seconds:.0f} s, seed {plan.seed}"),
+        ("inner", ", ".join(f"{name} {count}" for name, count in tally.inner.most_common())),
+        *((name, str(tally.verdicts[name])) for name in ("rewritten", "refused", "void")),
+        *((name, str(tally.verdicts[name])) for name in DEFECTS),
+        ("attentions", f"{sum(tally.decisions.values())}, {tally.share:.1%} rewritten"),
+        *((f"  {name}", str(count)) for name, count in tally.decisions.most_common()),
+        ("worst error", f"{tally.worst:.2f} of its budget"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"stem-compile fuzz, {describe(plan.device)}", *(f"{name.ljust(width)}  {value}" for name, value in rows)]
+    for failure in tally.failures[:SHOWN]:
+        lines.append(f"{failure['verdict']} (trial {failure['number']}): {failure['detail'][:120]}")
+        lines.append(f"  python {failure['file']}")
+    if len(tally.failures) > SHOWN:
+        lines.append(f"... and {len(tally.failures) - SHOWN} more")
+    lines.append("PASS" if not tally.bad else f"FAIL: {tally.bad} of {tally.programs} programs")
+    return "\n".join(lines)

@@ -1,0 +1,129 @@
+"""The fuzzer: trials are what their number says, scripts run, defects of every kind are seen, campaigns survive
+them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stem_compile.passes import pipeline
+from stem_compile.testing.fuzz import Attention, Program, Trial, judge, script
+from stem_compile.testing.fuzz.campaign import Plan, campaign
+from stem_compile.testing.fuzz.one import drawn, run, smaller
+from tests.testing.faults import FAULTS
+
+SIMPLE = Trial(length=130)
+GROUPED = Program((Attention("matmul", terms=("padding",)),), heads=4, key_heads=2, value_heads=2)
+
+
+def test_a_number_says_what_a_trial_is() -> None:
+    trials = [drawn(3, number) for number in range(12)]
+    assert trials == [drawn(3, number) for number in range(12)]
+    assert len(set(trials)) > 8
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_a_trial_prints_itself(number: int) -> None:
+    trial = drawn(4, number)
+    assert eval(repr(trial)) == trial
+    assert script(eval(repr(trial))) == script(trial)
+    # A page.
+    assert len(script(trial).splitlines()) < 60 + 40 * len(trial.program.attentions)
+
+
+@pytest.mark.parametrize("relation", ["dense", "selection", "batch", "heads", "groups", "hidden", "shift"])
+def test_a_right_program_holds(relation: str) -> None:
+    program = Program((Attention("matmul", terms=("window",), width=70),), heads=4, key_heads=2, value_heads=2)
+    outcome = run(Trial(program, relation=relation, length=300))
+    assert outcome.verdict == "rewritten", outcome
+    assert outcome.decisions == ("rewritten",)
+
+
+def test_chunks_of_whole_blocks_hold() -> None:
+    assert run(Trial(Program(cache="prefix", past=128), relation="chunks", length=257)).verdict == "rewritten"
+
+
+def test_a_script_is_a_program_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "trial.py"
+    path.write_text(script(SIMPLE))
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("rewritten: rewritten")
+
+
+@pytest.mark.parametrize(
+    ("fault", "trial"),
+    [
+        ("scale forgotten", SIMPLE),
+        ("grouped queries: head map shifted by one", Trial(GROUPED, length=130)),
+        ("mask recovery loses the padding conjunct", Trial(GROUPED, length=130)),
+        ("the last selected block is dropped", Trial(Program(), relation="selection", length=300)),
+    ],
+)
+def test_a_wrong_result_is_seen(fault: str, trial: Trial) -> None:
+    planted = next(f for f in FAULTS if f.name == fault)
+    with planted.planted():
+        outcome = run(trial)
+    assert outcome.verdict == "wrong", outcome
+    assert "times the budget" in outcome.detail
+
+
+def test_a_failure_of_a_pass_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*_: Any) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(pipeline, "insert_selection", crash)
+    outcome = run(SIMPLE)
+    assert outcome.verdict == "internal", outcome
+    assert "planted" in outcome.detail
+
+
+def test_a_failure_at_run_time_is_seen() -> None:
+    planted = next(f for f in FAULTS if f.name == "a length one beyond a block fails")
+    with planted.planted():
+        outcome = run(Trial(length=129))
+    assert outcome.bad, outcome
+
+
+def test_a_script_that_fails_by_itself_says_nothing() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, q: Any, selected: Any = None, shown: Any = None) -> Any:
+            raise RuntimeError("its own")
+
+    assert judge(Model, lambda n: {"q": torch.ones(1)}).verdict == "void"
+
+
+def test_a_failure_becomes_smaller() -> None:
+    planted = next(f for f in FAULTS if f.name == "scale applied twice")
+    with planted.planted():
+        number = next(n for n in range(60) if run(drawn(0, n)).verdict == "wrong")
+        first = run(drawn(0, number))
+        trial, outcome = smaller(0, number, "eager", first, "cpu", seconds=20)
+    assert outcome.verdict == "wrong"
+    assert len(repr(trial)) <= len(repr(drawn(0, number)))
+
+
+def test_a_campaign_counts(tmp_path: Path) -> None:
+    plan = Plan(seed=1, programs=3, inner="eager", out=str(tmp_path))
+    tally = campaign(plan)
+    assert tally.programs == 3
+    assert not tally.verdicts["crashed"]
+    again = campaign(Plan(seed=1, programs=1, first=1, inner="eager", out=str(tmp_path)))
+    assert again.programs == 1
+
+
+def test_the_command_ends_in_time(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    words = ["fuzz", "--minutes", "0.2", "--programs", "2", "--inner", "eager"]
+    words += ["--out", str(tmp_path), "--json", str(file)]
+    done = subprocess.run(
+        [sys.executable, "-m", "stem_compile.cli", *words], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode in (0, 3), done.stderr
+    assert done.stdout.splitlines()[-1].startswith(("PASS", "FAIL"))
+    assert json.loads(file.read_text())["settings"]["torch"] == torch.__version__
