@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stem_compile.commands.arguments import at_least, place, writable_file, writable_folder
 from stem_compile.packages import need
@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     writable_folder(arguments.out, "--out")
     if arguments.json is not None:
         writable_file(arguments.json, "--json")
+    from stem_compile.bench.machine import describe, environment
     from stem_compile.testing.fuzz.campaign import Plan, campaign, table, write
 
     minutes = MINUTES if arguments.minutes is None and arguments.programs is None else arguments.minutes
@@ -74,18 +75,19 @@ def run(arguments: argparse.Namespace) -> int:
         out=str(arguments.out),
         first=arguments.first,
     )
-    tally = campaign(plan, _Telling(plan, arguments.json))
+    facts = environment()
+    tally = campaign(plan, _Telling(plan, arguments.json, facts))
     if arguments.json is not None:
-        write(tally, plan, arguments.json)
-    print(table(tally, plan))
+        write(tally, plan, arguments.json, facts)
+    print(table(tally, plan, describe(arguments.device)))
     return 3 if tally.bad else 0
 
 
 class _Telling:
     """A line on stderr now and then, and the counts so far in the file."""
 
-    def __init__(self, plan: Plan, path: Path | None) -> None:
-        self._plan, self._path, self._last = plan, path, time.monotonic()
+    def __init__(self, plan: Plan, path: Path | None, facts: dict[str, Any]) -> None:
+        self._plan, self._path, self._facts, self._last = plan, path, facts, time.monotonic()
 
     def __call__(self, tally: Tally) -> None:
         if time.monotonic() - self._last < EVERY:
@@ -99,4 +101,4 @@ class _Telling:
         if self._path is not None:
             from stem_compile.testing.fuzz.campaign import write
 
-            write(tally, self._plan, self._path)
+            write(tally, self._plan, self._path, self._facts)

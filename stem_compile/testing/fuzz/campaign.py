@@ -13,12 +13,11 @@ import multiprocessing
 import os
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stem_compile.bench.machine import describe, environment
 from stem_compile.testing.fuzz.judge import BAD
 
 DEFECTS = (*BAD, "crashed", "hung")
@@ -259,14 +258,13 @@ def _tried(plan: Plan, number: int, deadline: float | None, shrunk: collections.
     )
 
 
-def write(tally: Tally, plan: Plan, path: Path) -> None:
-    """The campaign as JSON, with versions, machine and date."""
+def write(tally: Tally, plan: Plan, path: Path, facts: Mapping[str, Any]) -> None:
+    """The campaign as JSON. facts: versions and machine; the date is added."""
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    facts: dict[str, Any] = {"date": date, **environment()}
-    path.write_text(json.dumps(tally.to_dict(plan, facts), indent=2) + "\n")
+    path.write_text(json.dumps(tally.to_dict(plan, {"date": date, **facts}), indent=2) + "\n")
 
 
-def table(tally: Tally, plan: Plan) -> str:
+def table(tally: Tally, plan: Plan, machine: str) -> str:
     """A short table for people."""
     rows = [
         ("programs", f"{tally.programs} in {tally.seconds:.0f} s, seed {plan.seed}"),
@@ -278,7 +276,7 @@ def table(tally: Tally, plan: Plan) -> str:
         ("worst error", f"{tally.worst:.2f} of its budget"),
     ]
     width = max(len(name) for name, _ in rows)
-    lines = [f"stem-compile fuzz, {describe(plan.device)}", *(f"{name.ljust(width)}  {value}" for name, value in rows)]
+    lines = [f"stem-compile fuzz, {machine}", *(f"{name.ljust(width)}  {value}" for name, value in rows)]
     for failure in tally.failures[:SHOWN]:
         lines.append(f"{failure['verdict']} (trial {failure['number']}): {failure['detail'][:120]}")
         lines.append(f"  python {failure['file']}")
