@@ -28,6 +28,7 @@ lint: $(LINTERS)
 
 types: $(LINTERS)
 	$(BIN)/mypy
+	$(BIN)/mypy --explicit-package-bases benchmarks/*.py
 
 format: $(LINTERS)
 	$(BIN)/ruff check --fix .

@@ -138,7 +138,7 @@ class Problem:
         worst = 0.0
         heads, group = self.q.shape[1], self.q.shape[1] // self.k.shape[1]
         bq, bk = self.spec.block_q, self.spec.block_k
-        rows = self.counts.shape[2]
+        rows = self.lists.counts.shape[2]
         for head, row in (
             (0, 0),
             (0, rows - 1),
@@ -291,7 +291,7 @@ def million(options: argparse.Namespace) -> int:
     for spec in specs(None, options):
         problem = Problem(1 << 20, 4, 1, options.head_dim, getattr(torch, options.dtype), spec)
         kernel = "hopper" if torch.cuda.get_device_capability()[0] == 9 else "portable"
-        del problem.indices, problem.counts
+        del problem.lists
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

@@ -58,7 +58,7 @@ def error(
         seen = seen & (torch.arange(k.shape[2]) <= torch.arange(tokens.start, tokens.stop)[:, None])
         golden, plain = (
             F.scaled_dot_product_attention(
-                *(x.to(t) for x in (q[:, :, tokens], k, v)), attn_mask=seen, scale=scale, enable_gqa=True
+                q[:, :, tokens].to(t), k.to(t), v.to(t), attn_mask=seen, scale=scale, enable_gqa=True
             )
             for t in (torch.float64, q.dtype)
         )

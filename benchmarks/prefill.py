@@ -9,6 +9,7 @@ other budgets the distance is printed. Out of memory is an answer, not a crash.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 from pathlib import Path
@@ -50,6 +51,11 @@ CONTENDERS: dict[str, dict[str, Any] | None] = {
 }
 
 
+def _logits(call: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    logits: torch.Tensor = call(**inputs).logits
+    return logits
+
+
 def measure(model: Any, tokens: int, names: list[str], seconds: float, with_mask: bool) -> list[dict[str, Any]]:
     """One row a contender at one length."""
     ids = torch.randint(0, 1000, (1, tokens), device="cuda")
@@ -67,7 +73,7 @@ def measure(model: Any, tokens: int, names: list[str], seconds: float, with_mask
         call = model if how is None else torch.compile(model, dynamic=False, **how)
         row: dict[str, Any] = {"tokens": tokens, "mask": with_mask, "contender": name}
         try:
-            first, output = timed(lambda call=call: call(**inputs), "cuda")
+            first, output = timed(functools.partial(call, **inputs), "cuda")
             row["first_call_s"] = first / 1e3
             logits = output.logits[0, -1].float()
             del output
@@ -77,7 +83,7 @@ def measure(model: Any, tokens: int, names: list[str], seconds: float, with_mask
                 raise SystemExit(f"WRONG: {name} at {tokens} tokens differs from {names[0]} by {row['distance']:.3g}")
             torch.cuda.reset_peak_memory_stats()
             timing = in_turns(
-                {name: lambda call=call: call(**inputs).logits},
+                {name: functools.partial(_logits, call, inputs)},
                 "cuda",
                 turns=3,
                 milliseconds=1e3 * seconds,

@@ -378,5 +378,5 @@ def logits(call: Any, given: dict[str, Any]) -> torch.Tensor:
         if "use_cache" not in str(error):
             raise
         out = call(**given)
-    result = out.logits if hasattr(out, "logits") else out[0]
+    result: torch.Tensor = out.logits if hasattr(out, "logits") else out[0]
     return result

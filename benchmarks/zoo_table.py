@@ -68,7 +68,7 @@ def cells(record: Record) -> tuple[str, ...]:
     graphs = str(record["graphs"]) + (
         f" (alone {record['plain_graphs']})" if record["plain_graphs"] != record["graphs"] else ""
     )
-    verdict = {"equal": "equal", "differs": f"differs, {record.get('ratio', 0):.2g} budgets"}.get(
+    verdict: str = {"equal": "equal", "differs": f"differs, {record.get('ratio', 0):.2g} budgets"}.get(
         record["verdict"], record["verdict"]
     )
     verdict += " (eager itself is unsteady)" * bool(record.get("chaotic"))
