@@ -1,5 +1,5 @@
-"""The passes in order: expand, match, analyze_masks, decide, insert_selection, lower, cleanup; each checked by verify
-where asked.
+"""The passes in order: expand, match, analyze_masks, decide, compare, insert_selection, lower, cleanup; each checked by
+verify where asked.
 
 A site is a transaction: ``rewrite`` undoes everything and starts again without the attention that a step failed on.
 ``run`` is one attempt, and raises.
@@ -20,6 +20,7 @@ from stem_compile.ops import SparseAttentionArgs
 from stem_compile.passes import verify
 from stem_compile.passes.analyze_masks import analyze_masks
 from stem_compile.passes.cleanup import cleanup
+from stem_compile.passes.compare import compare
 from stem_compile.passes.decide import decide
 from stem_compile.passes.expand import bound, expand, overwritten
 from stem_compile.passes.graph.regions import Region, bodies, regions
@@ -151,7 +152,7 @@ def _planned(plans: list[Plan], config: StemConfig, numbers: Numbers, failures: 
             found[place] = failed(hit.node, failures[place].step, failures[place].error)
     if config.fuel is not None:
         config = dataclasses.replace(config, fuel=max(0, config.fuel - numbers.used))
-    found = decide(found, config)
+    found = compare(decide(found, config))
     if config.verify:
         verify.after_analyze(found)
     return found

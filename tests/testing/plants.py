@@ -64,13 +64,13 @@ def _changed(call: Call, changes: dict[str, Callable[[Call], Any]]) -> Attention
 
 
 def sites(patch: Patch, change: Callable[[AttentionSite], Any]) -> None:
-    """Change every attention after the masks are understood; a result replaces it."""
-    decide = pipeline.decide
+    """Change every attention after its mask was understood and compared; a result replaces it."""
+    compare = pipeline.compare
 
-    def wrong(found: Any, config: Any) -> Any:
-        return [(change(hit) or hit) if isinstance(hit, AttentionSite) else hit for hit in decide(found, config)]
+    def wrong(found: Any) -> Any:
+        return [(change(hit) or hit) if isinstance(hit, AttentionSite) else hit for hit in compare(found)]
 
-    patch.setattr(pipeline, "decide", wrong)
+    patch.setattr(pipeline, "compare", wrong)
 
 
 def terms(patch: Patch, change: Callable[[Mask], Mask]) -> None:
