@@ -80,7 +80,12 @@ def _compared(site: AttentionSite, agreed: set[Any]) -> AttentionSite | Rejected
 @contextlib.contextmanager
 def _plain() -> Iterator[None]:
     """Eager torch on a CPU, whatever modes the compiler or the user has on."""
-    with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with (
+        _disable_current_modes(),
+        torch.random.fork_rng(devices=[]),
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+    ):
         yield
 
 
@@ -180,7 +185,7 @@ def _agree_on_mask(site: AttentionSite, given: torch.Tensor, read: _Site) -> Non
         _same(seen, given.expand(shape), shape)
         return
     products = _products(shape)
-    logits = products * site.scale + given.double()
+    logits = products * site.given_scale + given.double()
     _same_weights(read.logits(products, site.scale, seen), logits, given.dtype, read.shape[3], site.cleared)
 
 

@@ -62,10 +62,12 @@ class Example:
         if dtype == torch.bool:
             return torch.rand(shape, generator=self._generator) < 0.7
         if dtype.is_floating_point:
-            if self.draw == 0:
+            if self.draw == 0 or len(shape) < 2:
                 return torch.randn(shape, generator=self._generator).to(dtype)
             hidden = torch.rand(shape, generator=self._generator) < 0.3
-            return torch.zeros(shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
+            # A mask of queries and keys is added as it is; what has fewer dimensions may be multiplied first.
+            least = torch.finfo(dtype).min if min(shape[-2:]) > 1 and len(shape) > 2 else -1e4
+            return torch.zeros(shape, dtype=dtype).masked_fill_(hidden, least)
         if dtype.is_complex:
             raise NotShown("complex numbers")
         if self.draw == 0 or not shape:

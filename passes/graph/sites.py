@@ -63,7 +63,8 @@ class AttentionSite:
     mask: what it means; None until analyze_masks.
     average: mask whose blind rows are the mean of all values, as a softmax over equal scores makes them; None: they
     give 0, or there are none.
-    score: what happens to scaled products. tensors, scalars: graph values of T0.. and S0.. scale: float factor of q.k.
+    score: what happens to scaled products. tensors, scalars: graph values of T0.. and S0.. scale: float factor of q.k;
+    given_scale: what it was before the mask was read, which may move it into the score.
     kernel: set by lower. index: position among the model's attentions, as far as its graphs tell.
     """
 
@@ -86,8 +87,12 @@ class AttentionSite:
     tensors: list[fx.Node] = field(default_factory=list)
     scalars: list[Any] = field(default_factory=list)
     score: Score = field(default_factory=Score)
+    given_scale: float = 1.0
     kernel: str = ""
     index: int = 0
+
+    def __post_init__(self) -> None:
+        self.given_scale = self.scale
 
     def attention(self, config: StemConfig) -> Attention:
         """The attention that the operators would be given, of example values."""
