@@ -13,7 +13,7 @@ from torch import fx
 
 from stem_compile.algebra import masks, symbolic
 from stem_compile.algebra.blind import can_be_blind
-from stem_compile.algebra.masks import And, Causal, Given, Mask, Or
+from stem_compile.algebra.masks import Causal
 from stem_compile.algebra.scores import Score
 from stem_compile.algebra.symbolic import KV, KV_LEN, Q_LEN, SCORE, B, H, Q
 from stem_compile.config import StemConfig
@@ -72,9 +72,8 @@ def _analyzed(
         if error is not None:
             return Rejected(site.node, Reason.WRITTEN if isinstance(error, Written) else Reason.MASK, str(error))
     assert site.mask is not None
-    if not any_order and not orders_positions(
-        site.mask, frozenset(n for n, t in enumerate(site.tensors) if _is_learned(t))
-    ):
+    learned = frozenset(n for n, t in enumerate(site.tensors) if _is_learned(t))
+    if not any_order and not site.mask.orders_positions(learned):
         alone = not isinstance(site.mask, masks.Full) or same(value(site.q).shape[2], value(site.k).shape[2])
         return Rejected(
             site.node,
@@ -100,29 +99,6 @@ def _unread(site: AttentionSite, readers: tuple[Interpreter, Interpreter]) -> Ex
                 raise
             error = failure
     return error
-
-
-def orders_positions(mask: Mask, learned: frozenset[int] = frozenset()) -> bool:
-    """Whether later keys are hidden from earlier queries, so that budgets falling with position mean something.
-
-    A given tensor is taken to do so, unless it is one of ``learned``: a bias that a model computes from its weights is
-    no mask.
-    """
-    if isinstance(mask, And | Or):
-        return any(orders_positions(t, learned) for t in mask.terms)
-    if isinstance(mask, Given):
-        return not {symbolic.load_index(f) for f in mask.expr.atoms(sympy.core.function.AppliedUndef)} <= learned
-    if isinstance(mask, Causal | masks.Positions):
-        return True
-    if isinstance(mask, masks.Predicate):
-        # Runtime positions: an inequality between what is read at the query and what is read at the key.
-        loads = [f for f in mask.expr.atoms(sympy.core.function.AppliedUndef) if symbolic.load_index(f) is not None]
-        return bool(
-            isinstance(mask.expr, sympy.Le | sympy.Lt | sympy.Ge | sympy.Gt)
-            and loads
-            and {Q, KV} <= mask.expr.free_symbols
-        )
-    return False
 
 
 def _is_learned(tensor: fx.Node) -> bool:

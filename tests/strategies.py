@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import sympy
 import torch
 from hypothesis import strategies as st
 
 from stem_compile.algebra import masks
 from stem_compile.algebra.masks import Causal, Mask, Padding
+from stem_compile.algebra.symbolic import KV, FloorDiv, Q
 from stem_compile.selection import SelectionSpec
 
 
@@ -119,12 +121,8 @@ def terms(tensors: int = 1) -> st.SearchStrategy[Mask]:
         st.just(masks.Full()),
         st.integers(-3, 40).map(Causal),
         st.integers(0, tensors - 1).map(Padding),
-        st.integers(1, 30).map(lambda w: masks.predicate(masks.Q - masks.KV < w)),
-        st.integers(2, 20).map(
-            lambda c: masks.predicate(
-                masks.sympy.Eq(masks.symbolic.FloorDiv(masks.Q, c), masks.symbolic.FloorDiv(masks.KV, c))
-            )
-        ),
+        st.integers(1, 30).map(lambda w: masks.predicate(Q - KV < w)),
+        st.integers(2, 20).map(lambda c: masks.predicate(sympy.Eq(FloorDiv(Q, c), FloorDiv(KV, c)))),
     )
     return st.recursive(
         leaf,

@@ -21,7 +21,7 @@ from sympy.logic.boolalg import BooleanFalse, BooleanTrue
 from stem_compile import selection
 from stem_compile.algebra import functions, symbolic
 from stem_compile.algebra.blocks import split
-from stem_compile.algebra.masks import Chunks, Mask, Window, decode
+from stem_compile.algebra.masks import Mask, decode
 from stem_compile.algebra.scores import Score
 from stem_compile.algebra.scores import decode as decode_score
 from stem_compile.algebra.symbolic import (
@@ -166,11 +166,11 @@ def only_edges(mask: Mask) -> bool:
     if not bands or keys or others:
         return False
     # The end of a chunk lies beyond the causal limit where both count the same positions.
-    chunks = [band for band in bands if isinstance(band, Chunks)]
-    within = causal is not None and all(
-        symbolic.expand(causal.offset + c.kv_shift - c.q_shift).is_nonpositive for c in chunks
-    )
-    return all(isinstance(band, Window | Chunks) for band in bands) and (within or not chunks)
+    return all(band.is_interval and (band.near is None or _reaches(band, causal)) for band in bands)
+
+
+def _reaches(band: Mask, causal: Any) -> bool:
+    return causal is not None and band.reaches(causal)
 
 
 def _load_functions(ranks: Mapping[int, int], called: set[str], module: str) -> list[str]:
@@ -291,12 +291,12 @@ def generate(spec: KernelSpec) -> str:
     module, decorator = ("gl", "@gluon.jit") if "import gluon" in before else ("tl", "@triton.jit")
     mask, score = decode(spec.mask), decode_score(spec.score)
     values = constants(spec)
-    causal, lowest = split(mask).causal, split(mask).lowest
+    causal, lowest = split(mask).causal, split(mask).far
     functions = {
         "visible": lambda: _visible(mask, module),
         "offset": lambda: _position(
             "offset(q_len, kv_len, tensors, layouts, scalars)",
-            sympy.sympify(0 if causal is None else causal.offset),
+            sympy.sympify(0 if causal is None else causal),
             module,
         ),
         "lowest": lambda: _position(

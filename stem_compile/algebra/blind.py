@@ -15,7 +15,7 @@ import torch
 
 from stem_compile.algebra import symbolic
 from stem_compile.algebra.blocks import Shape, key_visible, split
-from stem_compile.algebra.masks import Chunks, Mask, Window, environment
+from stem_compile.algebra.masks import Mask, environment
 from stem_compile.algebra.symbolic import KV, KV_LEN, B, H, Q
 
 ELEMENTS = 1 << 22
@@ -50,7 +50,7 @@ def blind_rows(
     grows with the length, not its square."""
     parts = split(mask)
     heads = shape[1] if H in mask.predicate.free_symbols else 1
-    if parts.others or not all(isinstance(band, Window | Chunks) for band in parts.bands):
+    if parts.others or not all(band.is_interval for band in parts.bands):
         seen = _looked_up(mask, (shape[0], heads, *shape[2:]), tensors, scalars, device)
     else:
         seen = _between(mask, shape, tensors, scalars, device)[:, None]
@@ -66,12 +66,11 @@ def _between(
     env |= {B: torch.arange(shape[0], device=device)[:, None], Q: torch.arange(shape[2], device=device)[None, :]}
     ends = [
         KV_LEN - 1,
-        *([Q + causal.offset] if causal is not None else []),
-        *(band.lowest + band.size - 1 for band in bands if isinstance(band, Chunks)),
+        *([Q + causal] if causal is not None else []),
+        *(band.near for band in bands if band.near is not None),
     ]
     low, high = (
-        symbolic.as_tensor(symbolic.evaluate(sympy.sympify(e), env), device)
-        for e in (parts.lowest or 0, sympy.Min(*ends))
+        symbolic.as_tensor(symbolic.evaluate(sympy.sympify(e), env), device) for e in (parts.far or 0, sympy.Min(*ends))
     )
     high = high.expand(-1, shape[2]) if high.dim() else high.expand(1, shape[2])
     visible = key_visible(mask, shape, tensors, scalars, device)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from stem_compile.algebra import symbolic
-from stem_compile.algebra.masks import And, Causal, Full, Mask, environment
+from stem_compile.algebra.masks import And, Full, Mask, environment
 from stem_compile.algebra.symbolic import KV, B, H, Q
 
 Shape = tuple[int, int, int, int]
@@ -25,33 +25,33 @@ def cdiv(a: Any, b: int) -> Any:
 
 
 class Parts(NamedTuple):
-    """A conjunction by what its terms mean to blocks. causal: the near edge. bands: far edges (windows, chunks). keys:
-    terms about keys alone."""
+    """A conjunction by what its terms mean to blocks. causal: n of the term ``kv <= q + n``, None without one. bands:
+    terms with a far edge (windows, chunks). keys: terms about keys alone."""
 
-    causal: Causal | None
+    causal: Any
     bands: tuple[Mask, ...]
     keys: tuple[Mask, ...]
     others: tuple[Mask, ...]
 
     @property
-    def lowest(self) -> Any:
+    def far(self) -> Any:
         """First key that query ``Q`` may see under the bands: an expression nondecreasing in ``Q``, or None."""
-        return And(self.bands).lowest if self.bands else None
+        return And(self.bands).far if self.bands else None
 
 
 @functools.lru_cache(maxsize=1024)
 def split(mask: Mask) -> Parts:
     """The terms of a conjunction by kind."""
-    causal: Causal | None = None
+    causal: Any = None
     bands: list[Mask] = []
     keys: list[Mask] = []
     others: list[Mask] = []
     for term in mask.terms if isinstance(mask, And) else (mask,):
-        if isinstance(term, Causal) and causal is None:
-            causal = term
+        if term.causal_offset is not None and causal is None:
+            causal = term.causal_offset
         elif not isinstance(term, Full):
             about_keys = not {Q, H} & term.predicate.free_symbols
-            (bands if term.lowest is not None else keys if about_keys else others).append(term)
+            (bands if term.far is not None else keys if about_keys else others).append(term)
     return Parts(causal, tuple(bands), tuple(keys), tuple(others))
 
 
@@ -70,9 +70,7 @@ def causal_offset(
     value back."""
     causal = split(mask).causal
     return (
-        None
-        if causal is None
-        else int(symbolic.evaluate(sympy.sympify(causal.offset), environment(shape, tensors, scalars)))
+        None if causal is None else int(symbolic.evaluate(sympy.sympify(causal), environment(shape, tensors, scalars)))
     )
 
 
@@ -128,11 +126,11 @@ def candidates(
     found = (first < kv_len).expand(-1, -1, rows, -1)
     start = torch.arange(rows, device=device).view(1, 1, -1, 1) * block_q
     if causal is not None:
-        last = (start + block_q).clamp(max=q_len) - 1 + symbolic.evaluate(sympy.sympify(causal.offset), env)
+        last = (start + block_q).clamp(max=q_len) - 1 + symbolic.evaluate(sympy.sympify(causal), env)
         found = found & (first <= last)
     if bands:
         end = torch.arange(1, first.shape[-1] + 1, device=device) * block_k - 1
-        found = found & (end >= symbolic.evaluate(sympy.sympify(parts.lowest), env | {Q: start}))
+        found = found & (end >= symbolic.evaluate(sympy.sympify(parts.far), env | {Q: start}))
     for term in others:
         found = found & _possible(term.predicate, shape, tensors, scalars, block_q, block_k, device)
     return found

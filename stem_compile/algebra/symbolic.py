@@ -63,6 +63,7 @@ __all__ = [
     "evaluate",
     "expand",
     "load_index",
+    "loads",
     "parse",
     "scalar",
     "tensor",
@@ -147,10 +148,11 @@ def _difference(relation: Any) -> Any:
         return None
     difference = expand(relation.lhs - relation.rhs)
     # A load may be of floating-point numbers: it must not cancel.
-    return difference if _loads(difference) == _loads(relation) else None
+    return difference if loads(difference) == loads(relation) else None
 
 
-def _loads(expr: Any) -> set[Any]:
+def loads(expr: Any) -> set[Any]:
+    """The loads that an expression makes, each with its indices: ``T0(b, kv)``."""
     return {f for f in expr.atoms(AppliedUndef) if load_index(f) is not None}
 
 

@@ -3,13 +3,17 @@ values."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 import pytest
 import sympy
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stem_compile.algebra import blocks, masks, symbolic
+from stem_compile.algebra import blind, blocks, masks, symbolic
 from stem_compile.algebra.masks import Block, Causal, Full, Mask, Padding
 from stem_compile.algebra.symbolic import KV, Q
 from tests.strategies import Case, cases, terms
@@ -70,6 +74,72 @@ def test_conjuncts_get_their_names() -> None:
     assert mask.words == "causal(offset=5) & padding"
     assert masks.predicate(KV < Q + 1) == Causal(0)
     assert masks.predicate(Q - KV >= 0).words == "causal"
+
+
+@dataclass(frozen=True)
+class Prefix(Mask):
+    """A term from outside the package: the first ``size`` keys."""
+
+    size: int
+    is_interval: ClassVar[bool] = True
+
+    @classmethod
+    def recognise(cls, expr: Any) -> Mask | None:
+        bound = expr.rhs if isinstance(expr, sympy.Lt) and expr.lhs == KV else sympy.nan
+        return cls(int(bound)) if bound.is_Integer else None
+
+    @property
+    def predicate(self) -> Any:
+        return sympy.Lt(KV, self.size)
+
+    @property
+    def far(self) -> Any:
+        return sympy.Integer(0)
+
+    @property
+    def near(self) -> Any:
+        return sympy.Integer(self.size - 1)
+
+    @property
+    def words(self) -> str:
+        return f"the first {self.size} keys"
+
+
+@pytest.fixture
+def prefix() -> Iterator[None]:
+    masks.register(Prefix)
+    yield
+    masks.unregister(Prefix)
+
+
+def test_a_term_from_outside_is_named_and_its_geometry_used(prefix: None) -> None:
+    mask = masks.decode("(kv <= q) & (kv < 20)")
+    assert mask.words == "causal & the first 20 keys"
+    assert blocks.split(mask).bands == (Prefix(20),)
+    assert masks.decode("(kv <= q) | (kv < 20)").words == "causal | the first 20 keys"
+    visible = dense(mask)
+    found = blocks.candidates(mask, SHAPE, [], [], 16, 16, "cpu").expand(2, 1, 3, 3)
+    padded = torch.nn.functional.pad(visible, (0, 3, 0, 11))
+    assert (found | ~padded.unflatten(3, (3, 16)).unflatten(2, (3, 16)).any(5).any(3)).all()
+    assert torch.equal(blind.blind_rows(mask, SHAPE, [], [], torch.device("cpu"))[..., 0], ~visible.any(-1))
+    with pytest.raises(ValueError, match="Prefix is registered already"):
+        masks.register(Prefix)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("0.02*q - 0.02*kv <= 0.5", "[-0.02*kv + 0.02*q <= 0.5]"),
+        ("q - kv < 20.5", "[q - kv < 20.5]"),
+        ("kv < q + 1/2", "causal"),
+        ("3*kv <= 3*q", "causal"),
+        ("kv/3 <= q/3", "causal"),
+        ("2*kv < 2*q + 1", "causal"),
+        ("kv <= q + T0(b)", "[kv <= q + T0(b)]"),
+    ],
+)
+def test_only_whole_numbers_make_an_edge(text: str, words: str) -> None:
+    assert masks.decode(text).words == words
 
 
 def test_text_that_is_no_mask_is_refused() -> None:

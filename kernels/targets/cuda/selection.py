@@ -88,4 +88,4 @@ def select(attention: Attention, kernel: str) -> tuple[torch.Tensor, torch.Tenso
 def _reads_offset(mask: str) -> bool:
     """Whether the causal offset is a tensor's value."""
     causal = split(decode(mask)).causal
-    return causal is not None and bool(sympy.sympify(causal.offset).atoms(sympy.core.function.AppliedUndef))
+    return causal is not None and bool(sympy.sympify(causal).atoms(sympy.core.function.AppliedUndef))
