@@ -130,7 +130,7 @@ def test_a_term_from_outside_is_named_and_its_geometry_used(prefix: None) -> Non
     ("text", "words"),
     [
         ("0.02*q - 0.02*kv <= 0.5", "[-0.02*kv + 0.02*q <= 0.5]"),
-        ("q - kv < 20.5", "[q - kv < 20.5]"),
+        ("q - kv < 20.5", "[-kv + q < 20.5]"),
         ("kv < q + 1/2", "causal"),
         ("3*kv <= 3*q", "causal"),
         ("kv/3 <= q/3", "causal"),
