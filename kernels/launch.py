@@ -6,8 +6,10 @@ Importing this module registers the operators.
 from __future__ import annotations
 
 import functools
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -16,11 +18,14 @@ from stem_compile.algebra.bound import BoundMask
 from stem_compile.algebra.masks import decode
 from stem_compile.kernels import reference
 from stem_compile.kernels.contract import DEFINITION, TARGETS, Kernels, Target
-from stem_compile.reasons import Reason
+from stem_compile.reasons import KernelWarning, Reason
 from stem_compile.registry import RegistryError
-from stem_compile.selection import Attention, oam, tpd
+from stem_compile.selection import FULL, Attention, BlockSelection, oam, tpd
+
+log = logging.getLogger(__name__)
 
 Tensors = Sequence[torch.Tensor]
+Result = TypeVar("Result")
 
 
 @TARGETS.caches
@@ -99,6 +104,7 @@ def select(
     spec: str,
     kernel: str,
     score: str = "",
+    fallback: str = "dense",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """stem::select: scores and selection in one."""
     attention = Attention(q, k, v, mask, scale, spec, score, tensors, scalars)
@@ -106,12 +112,53 @@ def select(
     if 0 in shape[:3]:
         # No device launches kernels over nothing, and there is nothing to observe.
         return q.new_empty(shape, dtype=torch.int32), q.new_empty(shape[:3], dtype=torch.int32)
-    if kernel in (DEFINITION, ops.REFERENCE):
-        lists = tpd.tpd_select(oam.oam_scores(attention), attention.spec, attention.reach)
-    else:
-        lists = attention.selection(*_serving(attention).select(attention, kernel))
-    lists = selection.announce(selection.Observed(lists, attention))
-    return lists.indices, lists.counts
+
+    def lists() -> BlockSelection:
+        if kernel == DEFINITION:
+            return tpd.tpd_select(oam.oam_scores(attention), attention.spec, attention.reach)
+        return attention.selection(*_serving(attention).select(attention, kernel))
+
+    chosen = _answered(attention, kernel, fallback, lists, lambda: all_blocks(attention))
+    chosen = selection.announce(selection.Observed(chosen, attention))
+    return chosen.indices, chosen.counts
+
+
+def all_blocks(attention: Attention) -> BlockSelection:
+    """The selection of all blocks with a visible key."""
+    shape = ops.selection_shape(attention.q, attention.k, attention.spec)
+    counts = torch.full(shape[:3], FULL, dtype=torch.int32, device=attention.device)
+    return attention.selection(torch.zeros(shape, dtype=torch.int32, device=attention.device), counts)
+
+
+_told: set[tuple[str, str, str]] = set()
+
+
+def _answered(
+    attention: Attention, kernel: str, fallback: str, run: Callable[[], Result], dense: Callable[[], Result]
+) -> Result:
+    """What ``run`` gives. Where it fails, other than for want of memory: what ``dense`` gives, with one warning for a
+    kernel, a mask and an error; under ``fallback="error"`` the failure itself."""
+    try:
+        return run()
+    except Exception as error:
+        if fallback == "error" or _is_out_of_memory(error):
+            raise
+        log.debug("%s failed", kernel, exc_info=True)
+        said = kernel, attention.mask_text, f"{type(error).__name__}: {error}"
+        if said not in _told:
+            warnings.warn(
+                f"kernel {kernel!r} failed and dense attention under the same mask answered: {said[2]}. Set"
+                " fallback='error' to have it raised.",
+                KernelWarning,
+                stacklevel=2,
+            )
+            _told.add(said)
+    return dense()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # A CPU's allocator has no exception of its own.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def sparse_attention(
@@ -127,6 +174,7 @@ def sparse_attention(
     spec: str,
     kernel: str,
     score: str = "",
+    fallback: str = "dense",
 ) -> torch.Tensor:
     """stem::sparse_attention."""
     if 0 in q.shape[:3]:
@@ -135,7 +183,14 @@ def sparse_attention(
     lists = attention.selection(indices, counts)
     if kernel == ops.REFERENCE:
         return reference.sparse_attention(attention, lists)
-    return _serving(attention).attend(attention, lists, kernel)
+    out = _answered(
+        attention,
+        kernel,
+        fallback,
+        lambda: _serving(attention).attend(attention, lists, kernel),
+        lambda: reference.sparse_attention(attention, all_blocks(attention)),
+    )
+    return out if out.transpose(1, 2).is_contiguous() else ops.attention_output(q, v).copy_(out)
 
 
 def blind_rows(q: torch.Tensor, k: torch.Tensor, tensors: Tensors, scalars: Sequence[int], mask: str) -> torch.Tensor:

@@ -19,10 +19,12 @@ from stem_compile.passes.graph.values import View, value
 
 @dataclass
 class Insertion:
-    """What the attentions of one graph share while they are rewritten. spec: the selection as text; replaced: former
-    attention -> its result; blind: rows that earlier layers asked for, by what they asked."""
+    """What the attentions of one graph share while they are rewritten. spec: the selection as text; fallback: what
+    happens when a kernel fails; replaced: former attention -> its result; blind: rows that earlier layers asked for, by
+    what they asked."""
 
     spec: str
+    fallback: str = "dense"
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
     blind: dict[str, fx.Node] = field(default_factory=dict)
 
@@ -40,7 +42,18 @@ def insert_selection(graph: fx.Graph, site: AttentionSite, state: Insertion) -> 
         )
         selected = call(graph, ops.TPD_SELECT, (scores, site.q, site.k, *mask, spec), site.node)
         parts = [call(graph, operator.getitem, (selected, i), site.node) for i in range(2)]
-        arguments = (site.q, site.k, site.v, *parts, *mask, site.scale, spec, ops.REFERENCE, site.score.text)
+        arguments = (
+            site.q,
+            site.k,
+            site.v,
+            *parts,
+            *mask,
+            site.scale,
+            spec,
+            ops.REFERENCE,
+            site.score.text,
+            state.fallback,
+        )
         attention = call(graph, ops.SPARSE_ATTENTION, arguments, site.node)
         whole = attention if site.average is None else average_blind(attention, site, state.blind)
         result = View(whole, site.result).emit(graph)

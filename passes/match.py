@@ -140,7 +140,11 @@ def _checked(hit: AttentionSite) -> AttentionSite | Rejected:
     hit.k, hit.v = (_unrepeated(x, hit.node) for x in (hit.k, hit.v))
     if value(hit.k).shape[1] != value(hit.v).shape[1]:
         hit.k, hit.v = repeated
+    heads = max(int(value(hit.k).shape[1]), int(value(hit.v).shape[1]))
+    hit.k, hit.v = _with_heads(hit.k, heads), _with_heads(hit.v, heads)
     q, k, v = value(hit.q), value(hit.k), value(hit.v)
+    if k.shape[1] != v.shape[1]:
+        return Rejected(hit.node, Reason.SHAPE, f"{k.shape[1]} key heads and {v.shape[1]} value heads")
     if int(q.shape[1]) % int(k.shape[1]):
         return Rejected(hit.node, Reason.SHAPE, f"{q.shape[1]} query heads over {k.shape[1]} key heads")
     # Comparing symbolic sizes installs guards: a cache's keys and values have lengths that Dynamo does not know to be
@@ -158,6 +162,18 @@ def _checked(hit: AttentionSite) -> AttentionSite | Rejected:
         dims = f"head dims {attention.q.shape[-1]} and {attention.v.shape[-1]}"
         return Rejected(hit.node, reason, f"{attention.device.type}, {dims}, {dtypes[0]}")
     return hit
+
+
+def _with_heads(x: fx.Node | View, heads: int) -> fx.Node | View:
+    """Keys or values with as many heads as the other side has, where theirs divide them: one head is broadcast, each of
+    several serves the heads that follow one another, as in attention over grouped queries."""
+    own = int(value(x).shape[1])
+    if own == heads or heads % own:
+        return x
+    step: tuple[str, tuple[int, ...]] = ("repeat_interleave", (heads // own, 1))
+    if own == 1:
+        step = ("expand", (-1, heads, -1, -1))
+    return View(x.node, (*x.steps, step)) if isinstance(x, View) else View(x, (step,))
 
 
 def _computed_in(hit: AttentionSite) -> list[torch.dtype]:

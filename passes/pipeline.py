@@ -181,7 +181,7 @@ def _apply(plan: Plan, sites: dict[int, AttentionSite], config: StemConfig) -> N
         return
     replaced = {site.node for site in sites.values()}
     roots = {place: [n for n in site.node.all_input_nodes if n not in replaced] for place, site in sites.items()}
-    state = Insertion(config.selection.text())
+    state = Insertion(config.selection.text(), config.fallback)
     for place, site in sites.items():
         with _blamed(place, "insert_selection"):
             insert_selection(graph, site, state)

@@ -57,7 +57,7 @@ class StemConfig:
     None is each call's length.
     inner: the backend that gets the rewritten graph. mode: Inductor's mode ("reduce-overhead", "max-autotune", ...),
     since torch.compile takes either ``mode=`` or ``options=``. fallback: "dense" leaves an attention that cannot be
-    rewritten as it is, "error" raises.
+    rewritten as it is, and answers a call whose kernel fails by dense attention; "error" raises.
     fuel: rewrite only the first ``fuel`` attentions, to bisect a wrong answer; None is all. verify: check every pass's
     result (slow).
     policy_options: options that the policy itself defines, by name. In ``options={...}`` they stand beside the others:

@@ -4,7 +4,8 @@ kernels.
 A graph after insert_selection holds ``oam_scores -> tpd_select -> sparse_attention``; lowering fuses the first two into
 ``select`` where the device has a kernel for it. ``blind_rows`` is there where rows without a visible key are not to
 give 0. Masks, scores and selections travel as text (``masks.encode``, ``Score.text``, ``SelectionSpec.text``), their
-runtime parts as ``tensors`` (T0, T1, ... of mask and score) and ``scalars`` (S0, S1, ...).
+runtime parts as ``tensors`` (T0, T1, ... of mask and score) and ``scalars`` (S0, S1, ...). ``fallback`` says what
+happens when a kernel fails: "dense" answers the call by dense attention under the same mask, "error" raises.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ LIBRARY.define(
     f"tpd_select(Tensor scores, Tensor q, Tensor k, {_MASK}, str spec) -> (Tensor indices, Tensor counts)", tags=_TAGS
 )
 LIBRARY.define(
-    f"select(Tensor q, Tensor k, Tensor v, {_MASK}, float scale, str spec, str kernel, str score='') -> (Tensor"
+    f"select(Tensor q, Tensor k, Tensor v, {_MASK}, float scale, str spec, str kernel, str score='', str"
+    " fallback='dense') -> (Tensor"
     " indices, Tensor counts)",
     tags=_TAGS,
 )
 LIBRARY.define(
     f"sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, {_MASK}, float scale, str spec, str"
-    " kernel, str score='') -> Tensor",
+    " kernel, str score='', str fallback='dense') -> Tensor",
     tags=_TAGS,
 )
 LIBRARY.define(f"blind_rows(Tensor q, Tensor k, {_MASK}) -> Tensor")
@@ -68,6 +70,7 @@ class SparseAttentionArgs(NamedTuple):
     spec: str
     kernel: str
     score: str = ""
+    fallback: str = "dense"
 
     @classmethod
     def of(cls, node: fx.Node) -> SparseAttentionArgs:
@@ -92,7 +95,8 @@ class SparseAttentionArgs(NamedTuple):
     def selection(self, kernel: str) -> tuple[Any, ...]:
         """Arguments of the ``stem::select`` that makes the block lists."""
         return (
-            self.q, self.k, self.v, self.tensors, self.scalars, self.mask, self.scale, self.spec, kernel, self.score
+            self.q, self.k, self.v, self.tensors, self.scalars, self.mask, self.scale, self.spec, kernel, self.score,
+            self.fallback,
         )  # fmt: skip
 
 
@@ -150,6 +154,7 @@ def _(
     spec: str,
     kernel: str,
     score: str = "",
+    fallback: str = "dense",
 ) -> Any:
     parsed = selection.parse(spec)
     return _lists(
@@ -171,7 +176,13 @@ def _(
     spec: str,
     kernel: str,
     score: str = "",
+    fallback: str = "dense",
 ) -> torch.Tensor:
+    if k.shape[1] != v.shape[1] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"{q.shape[1]} query heads, {k.shape[1]} key heads and {v.shape[1]} value heads: keys and values"
+            " need the same number of heads, and a whole number of query heads each"
+        )
     return attention_output(q, v)
 
 

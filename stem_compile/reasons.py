@@ -10,6 +10,10 @@ class StemWarning(UserWarning):
     dense."""
 
 
+class KernelWarning(StemWarning):
+    """A kernel failed while a model ran; the call was answered by dense attention under the same mask."""
+
+
 class Reason(enum.Enum):
     """Why an attention stays what it was. The value says it to a reader; ``remedy`` says what would change it."""
 

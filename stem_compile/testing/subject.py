@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch import fx
 from stem_compile import backend
 from stem_compile.config import StemConfig
 from stem_compile.passes.graph.sites import AttentionSite, Rejected
+from stem_compile.reasons import KernelWarning
 from stem_compile.selection import BlockSelection, Observed, observe
 from stem_compile.testing import numerics
 from stem_compile.testing.case import Case, Inputs
@@ -217,7 +219,9 @@ class Subject:
 
         def call(*args: Any) -> Any:
             self._ran.extend(found)
-            with self._around():
+            # A kernel that fails is a fault, though dense attention would answer in its place.
+            with self._around(), warnings.catch_warnings():
+                warnings.simplefilter("error", KernelWarning)
                 return compiled(*args)
 
         return call

@@ -63,8 +63,11 @@ def attend(p: Problem, counts: torch.Tensor, attention: Attention) -> None:
         here = env | {B: torch.tensor(at.batch), H: torch.tensor(list(at.heads))[:, None, None]}
         here |= {Q: torch.arange(rows.start, rows.stop)[:, None], KV: position}
         visible = torch.as_tensor(symbolic.evaluate(predicate, here)) & (position < p.kv_len)
-        added = torch.zeros(()) if bias is None else torch.as_tensor(symbolic.evaluate(bias, here)).to(key.dtype)
-        hidden = torch.where(visible, added, -torch.inf).to(key.dtype).expand(len(at.heads), q.shape[1], len(position))
+        # A bias stays in fp32 beside products in bf16, which have no digits for it.
+        added = torch.zeros((), dtype=key.dtype)
+        if bias is not None:
+            added = torch.as_tensor(symbolic.evaluate(bias, here)).to(exact)
+        hidden = torch.where(visible, added, -torch.inf).expand(len(at.heads), q.shape[1], len(position))
         if score.modified and bias is None:
             result, total = _open(q, key, value, p.scale, score, here, hidden)
         else:

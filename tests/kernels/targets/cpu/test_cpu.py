@@ -25,6 +25,8 @@ from stem_compile.kernels.targets.cpu import target as cpu
 from stem_compile.reasons import Reason
 from stem_compile.selection import FULL, Attention, BlockSelection, SelectionSpec
 from tests.kernels.kernel_cases import (
+    ALIBI,
+    BIAS,
     CAUSAL,
     CHUNKED,
     DOCUMENT,
@@ -183,6 +185,20 @@ def test_bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "NATIVE_BF16", True)
     for mask in (CAUSAL, PADDED, WINDOW):
         check_attention(Case(900, 900, 1, 3, 1, 32, 24, 64, 32, torch.bfloat16, mask, budget=0.4), every_list=False)
+
+
+@pytest.mark.parametrize("kind", [ALIBI, BIAS])
+def test_a_bias_is_not_rounded_to_the_dtype_of_the_products(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "NATIVE_BF16", True)
+    case = Case(700, 700, 1, 2, 1, 32, 32, 64, 64, torch.bfloat16, kind=kind, budget=1.0)
+    attention = case.attention()
+    bias = torch.tensor([3.7, 0.9]) if kind == ALIBI else 300 * torch.rand(1, 2, 700, 700)
+    attention = replace(attention, tensors=[bias])
+    chosen = case.random_selection(attention)
+    golden = reference.sparse_attention(attention.to(torch.float64), chosen)
+    out = attend(attention, chosen)
+    # Two roundings to bf16 of values that are at most a few.
+    assert float((out.double() - golden).abs().max()) <= 2 * 2.0**-8 * float(golden.abs().max())
 
 
 @pytest.mark.parametrize("scale", [-0.4, 0.0, 3.0])
