@@ -4,10 +4,12 @@ time."""
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from stem_compile.reasons import KernelWarning
 from stem_compile.testing.case import Case
 from stem_compile.testing.numerics import Undefined
 from stem_compile.testing.report import Failure, Result
@@ -24,7 +26,10 @@ Progress = Callable[[str, int, int], None]
 def attempt(subject: Subject, module: ModuleType, case: Case) -> Measure:
     """``module.check``, where a crash of the compiled model is a violation and one of the model itself says nothing."""
     try:
-        return module.check(subject, case)  # type: ignore[no-any-return]
+        # A kernel that fails is a fault, though dense attention would answer in its place.
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", KernelWarning)
+            return module.check(subject, case)  # type: ignore[no-any-return]
     except (Violation, Inapplicable):
         raise
     except Undefined as error:

@@ -94,7 +94,7 @@ def plant_insertion(patch: pytest.MonkeyPatch) -> None:
 
 
 def plant_target(patch: pytest.MonkeyPatch) -> None:
-    right, calls = launch.kernel_name, []
+    right, calls = launch.kernels, []
 
     def wrong(*args: Any) -> Any:
         calls.append(args)
@@ -102,7 +102,7 @@ def plant_target(patch: pytest.MonkeyPatch) -> None:
             raise ZeroDivisionError("planted")
         return right(*args)
 
-    patch.setattr(launch, "kernel_name", wrong)
+    patch.setattr(launch, "kernels", wrong)
 
 
 def plant_cleanup(patch: pytest.MonkeyPatch) -> None:
