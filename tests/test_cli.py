@@ -176,6 +176,15 @@ def test_explain_prints_a_table_or_json(folder: str) -> None:
     assert [s["q_shape"] for s in sites] == [[1, 4, 512, 16]] * 2
 
 
+def test_explain_says_why_a_short_prompt_computes_more_than_its_budget(folder: str) -> None:
+    options = ["-o", "inner=eager", "-o", "budget=0.25"]
+    short = stem_compile("explain", folder, "--tokens", "2048", *options)
+    assert "budget 0.25: 43% of a causal prompt of 2,048 tokens is computed" in short.out
+    assert "the budget is kept from 10,240 tokens on" in short.out
+    half = stem_compile("explain", folder, "--tokens", "4096", "-o", "inner=eager", "-o", "budget=0.5")
+    assert "is computed, since" not in half.out
+
+
 def test_a_prompt_that_the_model_cannot_take_is_the_users(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 64, "n_positions": 128}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from stem_compile.commands.arguments import add_json, add_target, add_tokens, backend_options, place
 from stem_compile.packages import need
@@ -38,5 +40,28 @@ def run(arguments: argparse.Namespace) -> int:
         if (own := target.explain_failure(tokens, error)) is not None:
             raise own from error
         raise
-    print(json.dumps(explanation.to_dict(), indent=2) if arguments.json else explanation)
+    if arguments.json:
+        print(json.dumps(explanation.to_dict(), indent=2))
+        return 0
+    print(explanation)
+    if remark := forced(options, tokens):
+        print(remark)
     return 0
+
+
+def forced(options: Mapping[str, Any], tokens: int) -> str:
+    """Why a causal prompt of ``tokens`` tokens computes more than its budget, and from which length on it does not;
+    empty where the budget is kept."""
+    from stem_compile.config import StemConfig
+    from stem_compile.selection.density import TOLERANCE, causal_density, kept_from
+
+    spec = StemConfig.from_options(options).selection
+    if spec.budget is None or causal_density(spec, tokens) <= (1 + TOLERANCE) * spec.budget:
+        return ""
+    start = kept_from(spec)
+    promise = f"the budget is kept from {start:,} tokens on" if start else "the budget is kept at no length"
+    return (
+        f"budget {spec.budget:g}: {causal_density(spec, tokens):.0%} of a causal prompt of {tokens:,} tokens is computed,"
+        f" since the first {spec.sinks} and last {spec.locals} key blocks of a row and all of the last rows always are;"
+        f" {promise}"
+    )
