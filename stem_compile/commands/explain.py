@@ -61,7 +61,7 @@ def forced(options: Mapping[str, Any], tokens: int) -> str:
     start = kept_from(spec)
     promise = f"the budget is kept from {start:,} tokens on" if start else "the budget is kept at no length"
     return (
-        f"budget {spec.budget:g}: {causal_density(spec, tokens):.0%} of a causal prompt of {tokens:,} tokens is computed,"
-        f" since the first {spec.sinks} and last {spec.locals} key blocks of a row and all of the last rows always are;"
+        f"budget {spec.budget:g}: {causal_density(spec, tokens):.0%} of a causal prompt of {tokens:,} tokens is"
+        f" computed, since the first {spec.sinks} and last {spec.locals} key blocks of a row and all of the last rows always are;"
         f" {promise}"
     )
