@@ -62,6 +62,6 @@ def forced(options: Mapping[str, Any], tokens: int) -> str:
     promise = f"the budget is kept from {start:,} tokens on" if start else "the budget is kept at no length"
     return (
         f"budget {spec.budget:g}: {causal_density(spec, tokens):.0%} of a causal prompt of {tokens:,} tokens is"
-        f" computed, since the first {spec.sinks} and last {spec.locals} key blocks of a row and all of the last rows always are;"
-        f" {promise}"
+        f" computed, since the first {spec.sinks} and last {spec.locals} key blocks of a row and all of the"
+        f" last rows always are; {promise}"
     )
