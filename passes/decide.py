@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import sympy
+from sympy.core.function import AppliedUndef
+
+from stem_compile.algebra import symbolic
+from stem_compile.algebra.blocks import split
+from stem_compile.algebra.masks import environment
 from stem_compile.config import StemConfig
 from stem_compile.kernels import crossover, launch
 from stem_compile.passes.graph.sites import AttentionSite, Rejected, attempted
 from stem_compile.passes.graph.values import value
 from stem_compile.reasons import Reason
-from stem_compile.selection import policies
+from stem_compile.selection import Attention, policies
+from stem_compile.selection.tpd import everything
 
 
 def decide(found: list[AttentionSite | Rejected], config: StemConfig) -> list[AttentionSite | Rejected]:
@@ -48,4 +55,27 @@ def _decided(site: AttentionSite, config: StemConfig) -> AttentionSite | Rejecte
                 f"{kv_len} keys; selecting wins from {shortest}" if shortest < crossover.NEVER else f"{kv_len} keys",
             )
         return Rejected(site.node, Reason.SHORT, f"{kv_len} keys, min_length {shortest}")
-    return site
+    cut = cut_block(attention) if config.prompt_length is not None else ""
+    return Rejected(site.node, Reason.CHUNK, cut) if cut else site
+
+
+def cut_block(attention: Attention) -> str:
+    """How a chunk of a longer prompt cuts a block of queries in two, "" where it does not. Half a block of queries does
+    not select what the whole one does, so such a chunk cannot select as one shot would. A symbolic length is asked by
+    its remainder, which installs a guard."""
+    spec, (_, _, q_len, kv_len) = attention.spec, attention.shape
+    if everything(spec):
+        return ""
+    causal = split(attention.mask.mask).causal
+    begin = kv_len - q_len
+    if causal is not None:
+        offset = sympy.sympify(causal)
+        if offset.atoms(AppliedUndef):
+            return "where it begins is known at run time only"
+        begin = symbolic.evaluate(offset, environment(attention.shape, (), attention.scalars))
+    end = begin + q_len
+    if begin % spec.block_q != 0:
+        return f"it begins at token {begin}, block_size is {spec.block_q}"
+    if end < spec.prompt_length and end % spec.block_q != 0:
+        return f"it ends at token {end}, block_size is {spec.block_q}"
+    return ""

@@ -54,7 +54,7 @@ class StemConfig:
     min_length: prompts with fewer keys stay dense; None lets the policy decide and, on a GPU, a measurement
     (kernels/crossover.py).
     prompt_length: tokens of the whole prompt when it is prefilled in chunks, so that chunks select as one shot would;
-    None is each call's length.
+    None is each call's length. A chunk that cuts a block of queries in two stays dense.
     inner: the backend that gets the rewritten graph. mode: Inductor's mode ("reduce-overhead", "max-autotune", ...),
     since torch.compile takes either ``mode=`` or ``options=``. fallback: "dense" leaves an attention that cannot be
     rewritten as it is, and answers a call whose kernel fails by dense attention; "error" raises.

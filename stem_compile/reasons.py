@@ -29,6 +29,7 @@ class Reason(enum.Enum):
     DTYPE = "dtype is not fp16, bf16 or fp32"
     HEAD_DIM = "no kernel for this head dim"
     DEVICE = "no kernels for this device"
+    CHUNK = "a chunk of the prompt cuts a block of queries in two"
     DENSE_LAYER = "dense_layers keeps it dense"
     FUEL = "fuel is used up"
     ESCAPES = "scores or probabilities are used elsewhere"
@@ -59,6 +60,7 @@ _REMEDIES = {
     Reason.DTYPE: "cast the model to fp16, bf16 or fp32",
     Reason.HEAD_DIM: "nothing to do short of another model: head dims up to 256 have kernels everywhere",
     Reason.DEVICE: "move the model to a CPU or a CUDA device",
+    Reason.CHUNK: "prefill in chunks of a multiple of block_size tokens, or leave prompt_length out",
     Reason.DENSE_LAYER: "take it out of dense_layers",
     Reason.FUEL: "raise fuel",
     Reason.ESCAPES: "do not ask for attention weights (output_attentions=False)",
