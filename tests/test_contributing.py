@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from stem_compile.passes.match import PATTERNS
-from stem_compile.registry import Registry
-from stem_compile.selection.policies import POLICIES
-from tests.guide import PAGE, file_name, sections
+from tests.guide import PAGE, file_name, files, sections
 
-REGISTRIES: tuple[Registry, ...] = (PATTERNS, POLICIES)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Files of the examples can be imported; afterwards they and what they registered are gone."""
-    monkeypatch.syspath_prepend(str(tmp_path))
-    before = [set(registry.registered()) for registry in REGISTRIES]
-    modules = set(sys.modules)
-    yield
-    for registry, names in zip(REGISTRIES, before, strict=True):
-        for name in set(registry.registered()) - names:
-            registry.unregister(name)
-    for name in set(sys.modules) - modules:
-        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("title", sections())
 def test_the_example_runs(title: str, tmp_path: Path) -> None:
-    examples = sections()[title]
-    assert any(file_name(code) is None for code in examples), "nothing is run"
-    for code in examples:
-        if name := file_name(code):
-            (tmp_path / name).write_text(code)
-        else:
-            exec(compile(code, f"{PAGE.name}: {title}", "exec"), {"__name__": "example"})
+    """In a process of its own, which is what a reader has."""
+    for name, code in files().items():
+        (tmp_path / name).write_text(code)
+    run = [code for code in sections()[title] if file_name(code) is None]
+    assert run, "nothing is run"
+    path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "1", "STEM_COMPILE_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", "\n".join(run)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, f"{PAGE.name}, {title}:\n{done.stderr[-3000:]}"

@@ -8,10 +8,12 @@ installed distribution.
 from __future__ import annotations
 
 import importlib
+import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,17 +22,23 @@ import torch.nn.functional as F
 
 from stem_compile import explain
 from stem_compile.config import OptionError, StemConfig
+from stem_compile.kernels.contract import TARGETS
+from stem_compile.kernels.triton.template import TEMPLATES
 from stem_compile.passes.match import PATTERNS
 from stem_compile.registry import Registry
 from stem_compile.selection.policies import POLICIES
+from stem_compile.testing.tolerances import ATTENTION
 from tests.guide import files
 from tests.numerics import assert_within
 
+ROOT = Path(__file__).parents[1]
 ADDITIONS: dict[str, tuple[Registry, str]] = {
     "fused_attention": (PATTERNS, "acme"),
     "uniform": (POLICIES, "uniform"),
+    "tile_target": (TARGETS, "toy"),
+    "tile_target:TEMPLATE": (TEMPLATES, "tile_rows"),
 }
-"""Module -> the registry it goes into and its name there."""
+"""What an entry point refers to -> the registry it goes into and its name there."""
 WAYS = ("register", "entry point")
 
 
@@ -45,30 +53,34 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         del sys.modules[name]
 
 
+def install(folder: Path, *references: str) -> None:
+    """Make the folder's modules an installed distribution whose entry points are ``references``."""
+    info = folder / "acme-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1\n")
+    groups = [f"[{ADDITIONS[r][0].group}]\n{ADDITIONS[r][1]} = {r}\n" for r in references]
+    (info / "entry_points.txt").write_text("\n".join(groups))
+    importlib.invalidate_caches()
+
+
 @pytest.fixture
-def add(outside: Path) -> Iterator[Callable[[str, str], ModuleType]]:
+def add(outside: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], None]]:
     """Add a module of the guide in one of the ways; taken away again afterwards."""
     registered: list[tuple[Registry, str]] = []
 
-    def added(module: str, way: str) -> ModuleType:
+    def added(module: str, way: str) -> None:
         registry, name = ADDITIONS[module]
         assert name not in registry.names()
         if way == "register":
             registry.register(name, importlib.import_module(module))
             registered.append((registry, name))
         else:
-            info = outside / f"{module}-1.dist-info"
-            info.mkdir()
-            (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1\n")
-            (info / "entry_points.txt").write_text(f"[{registry.group}]\n{name} = {module}\n")
-            importlib.invalidate_caches()
-            sys.path.append(str(outside))  # installed distributions are looked for anew on another path
-        return importlib.import_module(module)
+            install(outside, module)
+            monkeypatch.setattr(sys, "path", [*sys.path, str(outside)])  # distributions are looked for on a new path
 
     yield added
     for registry, name in registered:
         registry.unregister(name)
-    sys.path[:] = [p for p in sys.path if p != str(outside)]
 
 
 class Layer(torch.nn.Module):
@@ -108,7 +120,7 @@ def assert_equal_to_eager(module: torch.nn.Module, x: torch.Tensor, **options: A
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_pattern(way: str, add: Callable[[str, str], ModuleType]) -> None:
+def test_a_pattern(way: str, add: Callable[[str, str], None]) -> None:
     x = torch.randn(1, 300, 64)
     importlib.import_module("fused_attention")
     module = model(lambda q, k, v: torch.ops.acme.attention(q, k, v, 0.25, True))
@@ -119,7 +131,7 @@ def test_a_pattern(way: str, add: Callable[[str, str], ModuleType]) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_policy_with_an_option_of_its_own(way: str, add: Callable[[str, str], ModuleType]) -> None:
+def test_a_policy_with_an_option_of_its_own(way: str, add: Callable[[str, str], None]) -> None:
     x, module = torch.randn(1, 2048, 64), model(causal)
     with pytest.raises(OptionError, match="uniform"):
         StemConfig(policy="uniform")
@@ -131,3 +143,21 @@ def test_a_policy_with_an_option_of_its_own(way: str, add: Callable[[str, str], 
     assert_equal_to_eager(module, x, row_blocks=16, **options)
     with pytest.raises(OptionError, match="row_blocks=0"):
         StemConfig.from_options({"policy": "uniform", "row_blocks": 0})
+
+
+@pytest.mark.parametrize("way", [*WAYS, "not at all"])
+def test_a_device_and_a_template(way: str, outside: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """On a device of the tests' own, which a process keeps for good; hence one for each."""
+    if way == "entry point":
+        install(outside, "tile_target", "tile_target:TEMPLATE")
+    env = os.environ | {"TRITON_INTERPRET": "1", "STEM_COMPILE_CACHE": str(tmp_path_factory.mktemp("cache"))}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "tests.growth_on_toy", str(outside), "yes" if way == "register" else "no"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    if way == "not at all":
+        assert result["reasons"] == ["device", "device"]
+    else:
+        assert result["kernels"] == ["tile_rows fp32 d16 64x64"] * 2
+    assert result["error"] <= ATTENTION.allowed(result["eager"], result["size"], torch.float32)

@@ -49,7 +49,8 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
 _FALLBACK = torch.library.Library("_", "IMPL")
 _FALLBACK.fallback(_run, "PrivateUse1")
 _EXPLICIT = torch.library.Library("aten", "IMPL")
-_OVERLOADS = [getattr(torch.ops.aten.arange, overload) for overload in ("default", "start", "start_step")]
-for _op in (*_OVERLOADS, torch.ops.aten.matmul.default):
-    # Their own definitions write into memory whose size they change.
+_ARANGE = [getattr(torch.ops.aten.arange, overload) for overload in ("default", "start", "start_step")]
+_ATEN = torch.ops.aten
+for _op in (*_ARANGE, _ATEN.matmul.default, _ATEN.constant_pad_nd.default, _ATEN.repeat.default):
+    # Their own definitions write into views, or into memory whose size they change.
     _EXPLICIT.impl(_op, lambda *args, _op=_op, **kwargs: _run(_op, *args, **kwargs), "PrivateUse1")
