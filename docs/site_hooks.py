@@ -20,7 +20,10 @@ ROOMS = {
     "selection": ("Selection", "stem_compile/selection/**/*.py"),
     "passes": ("Passes", "passes/**/*.py"),
     "kernels": ("Kernels", "kernels/**/*.py"),
+    "serving": ("Serving", "stem_compile/serving/**/*.py"),
+    "commands": ("Commands", "stem_compile/commands/**/*.py"),
     "bench": ("Measuring", "stem_compile/bench/**/*.py"),
+    "demo": ("The demonstration", "stem_compile/demo/**/*.py"),
     "testing": ("Testing", "stem_compile/testing/**/*.py"),
 }
 """Page of the API reference -> its title and the files whose docstrings it shows."""

@@ -16,11 +16,20 @@ def allowed_error(golden: torch.Tensor, eager: torch.Tensor) -> float:
     return ATTENTION.allowed(own, float(golden.abs().max().clamp(min=1e-30)), eager.dtype)
 
 
-def assert_close(ours: Any, eager: Any, closeness: Closeness | None = None) -> None:
-    """Two results, or two tuples of them, of which neither is the truth, are equal but for rounding in their dtype."""
+def assert_close(
+    ours: Any, eager: Any, closeness: Closeness | None = None, computed: torch.dtype | None = None
+) -> None:
+    """Two results, or two tuples of them, of which neither is the truth, are equal but for rounding in the dtype that
+    they were computed in, by default their own."""
     for a, b in zip(pytree.tree_leaves(ours), pytree.tree_leaves(eager), strict=True):
         rule = closeness or CLOSE[b.dtype if b.dtype in CLOSE else torch.float32]
-        torch.testing.assert_close(a, b, **rule.bounds(b.dtype))
+        torch.testing.assert_close(a, b, **rule.bounds(computed or b.dtype))
+
+
+def assert_close_by_largest(ours: torch.Tensor, eager: torch.Tensor) -> None:
+    """The same for results whose entries cancel, such as logits: relative to the largest entry of all."""
+    allowed = CLOSE[eager.dtype].bounds(eager.dtype)["rtol"] * float(eager.abs().max())
+    torch.testing.assert_close(ours, eager, rtol=0, atol=allowed)
 
 
 def assert_within(ours: torch.Tensor, golden: torch.Tensor, eager: torch.Tensor) -> None:

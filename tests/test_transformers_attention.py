@@ -14,6 +14,7 @@ import stem_compile
 from stem_compile.config import OptionError
 from stem_compile.reasons import StemWarning
 from stem_compile.selection import Observed, observe
+from tests.numerics import assert_close_by_largest
 
 transformers = pytest.importorskip("transformers")
 
@@ -80,7 +81,7 @@ def test_logits_and_tokens_are_eagers(kind: str, pad: int) -> None:
         tokens, sparse_tokens = eager.generate(**given, **arguments), stem.generate(**given, **arguments)
     assert len(observed) == 2 * SMALL["num_hidden_layers"], "every layer of both prefills is sparse, no decode is"
     real = given["attention_mask"].bool()
-    torch.testing.assert_close(actual[real], expected[real], rtol=0, atol=1e-4 * float(expected.abs().max()))
+    assert_close_by_largest(actual[real], expected[real])
     assert torch.equal(tokens, sparse_tokens)
 
 
@@ -114,7 +115,7 @@ def test_chunks_on_a_cache_select_as_one_shot() -> None:
         cache, parts = transformers.DynamicCache(config=model.config), []
         for start in range(0, 512, 128):
             parts.append(model(input_ids=ids[:, start : start + 128], past_key_values=cache).logits)
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-4 * float(whole.abs().max()))
+    assert_close_by_largest(torch.cat(parts, 1), whole)
 
 
 def test_a_model_that_computes_with_its_mask_gets_the_dense_one() -> None:

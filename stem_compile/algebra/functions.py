@@ -59,6 +59,7 @@ class FloorDiv(sympy.Function):  # type: ignore[misc]
 
     @classmethod
     def eval(cls, a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
+        """The quotient of two numbers, of a division by 1, and of a sum whose coefficients all divide."""
         if b == 0:
             return None
         if a.is_Integer and b.is_Integer:
@@ -86,6 +87,7 @@ class Where(sympy.Function):  # type: ignore[misc]
 
     @classmethod
     def eval(cls, condition: Any, a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
+        """The branch that a decided condition leaves."""
         if condition in (sympy.true, sympy.false):
             return a if condition == sympy.true else b
         return None

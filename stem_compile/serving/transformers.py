@@ -59,6 +59,7 @@ class PrefillMask:
 
     @property
     def shape(self) -> torch.Size:
+        """[batch, 1, q_len, kv_len], as that of the tensor that it stands for."""
         a = self.arguments
         return torch.Size((a["batch_size"], 1, int(a["q_length"]), int(a["kv_length"])))
 

@@ -34,10 +34,12 @@ class Gap:
 
     @property
     def ratio(self) -> float:
+        """Error over budget; infinite where there is no budget."""
         return self.error / self.budget if self.budget else float("inf")
 
     @property
     def ok(self) -> bool:
+        """Whether the error is within the budget."""
         return self.ratio <= 1
 
     @property

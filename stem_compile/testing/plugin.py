@@ -22,6 +22,7 @@ MARK = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """The options ``--stem-options`` and ``--stem-seed``."""
     group = parser.getgroup("stem-compile")
     group.addoption(
         "--stem-options",
@@ -35,6 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """The marker ``stem``."""
     config.addinivalue_line("markers", MARK)
 
 

@@ -86,6 +86,7 @@ class Report:
 
     @property
     def failures(self) -> list[Result]:
+        """Results of the properties that do not hold."""
         return [r for r in self.results if r.verdict == "fail"]
 
     @property

@@ -64,18 +64,22 @@ class ModelInputs:
 
     @property
     def inputs(self) -> Inputs:
+        """The inputs of the case, drawn anew."""
         return self.source.make(self.case)
 
     @property
     def args(self) -> tuple[Any, ...]:
+        """Positional arguments of the model."""
         return self.inputs.args
 
     @property
     def kwargs(self) -> dict[str, Any]:
+        """Keyword arguments of the model."""
         return self.inputs.kwargs
 
     @property
     def valid(self) -> torch.Tensor | None:
+        """Bool [batch, length], positions that are no padding; None where all count."""
         return self.inputs.valid
 
 
@@ -109,6 +113,7 @@ class AttentionInputs:
 
     @property
     def kv_len(self) -> int:
+        """Keys: those of the prefix and those of the queries."""
         return self.prefix + self.q_len
 
     @property

@@ -56,7 +56,9 @@ CLOSE = {
 """Two attentions, one ours and one eager's, by their dtype."""
 CLOSE_SHORT = Closeness(80, 80, "fp32 over some dozens of keys")
 CLOSE_DEEP = Closeness(8000, 800, "fp32 through several layers or an attention over raw activations of large scores")
-EXPRESSION = Closeness(16, 8, "one printed expression in fp32: a handful of operations, a tanh of relative error 2^-20")
+LARGE_SCORES = Closeness(0, 4.1e5, "scores of some thousands in fp32: a weight is off by the score's own last digits")
+PRINTED = Closeness(8, 8, "one printed expression in fp32: a handful of operations")
+PRINTED_TANH = Closeness(16, 8, "the same with a tanh of relative error 2^-20")
 
 RELATIVE = {
     "bfloat16": (8e-3, "two to three roundings of the working type, relative to a query block"),

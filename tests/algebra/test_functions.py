@@ -23,6 +23,8 @@ from stem_compile.algebra.masks import environment
 from stem_compile.algebra.symbolic import KV, KV_LEN, Q_LEN, SCORE, B, H, Q
 from stem_compile.kernels.triton import codegen
 from stem_compile.kernels.triton.arguments import arguments
+from stem_compile.testing.tolerances import PRINTED
+from tests.numerics import assert_close
 
 SHAPE = (2, 2, 5, 7)
 IDS = torch.tensor([[3, -2, 0, 5, 1, 9, 4], [0, 0, 2, 2, -7, 1, 6]])
@@ -269,7 +271,7 @@ def test_a_registered_function_goes_everywhere(sign: Callable[..., Any], tmp_pat
     expr = SCORE + sign(SCORE - symbolic.tensor(1)(H))
     assert text.decode(text.encode(expr)) == expr
     result = run({"f": expr}, tmp_path)["f"]
-    torch.testing.assert_close(result, symbolic.evaluate(expr, env()).double(), rtol=1e-6, atol=1e-6)
+    assert_close(result, symbolic.evaluate(expr, env()).double(), PRINTED, torch.float32)
     assert symbolic.bounds(sign(SCORE), {}) == (-1, 1)
     with pytest.raises(ValueError, match="registered already"):
         functions.register(functions.by_name()["Sign"])

@@ -17,6 +17,7 @@ from stem_compile.algebra.symbolic import KV, SCORE, Q
 from stem_compile.passes import analyze_masks, compare, pipeline
 from stem_compile.passes.graph.sites import AttentionSite
 from stem_compile.reasons import Reason
+from tests.numerics import assert_close
 from tests.passes.capture import rewritten
 
 N = 70
@@ -98,7 +99,7 @@ def test_what_was_misread_is_refused(
     monkeypatch.setattr(analyze_masks, "_read", wrong)
     rewrite, out = rewritten(function, inputs(), dynamic=dynamic)
     assert [hit.reason for hit in rewrite.rejected] == [Reason.UNPROVEN]
-    torch.testing.assert_close(out, function(*inputs()), rtol=1e-4, atol=1e-5)
+    assert_close(out, function(*inputs()))
 
 
 @pytest.mark.parametrize("dynamic", [None, True])

@@ -69,6 +69,7 @@ class Tally:
 
     @property
     def programs(self) -> int:
+        """Programs tried."""
         return sum(self.verdicts.values())
 
     @property
@@ -82,6 +83,7 @@ class Tally:
         return self.decisions["rewritten"] / max(sum(self.decisions.values()), 1)
 
     def add(self, message: dict[str, Any]) -> None:
+        """Count one trial."""
         self.verdicts[message["verdict"]] += 1
         self.inner[message["inner"]] += 1
         if message["verdict"] == "void":

@@ -46,6 +46,7 @@ class Outcome:
 
     @property
     def bad(self) -> bool:
+        """Whether the trial shows a defect."""
         return self.verdict in BAD
 
     def __str__(self) -> str:

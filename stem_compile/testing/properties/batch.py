@@ -23,6 +23,7 @@ EXAMPLES = 6
 
 
 def cases(subject: Subject) -> Any:
+    """Strategy of the examples to try. Raises Inapplicable where the property says nothing about the subject."""
     from hypothesis import strategies as st
 
     from stem_compile.testing.lengths import sparse
@@ -42,6 +43,7 @@ def cases(subject: Subject) -> Any:
 
 
 def check(subject: Subject, case: Case) -> Measure:
+    """Whether the property holds on one example: how close it came to failing. Raises Violation where it does not."""
     inputs = subject.inputs(case)
     run = subject.run_of(case)
     dense, allowed, worst = dense_of(run.made), subject.budget(case), 0.0

@@ -29,6 +29,7 @@ EXAMPLES = 8
 
 
 def cases(subject: Subject) -> Any:
+    """Strategy of the examples to try. Raises Inapplicable where the property says nothing about the subject."""
     from stem_compile.testing.lengths import sparse
     from stem_compile.testing.strategies import cases as drawn
 
@@ -36,6 +37,7 @@ def cases(subject: Subject) -> Any:
 
 
 def check(subject: Subject, case: Case) -> Measure:
+    """Whether the property holds on one example: how close it came to failing. Raises Violation where it does not."""
     run = subject.run_of(case)
     if not run.made:
         raise Inapplicable("no attention was rewritten")

@@ -24,6 +24,7 @@ EXAMPLES = 8
 
 
 def cases(subject: Subject) -> Any:
+    """Strategy of the examples to try. Raises Inapplicable where the property says nothing about the subject."""
     from hypothesis import strategies as st
 
     from stem_compile.testing.lengths import bounds, sparse
@@ -42,6 +43,7 @@ def cases(subject: Subject) -> Any:
 
 
 def check(subject: Subject, case: Case) -> Measure:
+    """Whether the property holds on one example: how close it came to failing. Raises Violation where it does not."""
     whole = dataclasses.replace(case, cut=0)
     here = subject.inputs(whole)
     other = subject.inputs(Case(case.length, case.batch, case.seed + 1000, style=case.style))

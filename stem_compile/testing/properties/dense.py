@@ -21,6 +21,7 @@ EXAMPLES = 16
 
 
 def cases(subject: Subject) -> Any:
+    """Strategy of the examples to try. Raises Inapplicable where the property says nothing about the subject."""
     from stem_compile.testing.lengths import dense
     from stem_compile.testing.strategies import cases as drawn
 
@@ -28,6 +29,7 @@ def cases(subject: Subject) -> Any:
 
 
 def check(subject: Subject, case: Case) -> Measure:
+    """Whether the property holds on one example: how close it came to failing. Raises Violation where it does not."""
     run = subject.run(case, budget=1.0)
     found = numerics.gap(run.output, subject.golden(case), subject.budget(case), subject.inputs(case).valid)
     return require(found, "the output at budget 1.0 is not the model's")

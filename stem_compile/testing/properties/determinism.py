@@ -26,6 +26,7 @@ EXAMPLES = 5
 
 
 def cases(subject: Subject) -> Any:
+    """Strategy of the examples to try. Raises Inapplicable where the property says nothing about the subject."""
     from stem_compile.testing.lengths import sparse
     from stem_compile.testing.strategies import cases as drawn
 
@@ -35,6 +36,7 @@ def cases(subject: Subject) -> Any:
 
 
 def check(subject: Subject, case: Case) -> Measure:
+    """Whether the property holds on one example: how close it came to failing. Raises Violation where it does not."""
     inputs = subject.inputs(case)
     with torch.no_grad():
         own = [

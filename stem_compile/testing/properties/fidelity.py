@@ -23,6 +23,7 @@ EXAMPLES = 2
 
 
 def cases(subject: Subject) -> Any:
+    """Strategy of the examples to try. Raises Inapplicable where the property says nothing about the subject."""
     from hypothesis import strategies as st
 
     from stem_compile.testing.lengths import sparse
@@ -34,6 +35,7 @@ def cases(subject: Subject) -> Any:
 
 
 def check(subject: Subject, case: Case) -> Measure:
+    """Whether the property holds on one example: how close it came to failing. Raises Violation where it does not."""
     given = subject.inputs(case) if subject.text is None else subject.text_inputs()
     leaves = [
         x
@@ -57,6 +59,7 @@ def check(subject: Subject, case: Case) -> Measure:
 
 
 def note(subject: Subject) -> str:
+    """What the figures are of."""
     return "on random tokens, which tell little: give a text" if subject.text is None else "on your text"
 
 

@@ -33,6 +33,7 @@ PEAK = 200.0
 
 
 def cases(subject: Subject) -> Any:
+    """Strategy of the examples to try. Raises Inapplicable where the property says nothing about the subject."""
     from stem_compile.testing.lengths import sparse
     from stem_compile.testing.strategies import cases as drawn
 
@@ -40,6 +41,7 @@ def cases(subject: Subject) -> Any:
 
 
 def check(subject: Subject, case: Case) -> Measure:
+    """Whether the property holds on one example: how close it came to failing. Raises Violation where it does not."""
     run, inputs = subject.run_of(case), subject.inputs(case)
     if not run.made:
         raise Inapplicable("no attention was rewritten")

@@ -26,6 +26,7 @@ EXAMPLES = 10
 
 
 def cases(subject: Subject) -> Any:
+    """Strategy of the examples to try. Raises Inapplicable where the property says nothing about the subject."""
     from hypothesis import strategies as st
 
     from stem_compile.testing.lengths import bounds, sparse
@@ -61,6 +62,7 @@ def alone(inputs: Inputs, case: Case) -> Inputs:
 
 
 def check(subject: Subject, case: Case) -> Measure:
+    """Whether the property holds on one example: how close it came to failing. Raises Violation where it does not."""
     padded = subject.inputs(case)
     single = alone(padded, case)
     kept = slice(case.pad, None) if case.side == "left" else slice(0, case.length - case.pad)

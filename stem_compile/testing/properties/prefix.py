@@ -28,6 +28,7 @@ FEWEST = 16
 
 
 def cases(subject: Subject) -> Any:
+    """Strategy of the examples to try. Raises Inapplicable where the property says nothing about the subject."""
     from hypothesis import strategies as st
 
     from stem_compile.testing.lengths import sparse
@@ -69,6 +70,7 @@ def _chunked_golden(subject: Subject, inputs: Inputs, case: Case) -> torch.Tenso
 
 
 def check(subject: Subject, case: Case) -> Measure:
+    """Whether the property holds on one example: how close it came to failing. Raises Violation where it does not."""
     whole = dataclasses.replace(case, cut=0)
     inputs, allowed = subject.inputs(whole), subject.budget(whole)
     own = numerics.gap(_chunked_golden(subject, inputs, case), subject.eager(whole), allowed)

@@ -30,6 +30,7 @@ threshold of lengths."""
 
 
 def cases(subject: Subject) -> Any:
+    """Strategy of the examples to try. Raises Inapplicable where the property says nothing about the subject."""
     from hypothesis import strategies as st
 
     from stem_compile.testing.strategies import SEEDS
@@ -48,6 +49,7 @@ def lengths(block: int, large: bool = False) -> list[int]:
 
 
 def check(subject: Subject, case: Case) -> Measure:
+    """Whether the property holds on one example: how close it came to failing. Raises Violation where it does not."""
     tried = [
         n
         for n in lengths(subject.block, subject.large)
