@@ -55,6 +55,7 @@ CLOSE = {
 }
 """Two attentions, one ours and one eager's, by their dtype."""
 CLOSE_SHORT = Closeness(80, 80, "fp32 over some dozens of keys")
+CLOSE_SAME = Closeness(80, 16, "one fp32 attention computed twice by the same kernels in another layout")
 CLOSE_DEEP = Closeness(8000, 800, "fp32 through several layers or an attention over raw activations of large scores")
 LARGE_SCORES = Closeness(0, 4.1e5, "scores of some thousands in fp32: a weight is off by the score's own last digits")
 PRINTED = Closeness(8, 8, "one printed expression in fp32: a handful of operations")

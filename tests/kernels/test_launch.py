@@ -17,7 +17,9 @@ from stem_compile.kernels.targets.cpu import target as cpu
 from stem_compile.ops import SparseAttentionArgs
 from stem_compile.reasons import KernelWarning
 from stem_compile.selection import FULL
+from stem_compile.testing.tolerances import CLOSE_SAME
 from tests.kernels.kernel_cases import MASKS, SCORES, Case
+from tests.numerics import assert_close
 
 LENGTH = 300
 
@@ -116,9 +118,9 @@ def test_key_heads_and_value_heads_that_differ(key_heads: int, value_heads: int,
         out, repeated = run(q, k, v), run(q, *(x.repeat_interleave(4 // x.shape[1], 1) for x in (k, v)))
         told = stem_compile.explain(grouped, options)(q, k, v)
     assert [s["decision"] for s in told.to_dict()["sites"]] == ["rewritten"]
-    torch.testing.assert_close(out, repeated, atol=2e-6, rtol=1e-5)
+    assert_close(out, repeated, CLOSE_SAME)
     if budget == 1.0:
-        torch.testing.assert_close(out, grouped(q, k, v), atol=2e-6, rtol=1e-5)
+        assert_close(out, grouped(q, k, v), CLOSE_SAME)
 
 
 def test_heads_that_do_not_divide_are_one_clear_error() -> None:
