@@ -80,8 +80,8 @@ def _compare(subject: Subject, inputs: Inputs) -> _Compared:
 
 
 def _witnessed(subject: Subject, inputs: Inputs, run: Run) -> _Compared:
-    golden, golden_taps = subject.oracle.run(inputs, run.made, subject.config, exact=True)
     own, own_taps = subject.oracle.run(inputs, run.made, subject.config, exact=False)
+    golden, golden_taps = subject.oracle.run(inputs, run.made, subject.config, exact=True)
     full = all(bool((m.selection.dense(m.candidates) == m.candidates).all()) for m in run.made)
     if full:
         # Nothing is left out: the model itself, uncompiled, is the better witness.

@@ -58,9 +58,16 @@ class _Traced(TorchFunctionMode):
 
     def __init__(self, positions: Positions | None, data: Iterable[torch.Tensor], plays: bool) -> None:
         super().__init__()
-        self._positions, self._plays = positions, plays
-        for tensor in data:
+        self._positions, self._plays, self._data = positions, plays, list(data)
+        for tensor in self._data:
             tensor._stem_data = True  # type: ignore[attr-defined]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        # Parameters are their owner's.
+        for tensor in self._data:
+            if hasattr(tensor, "_stem_data"):
+                del tensor._stem_data
 
     def _call(self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return function(*args, **kwargs)
@@ -116,8 +123,6 @@ class Exact(_Traced):
     _METHODS = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
 
     def __init__(self, positions: Positions | None = None, data: Iterable[torch.Tensor] = ()) -> None:
-        if positions is not None:
-            positions.rewind()
         super().__init__(positions, data, plays=True)
 
     def _call(self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -162,6 +167,7 @@ def exactly(
     with torch.no_grad(), Recorded(positions, [*model.parameters(), *floating(mine)]):
         model(*mine[0], **mine[1])
     twin = golden_copy(model) if twin is None else twin
+    positions.rewind()
     theirs = doubled((tuple(args), dict(kwargs)))
     with torch.no_grad(), Exact(positions, [*twin.parameters(), *floating(theirs)]):
         return twin(*theirs[0], **theirs[1])

@@ -3,6 +3,7 @@ of the user's."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -44,12 +45,50 @@ def source_of(model: torch.nn.Module, given: Any = None) -> Source:
     if hasattr(given, "example") and hasattr(given, "map"):
         return Source(lambda case: _inputs(case.given), frozenset(), strategy=given, words="drawn by a strategy")
     if callable(given):
-        return Source(
-            lambda case: _inputs(given(case.batch, case.length, case.seed)),
-            frozenset({"batch", "length"}),
-            words="made by make_inputs",
-        )
-    return _of_example(_inputs(given))
+        return _of_function(given)
+    return _padded(_of_example(_inputs(given)), Case())
+
+
+def _of_function(given: Callable[[int, int, int], Any]) -> Source:
+    made = Source(
+        lambda case: _inputs(given(case.batch, case.length, case.seed)),
+        frozenset({"batch", "length"}),
+        words="made by make_inputs",
+    )
+    return _padded(made, Case(batch=2))
+
+
+def _padded(source: Source, probe: Case) -> Source:
+    """The same, with padding in the inputs' own ``attention_mask`` where they have one of shape [batch, length]. A mask
+    that already hides tokens is the user's and stays."""
+
+    def mask_of(made: Inputs, case: Case) -> torch.Tensor | None:
+        mask = made.kwargs.get("attention_mask")
+        if not isinstance(mask, torch.Tensor) or mask.shape != (case.batch, case.length) or mask.is_floating_point():
+            return None
+        return mask
+
+    try:
+        mask = mask_of(source.make(probe), probe)
+    except Exception:
+        # A function that does not take this length tells nothing; its own lengths will fail in their own words.
+        return source
+    if mask is None:
+        return source
+
+    def make(case: Case) -> Inputs:
+        made = source.make(case)
+        mask = mask_of(made, case)
+        if mask is None:
+            return made
+        if case.pad and bool(mask.all()):
+            mask = mask.clone()
+            mask[-1, slice(0, case.pad) if case.side == "left" else slice(case.length - case.pad, None)] = 0
+        valid = None if bool(mask.all()) else mask.bool()
+        return Inputs(made.args, made.kwargs | {"attention_mask": mask}, valid)
+
+    can = source.can | ({"padding"} if bool(mask.all()) else set())
+    return dataclasses.replace(source, make=make, can=can)
 
 
 def _inputs(value: Any) -> Inputs:

@@ -14,10 +14,16 @@ from stem_compile.testing.violation import Inapplicable
 
 
 def dense(subject: Subject) -> Any:
-    """From one token to a few query blocks, ragged ends included. One token is a trace of its own, left to
+    """From one token to a few query blocks, ragged ends included; block edges often, those of twice the block too, as
+    kernels have tiles of their own. One token is a trace of its own, left to
     shape-robustness for large models."""
     longest = min(4 * subject.block + 3, subject.source.longest)
-    return st.integers(min(2 * subject.block + 1, longest), longest) if subject.large else st.integers(1, longest)
+    if subject.large:
+        return st.integers(min(2 * subject.block + 1, longest), longest)
+    edges = [
+        n for n in (2 * subject.block + 1, 4 * subject.block + 1, subject.block, subject.block - 1) if n <= longest
+    ]
+    return st.one_of(st.integers(1, longest), st.sampled_from(edges or [longest]))
 
 
 def bounds(subject: Subject) -> tuple[int, int]:

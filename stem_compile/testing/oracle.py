@@ -22,7 +22,7 @@ from stem_compile.passes.graph.sites import AttentionSite, Mods
 from stem_compile.passes.graph.values import View
 from stem_compile.selection import Observed
 from stem_compile.testing.case import Inputs
-from stem_compile.testing.exact import Exact, doubled
+from stem_compile.testing.exact import Exact, Positions, Recorded, doubled
 from stem_compile.testing.traced import Traced, primary
 
 
@@ -156,6 +156,10 @@ class _Replay(fx.Interpreter):
         return of.apply(self.env[of.node]) if isinstance(of, View) else self.env[of]
 
 
+def _is_data(x: Any, buffers: frozenset[int]) -> bool:
+    return isinstance(x, torch.Tensor) and x.is_floating_point() and id(x) not in buffers
+
+
 class Oracle:
     """Dense runs of traced graphs. One a trace: what is built for a graph answers to the oracle that built it."""
 
@@ -163,13 +167,18 @@ class Oracle:
         self._traced = traced
         self._next: Iterator[Any] = iter(())
         self._taps: list[torch.Tensor] = []
+        self._positions = Positions()
 
     def run(
         self, inputs: Inputs, made: Sequence[Observed] | None, config: StemConfig, exact: bool
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """(output, each attention's output [B, H, q_len, dv]). made: the captured selections, None for all blocks;
-        exact: in fp64. Raises Mismatch."""
+        exact: in fp64, at the positions of the last run that was not (``exact.Positions``). Raises Mismatch."""
         self._taps, self._next = [], iter(made or ())
+        if exact:
+            self._positions.rewind()
+        else:
+            self._positions = Positions()
         self._dense, self._exact = made is None, exact
         build = functools.partial(self._build, config=config)
         key = ("oracle", config)
@@ -206,9 +215,10 @@ class Oracle:
 
         def call(*args: Any) -> Any:
             replay = _Replay(module, sites, self._attend)
-            if not self._exact:
-                return replay.run(*args)
-            with Exact():
-                return replay.run(*doubled(args))
+            mine = doubled(args) if self._exact else args
+            # A buffer, such as rotary frequencies, is no data.
+            data = [x for x, of in zip(mine, args, strict=True) if _is_data(of, self._traced.buffers)]
+            with (Exact if self._exact else Recorded)(self._positions, data):
+                return replay.run(*mine)
 
         return call

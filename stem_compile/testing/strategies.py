@@ -94,15 +94,17 @@ def model_inputs(
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """Shapes of one attention. ``tensors()`` gives q [B, H, q_len, d], k [B, Hk, kv_len, d], v [B, Hk, kv_len, dv],
+    """Shapes of one attention. ``tensors()`` gives q [B, H, q_len, d], k [B, Hk, kv_len, d], v [B, Hv, kv_len, dv],
     normal numbers times ``spread``.
 
+    value_heads: Hv, 0 for as many as key heads.
     transposed: memory is [B, length, heads, d], as models have it after splitting heads.
     """
 
     batch: int = 1
     heads: int = 1
     key_heads: int = 1
+    value_heads: int = 0
     q_len: int = 64
     prefix: int = 0
     head_dim: int = 16
@@ -129,7 +131,7 @@ class AttentionInputs:
         sizes = (
             (self.heads, self.q_len, self.head_dim),
             (self.key_heads, self.kv_len, self.head_dim),
-            (self.key_heads, self.kv_len, self.value_dim),
+            (self.value_heads or self.key_heads, self.kv_len, self.value_dim),
         )
 
         def drawn(heads: int, length: int, width: int) -> torch.Tensor:
@@ -141,14 +143,16 @@ class AttentionInputs:
 
 
 def attention_inputs(
-    max_length: int = 320, head_dims: tuple[int, ...] = (16, 32, 64)
+    max_length: int = 320, head_dims: tuple[int, ...] = (16, 32, 64), unequal: bool = False
 ) -> st.SearchStrategy[AttentionInputs]:
-    """Shapes of one attention: grouped heads, cached prefixes, ragged lengths, large scores, transposed memory."""
+    """Shapes of one attention: grouped heads, cached prefixes, ragged lengths, large scores, transposed memory, batches
+    of up to 6. unequal: also value heads that are not as many as key heads."""
     groups = st.tuples(st.sampled_from((1, 2, 3)), st.sampled_from((1, 2, 4)))
     return st.builds(
         lambda groups, dims, **rest: AttentionInputs(
             key_heads=groups[0],
             heads=groups[0] * groups[1],
+            value_heads=groups[0] * groups[1] if rest.pop("apart") else 0,
             head_dim=dims,
             value_dim=dims if not rest.pop("narrow") else head_dims[0],
             **rest,
@@ -156,7 +160,8 @@ def attention_inputs(
         groups=groups,
         dims=st.sampled_from(head_dims),
         narrow=st.booleans(),
-        batch=st.integers(1, 2),
+        apart=st.booleans() if unequal else st.just(False),
+        batch=st.sampled_from((1, 2, 2, 5, 6)),
         q_len=st.integers(1, max_length),
         prefix=st.one_of(st.just(0), st.integers(1, max_length)),
         spread=st.sampled_from((1.0, 4.0, 12.0)),

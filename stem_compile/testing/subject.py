@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import warnings
@@ -20,7 +21,7 @@ from stem_compile.reasons import KernelWarning
 from stem_compile.selection import BlockSelection, Observed, observe
 from stem_compile.testing import numerics
 from stem_compile.testing.case import Case, Inputs
-from stem_compile.testing.exact import Exact, golden_copy
+from stem_compile.testing.exact import exactly, golden_copy
 from stem_compile.testing.inputs import Source, place_of, source_of
 from stem_compile.testing.oracle import Oracle
 from stem_compile.testing.traced import Traced, primary
@@ -40,6 +41,9 @@ LARGE = 20_000_000
 """Models with more parameters get no sinks, so that fewer tokens leave blocks to choose from, few lengths, seeds and
 batch sizes, so that properties share
 runs and traces, and a limit of time: minutes on a CPU, not hours."""
+
+LOWER = (torch.bfloat16, torch.float16)
+"""Dtypes in which a model of fp32 is tried as well."""
 
 Force = Callable[[int, Observed], BlockSelection | None]
 """(number of the attention in this call, what was selected) -> what to compute instead."""
@@ -88,6 +92,10 @@ def brief(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _cast(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: x.to(dtype) if x.is_floating_point() else x
+
+
 class Subject:
     """options: the backend's, merged with ``SMALL``. expected: sites that must be rewritten, None for all. text: token
     ids [1, N] for fidelity;
@@ -120,6 +128,7 @@ class Subject:
         self._kept = functools.lru_cache(maxsize=3)(self.run)
         self.golden_of = functools.lru_cache(maxsize=4 if self.large else 8)(self._golden_of)
         self._twin = functools.cache(lambda: golden_copy(self.model))
+        self.lowered = functools.cache(self._lowered)
 
     @property
     def wide(self) -> bool:
@@ -152,6 +161,13 @@ class Subject:
             dataclasses.replace(made, kwargs=made.kwargs | {"use_cache": True}) if "cache" in self.source.can else made
         )
 
+    def _lowered(self, dtype: torch.dtype) -> Subject:
+        """The same model in another dtype, its floating inputs too; made once a dtype."""
+        source = dataclasses.replace(self.source, make=lambda case: self.inputs(case).tensors(_cast(dtype)))
+        twin = Subject(copy.deepcopy(self.model).to(dtype), lambda batch, length, seed: (), self.options)
+        twin.source, twin.inputs = source, functools.lru_cache(maxsize=64)(source.make)
+        return twin
+
     def text_inputs(self) -> Inputs:
         """The user's text."""
         assert self.text is not None
@@ -162,9 +178,7 @@ class Subject:
         return self.golden_of(self.inputs(case))
 
     def _golden_of(self, given: Inputs) -> torch.Tensor:
-        raised = given.tensors(lambda x: x.double() if x.is_floating_point() else x)
-        with torch.no_grad(), Exact():
-            return primary(self._twin()(*raised.args, **raised.kwargs))
+        return primary(exactly(self.model, given.args, given.kwargs, self._twin()))
 
     def budget(self, case: Case) -> float:
         """Error a position of this case's output may have: see ``numerics``."""
@@ -231,3 +245,5 @@ class Subject:
         self.traced.forget()
         self._compiled.clear()
         self._kept.cache_clear()
+        for dtype in LOWER if self.lowered.cache_info().currsize else ():
+            self.lowered(dtype).forget()

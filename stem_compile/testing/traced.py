@@ -28,6 +28,11 @@ class Traced:
         self._graphs: list[dict[Any, Callable[..., Any]]] = []
         self._compiled: Any = None
 
+    @property
+    def buffers(self) -> frozenset[int]:
+        """Identities of the model's buffers."""
+        return frozenset(map(id, self._model.buffers()))
+
     def run(self, key: Any, build: Build, *args: Any, **kwargs: Any) -> Any:
         """The model's result, its graphs run by what ``build`` makes of them."""
         if self._compiled is None:

@@ -138,6 +138,31 @@ def _(patch: Patch) -> None:
     plain(patch, weights)
 
 
+@fault("the last token is lost where a length is one beyond 128", "shape-robustness")
+def _(patch: Patch) -> None:
+    def lost(c: Call, out: torch.Tensor) -> torch.Tensor:
+        if out.shape[2] % 128 == 1:
+            out[:, :, -1] = 0
+        return out
+
+    output(patch, lost)
+
+
+@fault("batches of five and more read the keys of row 0", "dense-equivalence")
+def _(patch: Patch) -> None:
+    attend(patch, k=lambda c: c["k"][:1].expand_as(c["k"]).contiguous() if len(c["k"]) >= 5 else c["k"])
+
+
+@fault("values by the keys' heads, where these are fewer", "dense-equivalence", model="unequal heads")
+def _(patch: Patch) -> None:
+    attend(patch, v=lambda c: c["v"][:, :1].expand_as(c["v"]).contiguous() if c["q"].shape[1] > 1 else c["v"])
+
+
+@fault("half precision reads the neighbouring value head", "half-precision")
+def _(patch: Patch) -> None:
+    attend(patch, v=lambda c: c["v"].roll(1, 1) if c["v"].dtype in (torch.bfloat16, torch.float16) else c["v"])
+
+
 @fault("a length one beyond a block fails", "shape-robustness")
 def _(patch: Patch) -> None:
     def picky(c: Call, out: torch.Tensor) -> torch.Tensor:

@@ -6,8 +6,9 @@ from typing import Any
 
 from stem_compile.algebra import masks
 from stem_compile.algebra.masks import Causal, Padding
+from stem_compile.algebra.symbolic import KV, Q
 from stem_compile.passes import pipeline
-from stem_compile.passes.graph.sites import Rejected
+from stem_compile.passes.graph.sites import AttentionSite, Rejected
 from stem_compile.passes.graph.values import value
 from stem_compile.reasons import Reason
 from tests.testing.plants import Patch, attend, fault, sites, terms
@@ -41,6 +42,14 @@ def _(patch: Patch) -> None:
 @fault("padding mask read one key too far", "dense-equivalence")
 def _(patch: Patch) -> None:
     attend(patch, tensors=lambda c: [t.roll(1, -1) for t in c["tensors"]])
+
+
+@fault("positions in floating point are read as exact numbers", "dense-equivalence", model="fractional positions")
+def _(patch: Patch) -> None:
+    def exact(site: AttentionSite) -> None:
+        site.mask, site.tensors = Causal() & masks.predicate(Q - KV <= 25), []
+
+    sites(patch, exact)
 
 
 @fault("scale forgotten", "dense-equivalence")

@@ -85,6 +85,15 @@ def _(patch: Patch) -> None:
     lists(patch, beyond)
 
 
+@fault("keys that nobody sees are pooled into block scores", "hidden-keys")
+def _(patch: Patch) -> None:
+    def pooled(c: Call) -> torch.Tensor:
+        group = c["q"].shape[1] // c["k"].shape[1]
+        return c["q"] + c["k"].sum(2, keepdim=True).repeat_interleave(group, 1)  # type: ignore[no-any-return]
+
+    select(patch, q=pooled)
+
+
 @fault("the budget is spent on padding", "padding-invariance")
 def _(patch: Patch) -> None:
     def unpadded(c: Call) -> str:

@@ -3,6 +3,7 @@ offline."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,6 +47,34 @@ class Plain(torch.nn.Module):
         return out
 
 
+class Fractions(Plain):
+    """A window of fractional positions, which ends where rounding in fp32 puts it."""
+
+    def mask(self, n: int) -> torch.Tensor:
+        i, j = torch.arange(n)[:, None], torch.arange(n)[None]
+        return ((i * 0.02 - j * 0.02) <= 0.5) & (j <= i)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        q, k, v = (
+            x.unflatten(-1, (self.heads, 16)).transpose(1, 2) for x in self.qkv(self.embedding(tokens)).chunk(3, -1)
+        )
+        mask = self.mask(tokens.shape[1])
+        out: torch.Tensor = self.out(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+        return out
+
+
+class Unequal(Plain):
+    """One key head for all query heads, and a value head for each."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        q, k, v = (
+            x.unflatten(-1, (self.heads, 16)).transpose(1, 2) for x in self.qkv(self.embedding(tokens)).chunk(3, -1)
+        )
+        k = k[:, :1].expand(k.shape)
+        out: torch.Tensor = self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return out
+
+
 def plain() -> torch.nn.Module:
     """``Plain`` with the same weights every time; also what the command line's tests name as their factory."""
     torch.manual_seed(0)
@@ -57,3 +86,16 @@ def encoder() -> torch.nn.Module:
     torch.manual_seed(0)
     layer = torch.nn.TransformerEncoderLayer(64, 4, 64, dropout=0.0, batch_first=True)
     return torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+
+
+def _seeded(make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return make().eval()
+
+
+SUBJECTS: dict[str, Callable[[], torch.nn.Module]] = {
+    "llama": lambda: transformer("llama"),
+    "fractional positions": lambda: _seeded(Fractions),
+    "unequal heads": lambda: _seeded(Unequal),
+}
+"""Models that faults are planted under."""

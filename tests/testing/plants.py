@@ -24,11 +24,13 @@ Call = dict[str, Any]
 
 @dataclass(frozen=True)
 class Fault:
-    """name: the mistake in words. caught_by: name of a property. plant: makes it, with pytest's monkeypatch."""
+    """name: the mistake in words. caught_by: name of a property. plant: makes it, with pytest's monkeypatch.
+    model: name of the model in ``models.SUBJECTS`` that it is planted under."""
 
     name: str
     caught_by: str
     plant: Callable[[Patch], None]
+    model: str = "llama"
 
     @contextmanager
     def planted(self) -> Iterator[None]:
@@ -41,9 +43,9 @@ class Fault:
 FAULTS: list[Fault] = []
 
 
-def fault(name: str, caught_by: str) -> Callable[[Callable[[Patch], None]], None]:
+def fault(name: str, caught_by: str, model: str = "llama") -> Callable[[Callable[[Patch], None]], None]:
     """Enter the decorated plant into ``FAULTS``."""
-    return lambda plant: FAULTS.append(Fault(name, caught_by, plant))
+    return lambda plant: FAULTS.append(Fault(name, caught_by, plant, model))
 
 
 # -- where faults are planted

@@ -5,11 +5,12 @@ One fault a property by default; all of them, and the table of the docs, with ST
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from stem_compile.testing import properties
 from stem_compile.testing.search import search
 from stem_compile.testing.subject import Subject
 from tests.testing.faults import FAULTS, Fault, table, versions
-from tests.testing.models import transformer
+from tests.testing.models import SUBJECTS
 
 DOCS = Path(__file__).parents[2] / "docs" / "faults.md"
 SEED = 0
@@ -49,17 +50,18 @@ def _fresh_compiler() -> None:
 
 
 @pytest.fixture(scope="module")
-def subject() -> Iterator[Subject]:
-    """One traced model for all faults; each has its graphs rewritten anew."""
+def subjects() -> Iterator[Callable[[str], Subject]]:
+    """One traced model of each kind for all faults; each has its graphs rewritten anew."""
     torch._dynamo.reset()
     logging.disable(logging.CRITICAL)
-    yield Subject(transformer("llama"))
+    yield functools.cache(lambda name: Subject(SUBJECTS[name]()))
     logging.disable(logging.NOTSET)
     torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("fault", _chosen())
-def test_is_caught(fault: Fault, subject: Subject) -> None:
+def test_is_caught(fault: Fault, subjects: Callable[[str], Subject]) -> None:
+    subject = subjects(fault.model)
     module = properties.get(fault.caught_by)
     with fault.planted(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

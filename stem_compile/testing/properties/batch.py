@@ -39,7 +39,7 @@ def cases(subject: Subject) -> Any:
         return st.builds(
             lambda n, seed: Case(n + subject.block, 2, seed, subject.block), sparse(subject), seeds(subject.source)
         )
-    return drawn(subject.source, sparse(subject), batches=(2, 3), pad=not subject.large, wide=False)
+    return drawn(subject.source, sparse(subject), batches=(2, 3, 6), pad=not subject.large, wide=False)
 
 
 def check(subject: Subject, case: Case) -> Measure:

@@ -46,8 +46,8 @@ def check(subject: Subject, case: Case) -> Measure:
     if not run.made:
         raise Inapplicable("no attention was rewritten")
     try:
-        golden, _ = subject.oracle.run(inputs, run.made, subject.config, exact=True)
         own, _ = subject.oracle.run(inputs, run.made, subject.config, exact=False)
+        golden, _ = subject.oracle.run(inputs, run.made, subject.config, exact=True)
     except Mismatch as error:
         raise Violation(str(error)) from None
     allowed = numerics.budget(own, golden, subject.dtype, inputs.valid)

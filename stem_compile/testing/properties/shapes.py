@@ -44,8 +44,8 @@ def cases(subject: Subject) -> Any:
 def lengths(block: int, large: bool = False) -> list[int]:
     """In the order in which they are tried; fewer for large models."""
     if large:
-        return [block, block + 1, 1, 131]
-    return [block, block + 1, block - 1, 1, 2 * block + 3, 131, 3 * block, 4 * block + 5]
+        return [block, 2 * block + 1, 1, 131]
+    return [block, block + 1, block - 1, 1, 2 * block + 3, 131, 3 * block, 2 * block + 1, 4 * block + 5]
 
 
 def check(subject: Subject, case: Case) -> Measure:

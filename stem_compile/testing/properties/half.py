@@ -1,0 +1,60 @@
+"""Half precision: the model in bf16 and in fp16 is what it is in fp32.
+
+A model is checked in fp32 and deployed in bf16. Its kernels are then others: products of half-precision operands,
+biases and masks that are rounded on the way, accumulators that must not be. So a model in fp32 is also tried in both
+halves: at budget 1.0 it is the model's own, off from fp64 by no more than a small multiple of what the model in that
+dtype is off itself, and at the budget it is that of the selected blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from stem_compile.testing.case import Case
+from stem_compile.testing.properties import dense, kernel
+from stem_compile.testing.subject import LOWER, Subject
+from stem_compile.testing.violation import Inapplicable, Measure, Violation
+
+NAME = "half-precision"
+TITLE = "in bf16 and fp16 too"
+ORDER = 3
+EXAMPLES = 4
+
+
+def cases(subject: Subject) -> Any:
+    from hypothesis import strategies as st
+
+    from stem_compile.testing.lengths import sparse
+
+    if subject.dtype != torch.float32:
+        raise Inapplicable(f"the model is in {str(subject.dtype).removeprefix('torch.')}, and was checked there")
+    if subject.large:
+        raise Inapplicable("a large model is checked in the dtype that it has: pass it in bf16")
+    if subject.source.strategy is not None:
+        return st.builds(Case, given=subject.source.strategy)
+    return st.builds(
+        lambda n, seed: Case(n, 2 if "batch" in subject.source.can else 1, seed), sparse(subject), st.integers(0, 99)
+    )
+
+
+def check(subject: Subject, case: Case) -> Measure:
+    measures = []
+    for dtype in LOWER:
+        twin = subject.lowered(dtype)
+        try:
+            twin.eager(case)
+        except Exception:
+            continue
+        for part in (dense, kernel):
+            try:
+                measures.append(part.check(twin, case))
+            except Inapplicable:
+                continue
+            except Violation as violation:
+                name = str(dtype).removeprefix("torch.")
+                raise Violation(f"in {name}: {violation.message}", violation.gap) from None
+    if not measures:
+        raise Inapplicable("the model itself does not run in half precision")
+    return Measure(max(m.worst for m in measures))
