@@ -18,7 +18,7 @@ from stem_compile.testing.violation import Inapplicable, Measure, require
 
 NAME = "batch-invariance"
 TITLE = "rows do not influence each other"
-ORDER = 6
+ORDER = 8
 EXAMPLES = 6
 
 

@@ -24,7 +24,7 @@ from stem_compile.testing.violation import Inapplicable, Measure, Violation
 
 NAME = "budget"
 TITLE = "density is what was promised; error falls as it grows"
-ORDER = 9
+ORDER = 11
 EXAMPLES = 8
 
 

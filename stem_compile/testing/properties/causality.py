@@ -19,7 +19,7 @@ from stem_compile.testing.violation import Inapplicable, Measure, require
 
 NAME = "block-causality"
 TITLE = "later tokens never change a finished query block"
-ORDER = 4
+ORDER = 5
 EXAMPLES = 8
 
 

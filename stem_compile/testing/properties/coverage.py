@@ -19,7 +19,7 @@ from stem_compile.testing.violation import Measure, Violation
 
 NAME = "coverage"
 TITLE = "the expected attentions are rewritten"
-ORDER = 3
+ORDER = 4
 EXAMPLES = 4
 
 

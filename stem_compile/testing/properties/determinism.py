@@ -21,7 +21,7 @@ from stem_compile.testing.violation import Inapplicable, Measure, Violation, nam
 
 NAME = "determinism"
 TITLE = "equal inputs give equal bits and blocks"
-ORDER = 8
+ORDER = 10
 EXAMPLES = 5
 
 

@@ -18,7 +18,7 @@ from stem_compile.testing.violation import Inapplicable, Measure, Violation
 
 NAME = "fidelity"
 TITLE = "how far from dense at this budget (a report)"
-ORDER = 10
+ORDER = 12
 EXAMPLES = 2
 
 

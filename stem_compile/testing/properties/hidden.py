@@ -23,7 +23,7 @@ from stem_compile.testing.violation import Inapplicable, Measure, Violation, req
 
 NAME = "hidden-keys"
 TITLE = "contents of keys that no query sees change nothing"
-ORDER = 6.5
+ORDER = 7
 EXAMPLES = 6
 LOUD = 8.0
 """Size of the other contents, relative to the keys' own: as large as outliers are."""

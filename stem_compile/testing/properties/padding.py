@@ -21,7 +21,7 @@ from stem_compile.testing.violation import Inapplicable, Measure, require
 
 NAME = "padding-invariance"
 TITLE = "a padded row equals itself alone"
-ORDER = 5
+ORDER = 6
 EXAMPLES = 10
 
 

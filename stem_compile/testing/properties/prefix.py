@@ -21,7 +21,7 @@ from stem_compile.testing.violation import Inapplicable, Measure, require
 
 NAME = "prefix-invariance"
 TITLE = "chunks with a cache equal one shot"
-ORDER = 7
+ORDER = 9
 EXAMPLES = 6
 FEWEST = 16
 """Fewer queries behind a prefix are decoding, which stays dense."""

@@ -21,7 +21,7 @@ from stem_compile.testing.violation import Inapplicable, Measure, Violation, nam
 
 NAME = "shape-robustness"
 TITLE = "any length works, few compile anew"
-ORDER = 11
+ORDER = 13
 """Last, since it makes Dynamo forget the traces that the others share."""
 EXAMPLES = 1
 MOST = 4
