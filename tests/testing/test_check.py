@@ -193,7 +193,7 @@ def test_a_snippet_says_all_that_the_check_was_given() -> None:
 
 def test_a_missing_hypothesis_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "hypothesis", None)
-    with pytest.raises(ImportError, match="package 'hypothesis' is missing: pip install 'stem-compile\[check\]'"):
+    with pytest.raises(ImportError, match=r"package 'hypothesis' is missing: pip install 'stem-compile\[check\]'"):
         check_model(plain())
 
 
