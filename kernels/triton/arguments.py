@@ -27,8 +27,15 @@ def arguments(
     """(tensors, layouts, scalars) as the generated functions take them: layouts is flat, size and stride of each
     dimension read.
 
-    device: where the kernel runs; a tensor of no dimensions may lie on the host, as torch allows.
+    device: where the kernel runs; a tensor of no dimensions may lie on the host, as torch allows. Raises OverflowError
+    for a scalar that positions in int32 cannot be added to.
     """
+    for number, scalar in enumerate(scalars):
+        if abs(scalar) >= codegen.LARGEST_SCALAR:
+            raise OverflowError(
+                f"S{number} is {scalar}: kernels add runtime scalars to positions in int32, which cannot wrap below "
+                f"{codegen.LARGEST_SCALAR}"
+            )
     ranks = _ranks(mask, score)
     if not ranks:
         return (), (), tuple(scalars)

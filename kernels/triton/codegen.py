@@ -54,6 +54,20 @@ _HELPERS = {
     return {tl}.where(rest < 0, rest + b, rest)
 """
     ),
+    # To nearest, ties to even, in whole numbers: the same on every device, and nothing that a compiler fuses.
+    "to_bfloat16": (
+        """def to_bfloat16(x):
+    bits = {tl}.cast(x, {tl}.int32, bitcast=True)
+    nearest = {tl}.cast((bits + 32767 + ((bits >> 16) & 1)) & -65536, {tl}.float32, bitcast=True)
+    return {tl}.where(x == x, nearest, x)
+"""
+    ),
+    "unfused": (
+        """def unfused(x, length):
+    bits = {tl}.cast(x, {tl}.int32, bitcast=True) | {tl}.minimum(length, 0)
+    return {tl}.cast(bits, {tl}.float32, bitcast=True)
+"""
+    ),
     # Both branches keep the relative error below 2^-20, and so the absolute one of a capped score at what fp32 allows
     # at the cap.
     "tanh": (
@@ -93,7 +107,7 @@ def triton_expression(expr: Any, names: Mapping[Any, str], module: str = "tl") -
         raise KeyError(f"{expr} has no name here; named are {sorted(map(str, names))}")
     operands = _ordered(expr)
     arguments = tuple(triton_expression(a, names, module) for a in operands)
-    call = functions.Call(expr, operands, arguments, module, _is_wide(expr))
+    call = functions.Call(expr, operands, arguments, module, _is_wide(expr), names.get(Q_LEN))
     if isinstance(row.triton, str):
         return row.triton.format(*call.arguments, tl=module)
     return row.triton(call)
@@ -139,6 +153,12 @@ def _is_wide(expr: Any) -> bool:
 def _names(*exprs: Any) -> dict[Any, str]:
     bound = {B: "b", H: "h", Q: "q", KV: "kv", Q_LEN: "q_len", KV_LEN: "kv_len", SCORE: "s"}
     return bound | {s: f"scalars[{s.name[1:]}]" for e in exprs for s in e.free_symbols if s not in bound}
+
+
+def _names_in(head: str, expr: Any) -> dict[Any, str]:
+    """The names that a function of this signature has."""
+    parameters = set(re.findall(r"\w+", head.partition("(")[2]))
+    return {s: name for s, name in _names(expr).items() if name.partition("[")[0] in parameters}
 
 
 def _loads(expr: Any) -> dict[int, int]:
@@ -214,7 +234,7 @@ def _visible(mask: Mask, module: str) -> str:
 
 def _position(head: str, expr: Any, module: str) -> str:
     """Function of a key's position; one that a tensor holds, or one beyond int32, is an int64."""
-    value = triton_expression(expr, _names(expr), module)
+    value = triton_expression(expr, _names_in(head, expr), module)
     if _loads(expr) or any(_is_wide(part) for part in sympy.preorder_traversal(expr)):
         value = f"{module}.minimum({module}.maximum({value}, -1073741824), 1073741824).to({module}.int32)"
     return f"def {head}:\n    return {value}\n"
@@ -224,7 +244,7 @@ def _real(head: str, expr: Any, module: str, comment: str) -> str:
     return (
         f"def {head}:\n"
         + (f"    # {comment}\n" if comment else "")
-        + f"    return {triton_expression(expr, _names(expr), module)}\n"
+        + f"    return {triton_expression(expr, _names_in(head, expr), module)}\n"
     )
 
 

@@ -36,7 +36,7 @@ from sympy.core.relational import (
     Unequality,
 )
 
-from stem_compile.algebra import intervals
+from stem_compile.algebra import intervals, rounding
 from stem_compile.algebra.intervals import Interval, as_tensor
 
 
@@ -141,13 +141,15 @@ class Function:
 @dataclass(frozen=True)
 class Call:
     """A function about to be printed as Triton. operands: its arguments in printing order; arguments: their source.
-    module: the language's name (``tl``, ``gl``). wide: whether whole numbers beyond int32 may arise."""
+    module: the language's name (``tl``, ``gl``). wide: whether whole numbers beyond int32 may arise. length: source of
+    a positive int32 that the compiler does not know; None where the printed function has none."""
 
     expr: sympy.Basic
     operands: tuple[sympy.Basic, ...]
     arguments: tuple[str, ...]
     module: str
     wide: bool = False
+    length: str | None = None
 
     def real(self, place: int) -> str:
         """An argument as a floating-point number: Triton's real functions take no integers."""
@@ -299,6 +301,25 @@ def _print_division(call: Call) -> str:
     return f"{'floordiv' if divides else 'floormod'}({a}, {b})"
 
 
+def _print_float32(call: Call) -> str:
+    """A float32 number that no compiler fuses with what is done to it: ``a*b - c`` must round twice."""
+    return call.real(0) if call.length is None else f"unfused({call.real(0)}, {call.length})"
+
+
+def _print_float16(call: Call) -> str:
+    return f"{call.module}.cast({call.module}.cast({call.real(0)}, {call.module}.float16), {call.module}.float32)"
+
+
+def _rounding(name: str, kind: type[rounding.Rounded], printed: str | Callable[[Call], str]) -> Function:
+    dtype = kind.dtype
+    return Function(name, kind, (REAL,), REAL, functools.partial(_swap(rounding.rounded), dtype),
+                    functools.partial(_swap(rounding.bound), dtype), printed)  # fmt: skip
+
+
+def _swap(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda a, b: function(b, a)
+
+
 _log = _elementwise("log", {0: -math.inf})
 _exp, _tanh = _elementwise("exp"), _elementwise("tanh")
 _TINY = 2.0**-100
@@ -342,5 +363,10 @@ for _row in (
     Function("log", sympy.log, (REAL,), REAL, _log, _bounded_log, lambda c: f"{c.module}.log({c.real(0)})",
              domain=((_TINY, math.inf),)),
     Function("tanh", sympy.tanh, (REAL,), REAL, _tanh, intervals.monotone(_tanh), lambda c: f"tanh({c.real(0)})"),
+    _rounding("fp32", rounding.Float32, _print_float32),
+    _rounding("bf16", rounding.BFloat16, lambda c: f"to_bfloat16({c.real(0)})"),
+    _rounding("fp16", rounding.Float16, _print_float16),
+    Function("i32", rounding.Int32, (INTEGER,), INTEGER, rounding.wrapped, rounding.bound_wrapped,
+             "{tl}.cast({0}, {tl}.int32)"),
 ):  # fmt: skip
     register(_row)
