@@ -13,25 +13,20 @@ from torch import fx
 
 from stem_compile.algebra import masks, symbolic
 from stem_compile.algebra.blind import can_be_blind
-from stem_compile.algebra.masks import Causal
+from stem_compile.algebra.masks import Causal, Mask
 from stem_compile.algebra.scores import Score
 from stem_compile.algebra.symbolic import KV, KV_LEN, Q_LEN, SCORE, B, H, Q
 from stem_compile.config import StemConfig
 from stem_compile.passes.graph import normalize
 from stem_compile.passes.graph.memory import written_between
 from stem_compile.passes.graph.sites import AttentionSite, Mods, Rejected, attempted
-from stem_compile.passes.graph.values import value
-from stem_compile.passes.reading.interpret import (
-    Interpreter,
-    SymTensor,
-    Unreadable,
-    as_expr,
-    boolean,
-    broadcast_index,
-    number,
-    same,
-)
-from stem_compile.passes.reading.split_logits import split_logits
+from stem_compile.passes.graph.values import View, value
+from stem_compile.passes.reading.expressions import as_expr, boolean, broadcast_index, number, same
+from stem_compile.passes.reading.interpret import Interpreter, SymTensor
+from stem_compile.passes.reading.logits import read_logits
+from stem_compile.passes.reading.order import runs_forward
+from stem_compile.passes.reading.split_logits import faintly_hidden, split_logits
+from stem_compile.passes.reading.unreadable import Unreadable
 from stem_compile.passes.reading.weigh_hidden import evenly_hidden
 from stem_compile.reasons import Reason
 
@@ -73,7 +68,14 @@ def _analyzed(
             return Rejected(site.node, Reason.WRITTEN if isinstance(error, Written) else Reason.MASK, str(error))
     assert site.mask is not None
     learned = frozenset(n for n, t in enumerate(site.tensors) if _is_learned(t))
-    if not any_order and not site.mask.orders_positions(learned):
+    lengths = value(site.q).shape[2], value(site.k).shape[2]
+
+    def runs(mask: Mask) -> bool:
+        return mask.orders_positions(learned) or runs_forward(mask.predicate, *lengths)
+
+    if not any_order and not runs(site.mask):
+        if (faint := faintly_hidden(site.score.expr)) is not None and runs(site.mask & masks.predicate(faint[0])):
+            return Rejected(site.node, Reason.FAINT, f"{faint[1]:g}")
         alone = not isinstance(site.mask, masks.Full) or same(value(site.q).shape[2], value(site.k).shape[2])
         return Rejected(
             site.node,
@@ -101,9 +103,10 @@ def _unread(site: AttentionSite, readers: tuple[Interpreter, Interpreter]) -> Ex
     return error
 
 
-def _is_learned(tensor: fx.Node) -> bool:
+def _is_learned(tensor: fx.Node | View) -> bool:
     """Whether a floating-point tensor is computed from others of the kind: weights, queries. One that comes from
     outside as it is may hold a mask."""
+    tensor = tensor.node if isinstance(tensor, View) else tensor
     seen, frontier = {tensor}, [tensor]
     while frontier:
         node = frontier.pop()
@@ -181,7 +184,7 @@ def _of_mask(site: AttentionSite, interpreter: Interpreter) -> Reading:
     if tensor.kind == "bool":
         return Reading(boolean(expr), site.scale, Score())
     logits = SCORE * sympy.Float(site.scale) + number(expr)
-    return Reading(*split_logits(logits), logits)
+    return Reading(*split_logits(logits, interpreter.row_maximum), logits)
 
 
 def _of_logits(
@@ -189,23 +192,15 @@ def _of_logits(
 ) -> Reading:
     """An attention written out: everything between the product and the softmax, with a sink where there is one."""
     assert site.product is not None
-    interpreter.focus({site.product: _product(site.product, heads, q_len, interpreter)}, interpreter.extents)
-    tensor = interpreter.tensor(source)
-    logits = number(_at(tensor, (B, H, Q, KV)))
-    predicate, scale, score = split_logits(logits)
-    extra = symbolic.expand(as_expr(tensor.shape[-1]) - as_expr(kv_len))
-    if extra == 1:
-        sink = number(_at(tensor, (B, H, Q, as_expr(kv_len))))
-        if sink.has(SCORE):
-            raise Unreadable("a column beside the scores that is no sink")
-        score = Score(score.expr, sink)
-    elif extra != 0:
-        raise Unreadable(f"{source.name}: {extra} columns beside the scores")
+    logits = read_logits(source, site.product, (heads, q_len, kv_len), site.first, interpreter)
+    predicate, scale, score = split_logits(logits.expr, interpreter.row_maximum)
+    score = Score(score.expr, logits.sink)
     if site.gate is not None:
         # out * sigmoid(logsumexp - g): the share that the keys keep beside a sink of logit g.
         gate = interpreter.tensor(site.gate)
-        score = Score(score.expr, number(gate.at(broadcast_index((B, H, Q)[3 - len(gate.shape) :], gate.shape))))
-    return Reading(predicate, scale, score, logits, value(source).dtype)
+        place = (B, Q) if value(source).dim() == 3 else (B, H, Q)
+        score = Score(score.expr, number(gate.at(broadcast_index(place[len(place) - len(gate.shape) :], gate.shape))))
+    return Reading(predicate, scale, score, logits.expr, logits.dtype)
 
 
 def _settle(site: AttentionSite, reading: Reading, interpreter: Interpreter, q_len: Any, kv_len: Any) -> None:
@@ -213,7 +208,9 @@ def _settle(site: AttentionSite, reading: Reading, interpreter: Interpreter, q_l
     score, even = reading.score, None
     # A sink takes all that hidden keys have.
     if reading.logits is not None and score.sink is None and not site.cleared:
-        even = evenly_hidden(reading.logits, reading.dtype, [value(t).dtype for t in interpreter.leaves])
+        even = evenly_hidden(
+            reading.logits, reading.dtype, [value(t).dtype for t in interpreter.leaves], interpreter.row_maximum
+        )
     if even is not None and not _may_be_blind(reading.predicate, q_len, kv_len):
         even = None
     parts = [reading.predicate, score.expr, *(e for e in (score.sink, even) if e is not None)]
@@ -242,38 +239,6 @@ def _at(tensor: SymTensor, index: tuple[Any, ...]) -> Any:
     return tensor.at(broadcast_index(index[4 - rank :], tensor.shape))
 
 
-def _product(node: fx.Node, heads: Any, q_len: Any, interpreter: Interpreter) -> SymTensor:
-    """The raw scores as a symbolic tensor: ``SCORE`` where they are read at their own place."""
-    shape = tuple(value(node).shape)
-    op = normalize.read(node)
-    assert op is not None
-    four = (B, H, Q, KV)
-    merged = (symbolic.expand(B * as_expr(heads) + H), Q, KV)
-
-    def at(index: tuple[Any, ...]) -> Any:
-        own = four if len(shape) == 4 else merged if len(shape) == 3 else (Q, KV)
-        places = [own, four[1:]] if len(shape) == 3 else [own]
-        if not any(
-            all(n == 1 or symbolic.expand(i - p) == 0 for i, p, n in zip(index, place, shape)) for place in places
-        ):
-            raise Unreadable(f"{node.name} is read at {index}")
-        if op.name != "baddbmm":
-            return SCORE
-        beta, alpha = as_expr(value(op["beta"])), as_expr(value(op["alpha"]))
-        added = (
-            number(_at(interpreter.tensor(op["input"]), index))
-            if len(index) == 4
-            else number(_added(interpreter.tensor(op["input"]), index))
-        )
-        return alpha * SCORE + (beta * added if beta != 0 else 0)
-
-    return SymTensor(shape, at, "float")
-
-
-def _added(tensor: SymTensor, index: tuple[Any, ...]) -> Any:
-    return tensor.at(broadcast_index(index, tensor.shape))
-
-
 def _in_lengths(expr: Any, q_len: Any, kv_len: Any) -> Any:
     """Write Dynamo's size symbols as q_len and kv_len wherever those determine them."""
     q_expr, kv_expr = as_expr(q_len), as_expr(kv_len)
@@ -286,7 +251,7 @@ def _in_lengths(expr: Any, q_len: Any, kv_len: Any) -> Any:
     return expr.subs(known) if known else expr
 
 
-def _renumbered(parts: list[Any], leaves: list[fx.Node]) -> tuple[list[Any], list[fx.Node]]:
+def _renumbered(parts: list[Any], leaves: list[fx.Node | View]) -> tuple[list[Any], list[fx.Node | View]]:
     """Keep only the loads that the expressions still make, numbered from 0."""
     loads = {a for p in parts for a in p.atoms(sympy.core.function.AppliedUndef) if symbolic.load_index(a) is not None}
     used = sorted({symbolic.load_index(load) or 0 for load in loads})
@@ -315,7 +280,7 @@ def _with_scalars(parts: list[Any], graph: fx.Graph) -> tuple[list[Any], list[fx
     for node in graph.nodes:
         known = value(node)
         if isinstance(known, torch.SymInt):
-            holders.setdefault(known.node.expr, node)
+            holders.setdefault(as_expr(known), node)
     for symbol in free:
         if symbol not in holders:
             raise Unreadable(f"no graph value holds {symbol}")

@@ -27,7 +27,7 @@ from stem_compile.algebra.symbolic import KV, B, H, Q
 from stem_compile.passes.graph import normalize
 from stem_compile.passes.graph.example import Example, NotShown
 from stem_compile.passes.graph.sites import AttentionSite, Rejected, attempted
-from stem_compile.passes.graph.values import value
+from stem_compile.passes.graph.values import View, value
 from stem_compile.reasons import Reason
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,8 @@ SMALL = (41, 83)
 """What the shortest symbolic length becomes; longer ones a little more, in their order."""
 HIDES = -8000.0
 """A logit at or below it hides its key."""
+EDGE = 200.0
+"""So near to it, either is right."""
 SENSIBLE = 1e6
 """An example with a greater logit says nothing: made-up slopes and masks may multiply to that."""
 BLOCK = 32
@@ -112,7 +114,7 @@ def _is_plain(known: Any) -> bool:
 
 def _agree(site: AttentionSite, example: Example) -> None:
     """Raises Differs, or NotShown where the graph cannot be asked."""
-    leaves = {leaf: example.made_up(value(leaf)) for leaf in site.tensors}
+    leaves = {leaf: example.made_up(value(leaf)) for leaf in site.tensors if isinstance(leaf, fx.Node)}
     if site.mods is not None:
         return
     if site.logits is None:
@@ -146,7 +148,7 @@ class _Site:
             (batch, heads, q_len, kv_len),
             masks.decode(masks.encode(site.mask)),
             scores.decode(site.score.text),
-            [given[t] for t in site.tensors],
+            [t.apply(given[t.node]) if isinstance(t, View) else given[t] for t in site.tensors],
             [given[s] if isinstance(s, fx.Node) else example.size(s) for s in site.scalars],
         )
 
@@ -210,9 +212,10 @@ def _agree_on_logits(site: AttentionSite, example: Example, leaves: dict[fx.Node
     extra = [site.gate] if site.gate is not None else []
     ran = example.run([site.logits, *extra], leaves | {site.product: made})
     logits = ran[site.logits]
-    if logits.dim() < 4:
+    if logits.dim() != 4:
         logits = logits.reshape(*read.shape[:3], logits.shape[-1])
-    logits = logits.double()
+    # A sink in front is read like one behind.
+    logits = torch.cat([logits[..., site.first :], logits[..., : site.first]], -1).double()
     if site.gate is not None:
         logits = torch.cat([logits, ran[site.gate].double().expand(logits.shape[:3])[..., None]], -1)
     seen = read.visible(read.shape)
@@ -238,11 +241,16 @@ def _same_weights(have: torch.Tensor, want: torch.Tensor, dtype: torch.dtype, ke
         raise NotShown("the example overflows")
     if have.shape != want.shape:
         raise Differs(f"logits {tuple(want.shape)} are read as {tuple(have.shape)}")
-    hidden = [x[..., :keys] <= HIDES for x in (have, want)]
+    sees = have[..., :keys].amax(-1, keepdim=True) > -torch.inf
+    # A softmax sees differences: where all of a row is low, what hides is lower still.
+    levels = [HIDES + torch.where(sees, x[..., :keys].amax(-1, keepdim=True), 0.0) for x in (have, want)]
+    mine, theirs = (x[..., :keys] <= level for x, level in zip((have, want), levels))
+    # The products of an example move what lies at the very edge.
+    hidden = (mine, torch.where((want[..., :keys] - levels[1]).abs() < EDGE, mine, theirs))
     if not cleared:
         _same(hidden[0], hidden[1], tuple(hidden[0].shape))
     rows = ~hidden[0].all(-1, keepdim=True) & ~hidden[1].all(-1, keepdim=True)
-    shown = want[want > HIDES]
+    shown = want[..., :keys][~hidden[1]]
     peak = float(shown.abs().max()) if shown.numel() else 0.0
     bound = 4 * torch.finfo(dtype).eps * (1 + peak) + 1e-5
     weights = [torch.softmax(x, -1)[..., :keys] for x in (have, want)]
@@ -256,7 +264,7 @@ def _signature(site: AttentionSite) -> Any:
     """What decides the outcome of a comparison. Layers that differ in their weights alone have the same."""
     start = site.mask_node if site.logits is None else site.logits
     places = {} if site.product is None else {site.product: "product"}
-    for number, leaf in enumerate(site.tensors):
+    for number, leaf in enumerate(t for t in site.tensors if isinstance(t, fx.Node)):
         places[leaf] = f"leaf {number} {value(leaf).dtype} {_sizes_of(value(leaf))}"
     between: set[fx.Node] = set()
     frontier = [] if start is None else [start]

@@ -71,10 +71,11 @@ def _rename_overwritten(graph: fx.Graph) -> None:
 
 
 def overwritten(node: fx.Node) -> fx.Node | None:
-    """The fresh tensor that an in-place method overwrites and returns; None for other nodes."""
-    if node.op != "call_method" or not memory.mutates(node) or not isinstance(value(node), torch.Tensor):
+    """The fresh tensor that an in-place method, or a function by its ``out=``, overwrites and returns; None for other
+    nodes."""
+    if not isinstance(value(node), torch.Tensor) or not memory.mutates(node):
         return None
-    target = node.args[0]
+    target = node.args[0] if node.op == "call_method" else node.kwargs.get("out")
     return target if isinstance(target, fx.Node) and memory.is_fresh(target) else None
 
 
@@ -139,6 +140,7 @@ def _multihead(node: fx.Node, a: dict[str, Any]) -> tuple[Callable[..., Any], li
             padding,
             causal,
             value(a["attn_mask"]),
+            value(a["key_padding_mask"]) if padded else None,
         )
         return (F.linear(out.transpose(0, 1), proj_weight, proj_bias), None)
 
@@ -192,21 +194,38 @@ def _given(*tensors: Any) -> list[Any]:
     return [t for t in tensors if t is not None]
 
 
-def _attention(x: Any, weight: Any, bias: Any, heads: int, mask: Any, padding: Any, causal: bool, example: Any) -> Any:
+def _attention(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    heads: int,
+    mask: Any,
+    padding: Any,
+    causal: bool,
+    mask_example: Any,
+    padding_example: Any = None,
+) -> Any:
     """Self-attention of x [batch, length, width] before its output projection. mask: True or -inf hides, as torch.nn
-    means it."""
+    means it; padding [batch, length] likewise. The examples tell their dtypes and shapes."""
     parts = F.linear(x, weight, bias).chunk(3, dim=-1)
     q, k, v = (parts[i].unflatten(-1, (heads, -1)).transpose(1, 2) for i in range(3))
     if mask is not None:
-        if example.dtype == torch.bool:
+        if mask_example.dtype == torch.bool:
             mask = torch.logical_not(mask)
-        if example.dim() == 3:
+        if mask_example.dim() == 3:
             mask = mask.unflatten(0, (-1, heads))
     if padding is not None:
-        keys = torch.logical_not(padding)[:, None, None, :]
-        mask = mask & keys if example.dtype == torch.bool else mask.masked_fill(torch.logical_not(keys), float("-inf"))
+        mask = _joined(mask, mask_example.dtype, padding[:, None, None, :], padding_example.dtype)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return out.transpose(1, 2).flatten(2)
+
+
+def _joined(mask: Any, mask_dtype: torch.dtype, padding: Any, padding_dtype: torch.dtype) -> Any:
+    """A mask in SDPA's sense (True is visible, floats are added) and a padding mask in torch.nn's (True hides)."""
+    if padding_dtype == torch.bool:
+        keys = torch.logical_not(padding)
+        return mask & keys if mask_dtype == torch.bool else mask.masked_fill(padding, float("-inf"))
+    return torch.where(mask, padding, float("-inf")) if mask_dtype == torch.bool else mask + padding
 
 
 def _splice(graph: fx.Graph, node: fx.Node, function: Callable[..., Any], inputs: list[fx.Node]) -> None:

@@ -36,7 +36,9 @@ def insert_selection(graph: fx.Graph, site: AttentionSite, state: Insertion) -> 
     with graph.inserting_before(site.node):
         # An attention may read another one directly.
         site.q, site.k, site.v = (_placed(x, graph, replaced) for x in (site.q, site.k, site.v))
-        mask = ([replaced.get(t, t) for t in site.tensors], site.scalars, masks.encode(site.mask))
+        tensors = [_placed(t, graph, replaced) for t in site.tensors]
+        site.tensors = [*tensors]
+        mask = (tensors, site.scalars, masks.encode(site.mask))
         scores = call(
             graph, ops.OAM_SCORES, (site.q, site.k, site.v, *mask, site.scale, spec, site.score.text), site.node
         )

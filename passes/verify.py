@@ -11,8 +11,8 @@ from torch import fx
 from stem_compile import ops
 from stem_compile.passes.graph.average_blind import averaged
 from stem_compile.passes.graph.sites import AttentionSite, Rejected
-from stem_compile.passes.graph.values import value
-from stem_compile.passes.reading.interpret import as_expr
+from stem_compile.passes.graph.values import View, value
+from stem_compile.passes.reading.expressions import as_expr
 
 
 class PassError(AssertionError):
@@ -77,7 +77,8 @@ def keeps_tensor(site: AttentionSite) -> bool:
 def quadratic(graph: fx.Graph, site: AttentionSite) -> list[fx.Node]:
     """Nodes whose last two dimensions are q_len x kv_len among those that the site's mask and score are read from."""
     q_len, kv_len = value(site.q).shape[2], value(site.k).shape[2]
-    above, frontier = set(site.tensors), list(site.tensors)
+    frontier = [t.node if isinstance(t, View) else t for t in site.tensors]
+    above = set(frontier)
     while frontier:
         for node in frontier.pop().all_input_nodes:
             if node not in above:

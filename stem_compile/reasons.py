@@ -25,6 +25,7 @@ class Reason(enum.Enum):
     SHORT = "prompt is shorter than min_length"
     SLOWER = "dense attention is faster here"
     MASK = "mask is not understood"
+    FAINT = "hidden keys keep a finite score that does not surely hide them"
     SHAPE = "shapes are not those of one attention"
     DTYPE = "dtype is not fp16, bf16 or fp32"
     HEAD_DIM = "no kernel for this head dim"
@@ -54,6 +55,7 @@ _REMEDIES = {
     Reason.SHORT: "lower min_length to rewrite short prompts too",
     Reason.SLOWER: "set min_length to rewrite from that length on, whatever was measured",
     Reason.MASK: "build the mask in the graph from positions, or pass a padding mask of shape [batch, keys]",
+    Reason.FAINT: "hide keys with -inf or torch.finfo(dtype).min",
     Reason.SHAPE: (
         "pass q, k, v as [batch, heads, length, head dim] with equal batch and a whole number of query heads a key head"
     ),

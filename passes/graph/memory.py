@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from stem_compile.passes.graph import normalize
+from stem_compile.passes.graph import normalize, schemas
 from stem_compile.passes.graph.values import is_transformed, value
 
 _IN_PLACE_OPERATORS = {
@@ -65,11 +65,11 @@ def written(node: fx.Node) -> list[fx.Node]:
         ):
             targets.append(node.args[0])
     elif node.op == "call_function":
-        if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
-            overload = target if isinstance(target, torch._ops.OpOverload) else getattr(target, target.overloads()[0])
-            for place, argument in enumerate(overload._schema.arguments):
-                if argument.is_write:
-                    targets.append(node.args[place] if place < len(node.args) else node.kwargs.get(argument.name))
+        if isinstance(target, torch._ops.OpOverload):
+            targets += schemas.written_arguments((target._schema,), node.args, node.kwargs)
+        elif isinstance(target, torch._ops.OpOverloadPacket):
+            overloads = tuple(getattr(target, name)._schema for name in target.overloads())
+            targets += schemas.written_arguments(overloads, node.args, node.kwargs)
         elif isinstance(target, torch._ops.HigherOrderOperator):
             # A user's Triton kernel may write whatever it is given.
             targets += node.all_input_nodes if "mutation" in name else []
@@ -83,9 +83,12 @@ def written(node: fx.Node) -> list[fx.Node]:
             node.args[flag] if flag < len(node.args) else node.kwargs.get("inplace", False)
         ) is True:
             targets.append(node.args[0] if node.args else node.kwargs.get("input"))
+    if node.op in ("call_function", "call_method") and isinstance(name, str):
+        # Names alone miss some (``_foreach_zero_``, ``native_batch_norm``): torch's schemas say what is written.
+        targets += schemas.written_arguments(schemas.overloads(name), node.args, dict(node.kwargs))
     targets.append(node.kwargs.get("out"))
     flat = [t for group in targets for t in (group if isinstance(group, tuple | list) else (group,))]
-    return [t for t in flat if isinstance(t, fx.Node)]
+    return list(dict.fromkeys(t for t in flat if isinstance(t, fx.Node)))
 
 
 @functools.cache
@@ -103,16 +106,13 @@ def mutates(node: fx.Node) -> bool:
 
 
 def functional(node: Any) -> normalize.Op | None:
-    """An in-place operation as the operation whose result it writes, where nothing else can see the memory it
-    overwrites."""
-    if (
-        not isinstance(node, fx.Node)
-        or not mutates(node)
-        or node.kwargs.get("out") is not None
-        or not overwrites_privately(node)
-    ):
+    """An in-place operation, or one with ``out=``, as the operation whose result it writes, where nothing else can see
+    the memory it overwrites."""
+    if not isinstance(node, fx.Node) or not mutates(node) or not overwrites_privately(node):
         return None
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    if node.kwargs.get("out") is not None:
+        return normalize.named(name, node) if len(written(node)) == 1 else None
     name = name.strip("_")
     return normalize.named(name[1:] if name in _IN_PLACE_OPERATORS else name, node)
 

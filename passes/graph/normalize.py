@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from stem_compile.passes.graph import schemas
+
 
 @dataclass(frozen=True)
 class Op:
@@ -249,17 +251,44 @@ def read(node: Any) -> Op | None:
     if not isinstance(node, fx.Node) or (name := spelling(node)) not in SIGNATURES:
         return None
     assert name is not None
-    if node.op == "call_method" and str(node.target).strip("_") in _REFLECTED:
-        arguments: tuple[Any, ...] = (node.args[1], node.args[0])
-    else:
-        arguments = node.args
-    return bind(name, arguments, dict(node.kwargs))
+    raw, is_method = _raw_name(node)
+    arguments = tuple(node.args)
+    if is_method and raw.strip("_") in _REFLECTED:
+        arguments = (node.args[1], node.args[0])
+    elif is_method and (place := schemas.receiver_place(raw)):
+        arguments = (*arguments[1 : place + 1], arguments[0], *arguments[place + 1 :])
+    return bind(name, arguments, _own_words(name, raw, dict(node.kwargs)))
+
+
+def _raw_name(node: fx.Node) -> tuple[str, bool]:
+    """(name as it is called, whether as a method of its first argument)."""
+    if node.op == "call_method":
+        return str(node.target), True
+    name = getattr(node.target, "__name__", "").partition(".")[0]
+    # ``torch.Tensor.where`` as a function binds as the method does.
+    is_method = node.target is getattr(torch.Tensor, name, None) and node.target is not getattr(torch, name, None)
+    return name, is_method
+
+
+def _own_words(name: str, raw: str, keywords: dict[str, Any]) -> dict[str, Any]:
+    """Keywords by the vocabulary's names, where torch's schema calls the parameter at that place something else."""
+    parameters = [p.name for p in SIGNATURES[name]]
+    places = schemas.keyword_places(raw)
+    renamed = {}
+    for word, given in keywords.items():
+        place = places.get(word)
+        known = word in parameters or place is None or place >= len(parameters)
+        renamed[word if known or place is None else parameters[place]] = given
+    return renamed
 
 
 def named(name: str, node: fx.Node) -> Op | None:
-    """The arguments of ``node`` bound to the operation ``name``, None where the vocabulary has no such."""
-    name = _ALIASES.get(name, name)
-    return bind(name, node.args, dict(node.kwargs)) if name in SIGNATURES else None
+    """The arguments of ``node``, but for where its result goes, bound to the operation ``name``; None where the
+    vocabulary has no such."""
+    raw, name = name, _ALIASES.get(name, name)
+    if name not in SIGNATURES:
+        return None
+    return bind(name, node.args, _own_words(name, raw, {k: v for k, v in node.kwargs.items() if k != "out"}))
 
 
 LIKE = {
@@ -290,6 +319,7 @@ def bind(name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Op 
         if variadic:
             taken = keywords.pop(parameter, keywords.pop("shape", rest))
             rest = [] if taken is rest else rest
+            taken = taken if isinstance(taken, list | tuple) else (taken,)
             values[parameter] = (
                 tuple(taken[0]) if len(taken) == 1 and isinstance(taken[0], list | tuple | torch.Size) else tuple(taken)
             )
@@ -329,6 +359,8 @@ def bind(name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Op 
             "_stacklevel",
         ):
             keywords.pop(harmless, None)
+    if name == "view" and any(isinstance(n, torch.dtype) for n in values["size"]):
+        return None  # other bits, not another shape
     return None if rest or keywords else Op(name, values)
 
 

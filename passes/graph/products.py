@@ -164,7 +164,7 @@ def _in_four(view: View, outer: Sequence[str], own: Sequence[str], heads: Any, m
         steps.insert(0, ("unflatten", (0, (-1, int(heads)))))
         steps = [steps[0], *(_one_dimension_later(s) for s in steps[1:])]
     elif len(outer) == 1:
-        steps.append(("unsqueeze", (0,)))
+        steps.append(("unsqueeze", (1,)))
     elif not outer:
         steps += [("unsqueeze", (0,)), ("unsqueeze", (0,))]
     else:
@@ -189,7 +189,7 @@ def _from_four(last: fx.Node, outer: Sequence[str], out: Sequence[str], heads: A
         groups = tuple(value(last).shape[out.index(c)] for c in outer[1:])
         return (("unflatten", (1, tuple(n if isinstance(n, int) else -1 for n in groups))),)
     if len(outer) == 1:
-        return (("flatten", (0, 1)),) if heads is not None else (("squeeze", (0,)),)
+        return (("flatten", (0, 1)),) if heads is not None else (("squeeze", (1,)),)
     return () if outer else (("squeeze", (0,)), ("squeeze", (0,)))
 
 

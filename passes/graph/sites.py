@@ -84,7 +84,7 @@ class AttentionSite:
     mask: Mask | None = None
     average: Mask | None = None
     is_causal: bool = False
-    tensors: list[fx.Node] = field(default_factory=list)
+    tensors: list[fx.Node | View] = field(default_factory=list)
     scalars: list[Any] = field(default_factory=list)
     score: Score = field(default_factory=Score)
     given_scale: float = 1.0

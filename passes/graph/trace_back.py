@@ -11,7 +11,7 @@ from torch import fx
 from stem_compile.passes.graph import normalize
 from stem_compile.passes.graph.memory import written_between
 from stem_compile.passes.graph.values import View, value
-from stem_compile.passes.reading.interpret import is_one
+from stem_compile.passes.reading.expressions import is_one
 
 HALF = (torch.float16, torch.bfloat16)
 CASTS = ("to", "float", "half", "bfloat16", "type", "type_as")

@@ -13,7 +13,7 @@ from torch import fx
 from stem_compile.passes.graph.products import score_factors, weighted_values
 from stem_compile.passes.graph.sites import AttentionSite, Rejected
 from stem_compile.passes.graph.values import Steps, View, value
-from stem_compile.passes.patterns.parts.scores import other_reader, score_products, sink_gate
+from stem_compile.passes.patterns.parts.scores import is_square, other_reader, score_products, sink_gate
 from stem_compile.passes.patterns.parts.softmax import normalized, unshifted
 from stem_compile.passes.patterns.parts.weights import Weighing, weighing
 from stem_compile.passes.patterns.parts.written_out_examples import examples, near_misses
@@ -29,9 +29,11 @@ def match(node: fx.Node) -> AttentionSite | Rejected | None:
         return None
     logits = unshifted(softmax[0])
     products = score_products(logits)
-    weighed = weighing(node) if products else None
+    weighed = weighing(node) if products or is_square(logits) else None
     if weighed is None or isinstance(weighed, Rejected):
         return weighed
+    if not products:
+        return Rejected(node, Reason.SHAPE, f"{logits.name} is no product of queries and keys alone")
     if softmax[1] != -1:
         return Rejected(node, Reason.SHAPE, f"a softmax over dimension {softmax[1]}; keys must be the last one")
     result, gate = weighed.product, None
@@ -68,7 +70,7 @@ def _scores(
     """(the scores' product, queries, keys, values, steps to the result's layout); what is in the way, or None where the
     layouts are not those of one attention."""
     shape = value(logits).shape
-    heads = shape[1] if len(shape) == 4 else None
+    heads = shape[1] if len(shape) == 4 else shape[1] * shape[2] if len(shape) == 5 else None
     values = weighted_values(weighed.product, weighed.weights, heads)
     factors = {p: f for p in products if (f := score_factors(p, heads)) is not None}
     if values is None or not factors:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,30 +22,36 @@ import torch
 from torch import fx
 
 from stem_compile.algebra import symbolic
-from stem_compile.algebra.symbolic import Where
+from stem_compile.algebra.symbolic import KV
 from stem_compile.passes.graph import memory, normalize
-from stem_compile.passes.graph.values import value
-
-HIDDEN = -1.0e39
-"""What -inf is read as: a number that arithmetic survives, below every finite fp32. Floats are read as the fractions
-they are: -1e4 beside it must not be rounded away."""
-
-CASES = 3
-"""Most choices of an expression that a comparison is taken through one by one."""
-
-
-class Unreadable(Exception):
-    """The graph says something the reader has no words for; the message names the node."""
+from stem_compile.passes.graph.values import View, value
+from stem_compile.passes.reading import exact
+from stem_compile.passes.reading.expressions import (
+    INTEGERS,
+    as_expr,
+    broadcast_index,
+    guarded,
+    is_one,
+    kind_of,
+    may_round,
+    number,
+    same,
+)
+from stem_compile.passes.reading.unreadable import Unreadable
 
 
 @dataclass(frozen=True)
 class SymTensor:
-    """shape: ints or SymInts. at: index expressions -> value expression (a Boolean for bool tensors). kind: "bool",
-    "int" or "float"."""
+    """A tensor as a function of its index.
+
+    shape: ints or SymInts. at: index expressions -> value expression (a Boolean for bool tensors). kind: "bool", "int"
+    or "float". exact: whether the graph holds these very values; where not, its arithmetic rounds them.
+    """
 
     shape: tuple[Any, ...]
     at: Callable[[tuple[Any, ...]], Any]
     kind: str
+    exact: bool = True
 
 
 Reader = Callable[["Interpreter", normalize.Op, torch.Tensor], SymTensor]
@@ -55,90 +60,55 @@ value."""
 
 
 @functools.cache
-def readers() -> Mapping[str, Reader]:
-    """Canonical operation name -> reader, collected from the READERS of every file in ``readers/``."""
+def _built_in() -> dict[str, Reader]:
     folder = Path(__file__).with_name("readers")
-    found: dict[str, Reader] = {}
+    table: dict[str, Reader] = {}
     for module in pkgutil.iter_modules([str(folder)]):
-        found |= importlib.import_module(f"stem_compile.passes.reading.readers.{module.name}").READERS
-    return found
+        table |= importlib.import_module(f"stem_compile.passes.reading.readers.{module.name}").READERS
+    return table
 
 
-def kind_of(dtype: torch.dtype) -> str:
-    """Arithmetic that a dtype follows."""
-    return "bool" if dtype == torch.bool else "float" if dtype.is_floating_point else "int"
+def readers() -> Mapping[str, Reader]:
+    """Canonical operation name -> reader: the READERS of every file in ``readers/`` and those that were registered."""
+    return _built_in()
 
 
-def as_expr(number: Any) -> Any:
-    """Sympy expression of an int, bool, float, SymInt or SymFloat."""
-    if isinstance(number, bool):
-        return sympy.true if number else sympy.false
-    if isinstance(number, torch.SymInt):
-        return number.node.expr
-    if isinstance(number, torch.SymFloat):
-        # Under dynamic=True Dynamo passes a module's float attributes as inputs; reading one guards on its value.
-        number = float(number)
-    if isinstance(number, float):
-        if number != number:
-            raise Unreadable("NaN")
-        return sympy.Rational(
-            number if abs(number) <= torch.finfo(torch.float32).max else math.copysign(HIDDEN, number)
-        )
-    if isinstance(number, int):
-        return sympy.Integer(number)
-    raise Unreadable(f"scalar of type {type(number).__name__}")
+def register_reader(name: str, reader: Reader, signature: tuple[normalize.Parameter, ...] | None = None) -> None:
+    """Teach the interpreter an operation. A function of the algebra that is elementwise needs no more than this::
+
+        register_reader("sign", elementwise(Sign), normalize.signature("input"))
+
+    name: as ``torch`` spells it. signature: the operation's parameters, where the vocabulary has not got them
+    (``normalize.SIGNATURES``). Raises ValueError where the operation has a reader, or no signature is known.
+    """
+    if name in readers():
+        raise ValueError(f"operation {name!r} has a reader already")
+    if signature is None and name not in normalize.SIGNATURES:
+        raise ValueError(f"operation {name!r} is not in the vocabulary; give its signature")
+    if signature is not None:
+        normalize.SIGNATURES.setdefault(name, signature)
+    _built_in()[name] = reader
 
 
-def boolean(expr: Any) -> Any:
-    """Truth value of an expression: a condition stays, a number is compared with zero."""
-    if (
-        expr in (sympy.true, sympy.false)
-        or getattr(expr, "is_Relational", False)
-        or isinstance(expr, sympy.logic.boolalg.Boolean)
-    ):
-        return expr
-    return decided(lambda n: sympy.Ne(n, 0), expr)
+def unregister_reader(name: str) -> None:
+    """Forget a reader. Raises KeyError where there is none."""
+    del _built_in()[name]
 
 
-def decided(relation: Callable[[Any], Any], expr: Any) -> Any:
-    """``relation(expr)``, asked in each case of the few choices that the expression holds: conditions turned into
-    numbers are conditions again."""
-    choices = sorted(expr.atoms(Where), key=sympy.default_sort_key)
-    if not 0 < len(choices) <= CASES:
-        return relation(expr)
-    choice = next(c for c in choices if not any(c != other and other.has(c) for other in choices))
-    condition, *ends = choice.args
-    yes, no = (decided(relation, expr.xreplace({choice: end})) for end in ends)
-    return sympy.Or(sympy.And(condition, yes), sympy.And(sympy.Not(condition), no))
+def elementwise(function: Callable[..., Any], *parameters: str) -> Reader:
+    """Reader of an operation that applies a function of numbers to the elements of ``parameters`` (default: input)."""
+    names = parameters or ("input",)
+    return lambda i, op, known: i.map(lambda *a: function(*map(number, a)), *(op[n] for n in names))
 
 
-def number(expr: Any) -> Any:
-    """Numeric value of an expression: a condition counts 1 or 0."""
-    if expr in (sympy.true, sympy.false):
-        return sympy.Integer(expr == sympy.true)
-    if isinstance(expr, sympy.logic.boolalg.Boolean) and not isinstance(expr, sympy.Symbol):
-        return Where(expr, sympy.Integer(1), sympy.Integer(0))
-    return expr
-
-
-def is_one(size: Any) -> bool:
-    """Whether a dimension broadcasts. A SymInt never does: Dynamo specialises 1."""
-    return isinstance(size, int) and size == 1
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two sizes are the same expression."""
-    return bool(symbolic.expand(as_expr(a) - as_expr(b)) == 0)
-
-
-def broadcast_index(index: tuple[Any, ...], shape: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Index of a tensor of ``shape`` inside a broadcast result: trailing dimensions align, size 1 is read at 0."""
-    tail = index[len(index) - len(shape) :]
-    return tuple(sympy.Integer(0) if is_one(size) else i for i, size in zip(tail, shape, strict=True))
+def _places(tensor: SymTensor) -> tuple[Any, ...]:
+    """Index symbols that stand for any place in a tensor."""
+    return tuple(sympy.Symbol(f"_i{n}", integer=True, nonnegative=True) for n in range(len(tensor.shape)))
 
 
 class Interpreter:
-    """Reads nodes of one graph. ``leaves`` maps load number -> node, in the order in which loads were met.
+    """Reads nodes of one graph. ``leaves`` maps load number -> node, or view of one, in the order in which loads
+    were met.
 
     given: nodes whose symbolic value is known beforehand (the product of an attention); nothing that is computed from
     them becomes a load.
@@ -153,7 +123,7 @@ class Interpreter:
         extents: Mapping[Any, Any] | None = None,
         opaque: bool = False,
     ) -> None:
-        self.leaves: list[fx.Node] = []
+        self.leaves: list[fx.Node | View] = []
         self.read_nodes: set[fx.Node] = set()
         self.given, self.extents, self.opaque = dict(given or {}), dict(extents or {}), opaque
         self._lengths = tuple(as_expr(n) for n in lengths)
@@ -175,10 +145,12 @@ class Interpreter:
 
     def _constant(self, number_: Any) -> SymTensor:
         expr = as_expr(number_)
-        kind = (
-            "bool" if isinstance(number_, bool) else "float" if isinstance(number_, float | torch.SymFloat) else "int"
-        )
-        return SymTensor((), lambda _: expr, kind)
+        if isinstance(number_, bool):
+            return SymTensor((), lambda _: expr, "bool")
+        if not isinstance(number_, float | torch.SymFloat):
+            return SymTensor((), lambda _: expr, "int")
+        size = float(exact.LONGEST)
+        return SymTensor((), lambda _: expr, "float", expr.is_number or exact.holds(torch.float32, expr, (0, size)))
 
     def _read(self, node: fx.Node) -> SymTensor:
         known = value(node)
@@ -191,29 +163,57 @@ class Interpreter:
         try:
             if op is None or op.name not in readers():
                 raise Unreadable(f"{node.name} ({normalize.spelling(node) or node.target})")
-            result = readers()[op.name](self, op, known)
+            result = guarded(readers()[op.name])(self, op, known)
+            if len(result.shape) != known.dim():
+                raise Unreadable(f"{node.name}: rank {len(result.shape)} was read, {known.dim()} recorded")
+            result = SymTensor(tuple(known.shape), guarded(result.at), kind_of(known.dtype))
+            return result if self.derived(node) else self._in_dtype(node, op, result, known.dtype)
         except Unreadable as error:
             return self._leaf(node, known, error)
-        if len(result.shape) != known.dim():
-            raise Unreadable(f"{node.name}: rank {len(result.shape)} was read, {known.dim()} recorded")
-        result = SymTensor(tuple(known.shape), result.at, kind_of(known.dtype))
-        if known.dtype in symbolic.NARROW:
-            low, high = self.bounds(result)
-            if low < torch.iinfo(known.dtype).min or high > torch.iinfo(known.dtype).max:
-                return self._leaf(node, known, Unreadable(f"{node.name} may be beyond {known.dtype}"))
-        return result
 
-    def bounds(self, tensor: SymTensor) -> tuple[Any, Any]:
-        """Least and greatest value of a tensor, wherever it is read."""
-        index = tuple(sympy.Symbol(f"_i{n}", integer=True, nonnegative=True) for n in range(len(tensor.shape)))
+    def _in_dtype(self, node: fx.Node, op: normalize.Op, result: SymTensor, dtype: torch.dtype) -> SymTensor:
+        """The result as its dtype holds it. Raises Unreadable where the dtype does more to it than can be said."""
+        if not dtype.is_floating_point:
+            cast = any(t.dtype != dtype for n in node.all_input_nodes if isinstance(t := value(n), torch.Tensor))
+            if dtype in INTEGERS and (cast or op.name in exact.ROUNDS):
+                low, high = self.bounds(result, exact.LONGEST)
+                limits = torch.iinfo(dtype)
+                unknown = dtype == torch.int64 and symbolic.INFINITE in (high, -low)
+                if not unknown and (low < limits.min or high > limits.max):
+                    raise Unreadable(f"{node.name} may be beyond {dtype}")
+            return result
+        inputs = [self.tensor(n) for n in node.all_input_nodes if isinstance(value(n), torch.Tensor)]
+        given = [t for t in inputs if t.kind == "float"]
+        kept = all(t.exact for t in given)
+        constants = SymTensor(result.shape, lambda index: exact.rounded(result.at(index), dtype), result.kind, kept)
+        wider = [
+            n for n in node.all_input_nodes if isinstance(value(n), torch.Tensor) and may_round(value(n).dtype, dtype)
+        ]
+        if op.name not in exact.ROUNDS and not wider:
+            return constants
+        if self.fits(constants, dtype):
+            return constants
+        if dtype in exact.HALF and exact.mixes(sympy.sympify(constants.at(_places(result)))):
+            raise Unreadable(f"{node.name} is rounded to {dtype}")
+        return SymTensor(constants.shape, constants.at, constants.kind, False)
+
+    def fits(self, tensor: SymTensor, dtype: torch.dtype) -> bool:
+        """Whether a floating-point dtype holds every element exactly."""
+        expr = sympy.sympify(number(tensor.at(_places(tensor))))
+        return exact.holds(dtype, expr, self.bounds(tensor, exact.LONGEST))
+
+    def bounds(self, tensor: SymTensor, longest: Any = symbolic.INFINITE) -> tuple[Any, Any]:
+        """Least and greatest value of a tensor, wherever it is read. longest: what symbolic sizes stay below."""
+        index = _places(tensor)
         box: dict[Any, Any] = {
-            i: (0, n - 1 if isinstance(n, int) else symbolic.INFINITE) for i, n in zip(index, tensor.shape, strict=True)
+            i: (0, n - 1 if isinstance(n, int) else longest) for i, n in zip(index, tensor.shape, strict=True)
         }
         for number_, leaf in enumerate(self.leaves):
-            limits = torch.iinfo(dtype) if (dtype := value(leaf).dtype) in symbolic.NARROW else None
+            limits = torch.iinfo(dtype) if (dtype := value(leaf).dtype) in INTEGERS[:-1] else None
             if limits is not None:
                 box[symbolic.tensor(number_)] = functools.partial(lambda limits, *_: (limits.min, limits.max), limits)
-        expr = number(tensor.at(index))
+        expr = sympy.sympify(number(tensor.at(index)))
+        box |= {s: (0, longest) for s in expr.free_symbols if s not in box and s.is_nonnegative}
         low, high = symbolic.bounds(expr, box)
         return (max(low, 0) if expr.is_nonnegative else low), high
 
@@ -234,6 +234,25 @@ class Interpreter:
             return sympy.Ne(loaded, 0) if is_bool else loaded
 
         return SymTensor(shape, at, kind_of(known.dtype))
+
+    def row_maximum(self, load: Any) -> Any:
+        """The greatest value that a load takes over the keys of a query, as a load of its own; None where the load's
+        last dimension is not the keys."""
+        leaf = self.leaves[symbolic.load_index(load) or 0]
+        length, keys, place = value(leaf).shape[-1], self.extents.get(KV), load.args[-1]
+        start = place - KV
+        if isinstance(leaf, View) or keys is None or any(a.has(KV) for a in load.args[:-1]):
+            return None
+        steps: tuple[tuple[str, tuple[Any, ...]], ...] = (("amax", (-1, True)),)
+        if start != 0 or not same(length, keys):
+            known = start.is_Integer and isinstance(length, int) and isinstance(keys, int)
+            if not known or not 0 <= start <= length - keys:
+                return None
+            steps = (("narrow", (-1, int(start), keys)), *steps)
+        greatest = View(leaf, steps)
+        if greatest not in self.leaves:
+            self.leaves.append(greatest)
+        return symbolic.tensor(self.leaves.index(greatest))(*load.args[:-1], 0)
 
     def is_quadratic(self, known: torch.Tensor) -> bool:
         """Whether two dimensions of a tensor grow with the prompt."""
@@ -263,7 +282,7 @@ class Interpreter:
         result = next(n for n in module.graph.nodes if n.op == "output").args[0]
         expr = inner.tensor(result[0] if isinstance(result, tuple | list) else result).at(())
         if inner.leaves:
-            raise Unreadable(f"{inner.leaves[0].name} inside {module.__class__.__name__}")
+            raise Unreadable(f"a tensor is read inside {module.__class__.__name__}")
         return expr
 
     def map(self, function: Callable[..., Any], *nodes: Any) -> SymTensor:

@@ -7,8 +7,8 @@ the expression with such a branch is a condition of the mask. What is left is a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -19,22 +19,31 @@ from stem_compile.algebra.symbolic import KV, SCORE, Q, Where
 
 DEEP = -8000.0
 """A constant at or below it hides a key: models write -10000, the dtype's minimum or -inf."""
+FAINT = -20.0
+"""A constant at or below it is meant to hide a key."""
+LOWEST = -1e30
+"""A constant at or below it hides a key in any row where another one is above."""
 LARGE = 5000.0
 """Factor from which a term might outweigh such a constant."""
 LARGEST = 1e38
 """Largest number left in a score: kernels multiply by log2(e) in fp32."""
 
 
-def split_logits(expr: Any) -> tuple[Any, float, Score]:
+RowMaximum = Callable[[Any], Any]
+"""The greatest value of a loaded bias in the query's row, as another load; None where it is not known."""
+
+
+def split_logits(expr: Any, row_maximum: RowMaximum = lambda load: None) -> tuple[Any, float, Score]:
     """(predicate: which keys are visible, scale: positive factor of q.k, the score) of logits in ``SCORE``.
 
     A scale is taken out where the logits grow by a constant with the product at 0; where they do not (a learned
     temperature), it is 1.
     """
-    hides, expr = hidden_conditions(expr)
+    hides, expr = hidden_conditions(expr, row_maximum)
     visible = sympy.And(*(h.visible for h in hides))
     expr = symbolic.expand(expr) if not expr.atoms(sympy.tanh) else expr
-    slope = sympy.diff(expr, SCORE).subs(SCORE, 0) if not expr.atoms(Where) else sympy.Integer(0)
+    kinked = expr.atoms(Where, sympy.Max, sympy.Min, sympy.Abs)
+    slope = sympy.diff(expr, SCORE).subs(SCORE, 0) if not kinked else sympy.Integer(0)
     scale = float(slope) if slope.is_number and slope.is_real and slope > 0 else 1.0
     return (
         in_floats(visible),
@@ -45,37 +54,87 @@ def split_logits(expr: Any) -> tuple[Any, float, Score]:
 
 @dataclass(frozen=True)
 class Hide:
-    """One reason to hide a key. visible: where it does not. shown, hidden: what the logits' choices are replaced by
-    where it does not and where it does.
+    """One reason to hide a key.
 
-    A load that hides by its own very negative entries replaces nothing: then both are None.
+    visible: condition under which it does not hide. visible_logits, hidden_logits: replacements in the logits that
+    leave what they are where the condition holds, and where it does not. load: the bias whose very negative entries
+    hide by themselves; it stays in the logits, and nothing is replaced.
     """
 
     visible: Any
-    shown: dict[Any, Any] | None = None
-    hidden: dict[Any, Any] | None = None
+    visible_logits: Mapping[Any, Any] = field(default_factory=dict)
+    hidden_logits: Mapping[Any, Any] = field(default_factory=dict)
+    load: Any = None
 
 
-def hidden_conditions(expr: Any) -> tuple[list[Hide], Any]:
-    """(what hides keys, the expression where nothing does)."""
+def hidden_conditions(
+    expr: Any, row_maximum: RowMaximum = lambda load: None, level: float = DEEP
+) -> tuple[list[Hide], Any]:
+    """(what hides keys, the expression where nothing does). level: how far below a visible key a hidden one is."""
     hides: list[Hide] = []
     expr = _without_floors(expr)
     kept: set[Any] = set()
     while choices := [c for c in (*_masks(expr), *_choices(expr)) if c not in kept]:
         for choice in choices:
-            found = next((h for h in _ways(choice) if is_deep(expr.xreplace(h.hidden or {}))), None)
-            if found is not None:
-                hides.append(found)
-                expr = expr.xreplace(found.shown or {})
+            if (multiplied := _hidden_by_factor(choice, expr, row_maximum)) is not None:
+                hides.append(multiplied[0])
+                expr = multiplied[1]
+                kept |= {choice, expr}
+                break
+            hide = next((h for h in _ways(choice) if _hides(h, expr, level)), None)
+            if hide is not None:
+                hides.append(hide)
+                expr = expr.xreplace(dict(hide.visible_logits))
+                kept |= {choice} if hide.load is not None else set()
                 break
         else:
             kept.update(choices)
     for term in sympy.Add.make_args(symbolic.expand(expr)):
-        # A bias that was not understood may hold the mask: its very negative entries hide.
         factor, rest = term.as_coeff_Mul()
         if factor > 0 and symbolic.load_index(rest) is not None and {Q, KV} <= rest.free_symbols:
-            hides.append(Hide(sympy.Gt(rest, DEEP / factor)))
+            hides.append(_hidden_by_entries(rest, factor, row_maximum(rest)))
     return hides, expr
+
+
+def _hides(hide: Hide, expr: Any, level: float) -> bool:
+    """Whether a key's logit, where the hide says it is hidden, is negligible beside what it is where it is not."""
+    if hide.load is not None:
+        return True
+    hidden, visible = (expr.xreplace(dict(r)) for r in (hide.hidden_logits, hide.visible_logits))
+    return is_deep(hidden, beside=visible, level=level)
+
+
+def _hidden_by_factor(load: Any, expr: Any, row_maximum: RowMaximum) -> tuple[Hide, Any] | None:
+    """A mask of ones and zeros for queries and keys, multiplied by a large number: its ones are visible, as they are
+    (logits of ones lose no digits to the factor), and whatever else is not far below the greatest of its row."""
+    if symbolic.load_index(load) is None or not {Q, KV} <= load.free_symbols:
+        return None
+    factor, greatest = symbolic.expand(expr).coeff(load).as_coeff_Add()[0], row_maximum(load)
+    if greatest is None or not factor.is_number or factor < LARGE:
+        return None
+    one = sympy.Eq(load, 1)
+    near = sympy.Gt(load - greatest, DEEP / factor)
+    return Hide(sympy.Or(one, near), load=load), Where(one, expr.xreplace({load: sympy.Integer(1)}), expr)
+
+
+def _hidden_by_entries(load: Any, factor: Any, row_maximum: Any) -> Hide:
+    """A bias that was not understood may hold the mask: entries far below the greatest of their row hide. Where that
+    one is not known, only those hide that no score brings back."""
+    if row_maximum is not None:
+        return Hide(sympy.Gt(load - row_maximum, DEEP / factor), load=load)
+    return Hide(sympy.Gt(load, LOWEST / factor), load=load)
+
+
+def faintly_hidden(score: Any) -> tuple[Any, float] | None:
+    """(condition of the keys that are not meant to be hidden, the level of those that are) where choices of the score
+    lower a key too little to hide it: at -1000 it keeps a weight as soon as scores differ by as much. None where
+    nothing is lowered so far."""
+    hides = hidden_conditions(score, level=FAINT)[0]
+    visible = [h for h in hides if h.load is None]
+    if not visible:
+        return None
+    lowered = score.xreplace({k: v for h in visible for k, v in h.hidden_logits.items()})
+    return sympy.And(*(h.visible for h in visible)), _highest(symbolic.expand(lowered))
 
 
 def _ways(choice: Any) -> Iterator[Hide]:
@@ -84,6 +143,10 @@ def _ways(choice: Any) -> Iterator[Hide]:
         yield _hide(choice, True)
         return
     condition, *branches = choice.args
+    for branch, shown in ((branches[1], condition), (branches[0], sympy.Not(condition))):
+        # The value of hidden keys is a tensor's: whether it hides is decided where it is read.
+        if symbolic.load_index(branch) is not None and not branch.free_symbols:
+            yield Hide(sympy.Or(shown, sympy.Gt(branch, DEEP)), load=branch)
     yield from (_hide(condition, shows) for shows in (True, False))
     for place, taken in enumerate((condition, sympy.Not(condition))):
         for inner in _choices(branches[place]):
@@ -92,7 +155,7 @@ def _ways(choice: Any) -> Iterator[Hide]:
                 kept = [b.xreplace({inner: inner.args[shown]}) if n == place else b for n, b in enumerate(branches)]
                 yield Hide(
                     sympy.Not(reached),
-                    {choice: Where(condition, *kept)},
+                    {choice: kept[0] if kept[0] == kept[1] else Where(condition, *kept)},
                     {choice: branches[place].xreplace({inner: inner.args[hidden]})},
                 )
 
@@ -106,9 +169,11 @@ def _hide(condition: Any, shows: bool) -> Hide:
     return Hide(condition, yes, no) if shows else Hide(sympy.Not(condition), no, yes)
 
 
-def is_deep(expr: Any) -> bool:
-    """Whether the logit is that of a hidden key whatever the product is."""
-    return _highest(symbolic.expand(expr)) <= DEEP
+def is_deep(expr: Any, beside: Any = 0, level: float = DEEP) -> bool:
+    """Whether a logit is that of a hidden key whatever the product is, since a softmax only sees differences: far below
+    ``beside``, the logit of a visible one."""
+    shown = _highest(symbolic.expand(beside))
+    return _highest(symbolic.expand(expr)) <= level + (min(shown, 0.0) if shown != float("inf") else 0.0)
 
 
 def _highest(expr: Any) -> float:

@@ -16,8 +16,8 @@ import torch
 
 from stem_compile.algebra import symbolic
 from stem_compile.algebra.symbolic import KV, Q
-from stem_compile.passes.reading.interpret import HIDDEN
-from stem_compile.passes.reading.split_logits import LARGE, Hide, hidden_conditions, in_floats
+from stem_compile.passes.reading.expressions import HIDDEN
+from stem_compile.passes.reading.split_logits import LARGE, Hide, RowMaximum, hidden_conditions, in_floats
 
 LOST = 32.0
 """Units in the last place, relative to 1, from which adding a constant rounds ordinary scores away: half a unit is then
@@ -28,19 +28,21 @@ MOST = 4
 """Reasons to hide a key up to which their combinations are tried."""
 
 
-def evenly_hidden(expr: Any, dtype: torch.dtype, dtypes: list[torch.dtype]) -> Any:
+def evenly_hidden(
+    expr: Any, dtype: torch.dtype, dtypes: list[torch.dtype], row_maximum: RowMaximum = lambda load: None
+) -> Any:
     """Predicate such that a row to which no key fulfils it has equal, finite scores; None where no such predicate is
     known.
 
     expr: logits in ``SCORE``. dtype: of the logits. dtypes: of the tensors T0, T1, ...
     """
-    hides, shown = hidden_conditions(expr)
-    if len(hides) == 1 and hides[0].hidden is None:
-        return _lowest_entries(hides[0].visible.gts, shown, dtype, dtypes)
-    if not 0 < len(hides) <= MOST or any(h.hidden is None for h in hides):
+    hides, visible_logits = hidden_conditions(expr, row_maximum)
+    if len(hides) == 1 and hides[0].load is not None and visible_logits.as_coefficients_dict()[hides[0].load] > 0:
+        return _lowest_entries(hides[0].load, visible_logits, dtype, dtypes)
+    if not 0 < len(hides) <= MOST or any(h.load is not None for h in hides):
         return None
     levels = {
-        _level(expr.xreplace(_chosen(hides, hidden)), dtype)
+        _level(expr.xreplace(_replacements(hides, hidden)), dtype)
         for hidden in itertools.product((False, True), repeat=len(hides))
         if any(hidden)
     }
@@ -48,11 +50,12 @@ def evenly_hidden(expr: Any, dtype: torch.dtype, dtypes: list[torch.dtype]) -> A
     return in_floats(sympy.And(*(h.visible for h in hides))) if even else None
 
 
-def _chosen(hides: list[Hide], hidden: tuple[bool, ...]) -> dict[Any, Any]:
-    made: dict[Any, Any] = {}
+def _replacements(hides: list[Hide], hidden: tuple[bool, ...]) -> dict[Any, Any]:
+    """Replacements in the logits of a key that some of the hides hide and the others do not."""
+    table: dict[Any, Any] = {}
     for hide, is_hidden in zip(hides, hidden, strict=True):
-        made |= (hide.hidden if is_hidden else hide.shown) or {}
-    return made
+        table |= hide.hidden_logits if is_hidden else hide.visible_logits
+    return table
 
 
 def _lowest_entries(load: Any, logits: Any, dtype: torch.dtype, dtypes: list[torch.dtype]) -> Any:

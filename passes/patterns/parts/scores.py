@@ -12,6 +12,7 @@ from stem_compile.passes.graph.memory import functional, mutates
 from stem_compile.passes.graph.products import contraction
 from stem_compile.passes.graph.values import value
 from stem_compile.passes.patterns.parts.softmax import RESHAPING, keeps_scores
+from stem_compile.passes.reading.expressions import is_one
 from stem_compile.passes.reading.interpret import readers
 
 _MOVING = ("getitem", "pad", "transpose", "permute", "t", "select", "narrow", "flip", "gather", "repeat", "as_strided")
@@ -44,6 +45,12 @@ def score_products(logits: fx.Node) -> list[fx.Node]:
                     moved[source] = moves
                     frontier.append(source)
     return sorted(set(direct) or set(shifted))
+
+
+def is_square(logits: fx.Node) -> bool:
+    """Whether logits have a row and a column for every token."""
+    shape = value(logits).shape
+    return len(shape) > 2 and not is_one(shape[-1]) and str(shape[-1]) == str(shape[-2])
 
 
 def _moves(op: normalize.Op, source: fx.Node, node: fx.Node) -> bool:

@@ -10,7 +10,9 @@ import torch
 from stem_compile.algebra.symbolic import Where
 from stem_compile.passes.graph.normalize import Op
 from stem_compile.passes.graph.values import value
-from stem_compile.passes.reading.interpret import Interpreter, Reader, SymTensor, Unreadable, as_expr, boolean, number
+from stem_compile.passes.reading.expressions import as_expr, boolean, number
+from stem_compile.passes.reading.interpret import Interpreter, Reader, SymTensor
+from stem_compile.passes.reading.unreadable import Unreadable
 
 
 def _arange(i: Interpreter, op: Op, known: torch.Tensor) -> SymTensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,19 +10,17 @@ import sympy
 import torch
 from torch import fx
 
-from stem_compile.algebra.symbolic import KV, B, FloorDiv, H, Q, Where
+from stem_compile.algebra import symbolic
+from stem_compile.algebra.symbolic import FloorDiv, Where
 from stem_compile.passes.graph.normalize import Op
 from stem_compile.passes.graph.values import value
-from stem_compile.passes.reading.interpret import (
-    Interpreter,
-    Reader,
-    SymTensor,
-    Unreadable,
-    as_expr,
-    boolean,
-    decided,
-    number,
-)
+from stem_compile.passes.reading import exact
+from stem_compile.passes.reading.expressions import CASES, HIDDEN, as_expr, boolean, by_cases, decided, loads, number
+from stem_compile.passes.reading.interpret import Interpreter, Reader, SymTensor, elementwise
+from stem_compile.passes.reading.unreadable import Unreadable
+
+DEEPEST = 200
+"""Exponent from which an exponential is zero or infinity in every dtype that attention is computed in."""
 
 
 def _compare(name: str) -> Reader:
@@ -32,25 +31,24 @@ def _compare(name: str) -> Reader:
         return decided(lambda n: relation(n, b), a) if b.is_number else relation(a, b)
 
     def read(i: Interpreter, op: Op, known: torch.Tensor) -> SymTensor:
-        rounded = any(
-            getattr(value(op[side]), "dtype", None) in (torch.float16, torch.bfloat16) for side in ("input", "other")
-        )
-
-        def compared(a: Any, b: Any) -> Any:
-            if rounded and _counts(number(a) - number(b)):
-                raise Unreadable("positions in half precision, which has no room for them")
-            return compare(a, b)
-
-        return i.map(compared, op["input"], op["other"])
+        sides = [i.tensor(op[side]) for side in ("input", "other")]
+        if not all(side.exact for side in sides):
+            raise Unreadable("a comparison of numbers that the graph rounds")
+        values = [value(op[side]) for side in ("input", "other")]
+        dtype = torch.result_type(*(_plain(x) for x in values))
+        if not dtype.is_floating_point:
+            return i.map(compare, op["input"], op["other"])
+        # Integers are compared with floats in the floats' dtype.
+        if not all(side.kind != "int" or i.fits(side, dtype) for side in sides):
+            raise Unreadable(f"integers compared in {dtype}")
+        return i.map(lambda a, b: compare(*(exact.rounded(number(x), dtype) for x in (a, b))), op["input"], op["other"])
 
     return read
 
 
-def _counts(expr: Any) -> bool:
-    """Whether positions enter a number themselves, not only in conditions or as places of loads."""
-    inside = {e: sympy.Integer(0) for e in expr.atoms(Where) | expr.atoms(sympy.core.function.AppliedUndef)}
-    ends = [end for e in expr.atoms(Where) for end in e.args[1:]]
-    return bool(expr.xreplace(inside).free_symbols & {B, H, Q, KV}) or any(_counts(end) for end in ends)
+def _plain(x: Any) -> Any:
+    """A tensor, or a number of the kind that a symbolic one is."""
+    return 0.5 if isinstance(x, torch.SymFloat) else 1 if isinstance(x, torch.SymInt) else x
 
 
 def _logic(connective: Any) -> Reader:
@@ -62,8 +60,86 @@ def _logic(connective: Any) -> Reader:
     return read
 
 
-def _arithmetic(function: Callable[[Any, Any], Any]) -> Reader:
-    return lambda i, op, known: i.map(lambda a, b: function(number(a), number(b)), op["input"], op["other"])
+def _of_choices(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function; of numbers and choices between numbers, the choice between its values."""
+
+    def of(*exprs: Any) -> Any:
+        exprs = tuple(sympy.sympify(number(e)) for e in exprs)
+        return by_cases(function, *exprs) if all(map(_is_chosen, exprs)) else function(*exprs)
+
+    return of
+
+
+def _is_chosen(expr: Any) -> bool:
+    """Whether an expression is a number in each case of its choices."""
+    if isinstance(expr, Where):
+        return all(_is_chosen(end) for end in expr.args[1:])
+    choices = {e: sympy.Integer(1) for e in expr.atoms(Where)}
+    return bool(expr.xreplace(choices).is_number) and all(map(_is_chosen, choices))
+
+
+def _binary(function: Callable[[Any, Any], Any]) -> Reader:
+    return elementwise(_of_choices(function), "input", "other")
+
+
+def _divided(a: Any, b: Any) -> Any:
+    if b != 0:
+        return a / b
+    if a == 0 or not a.is_number:
+        raise Unreadable("a division by zero")
+    return _infinite(a > 0)
+
+
+def _infinite(positive: Any) -> Any:
+    return sympy.Rational(-HIDDEN if positive else HIDDEN)
+
+
+def _log(a: Any) -> Any:
+    if a.is_number and a < 0:
+        raise Unreadable("a logarithm of a negative number")
+    return _infinite(False) if a == 0 else sympy.log(a)
+
+
+def _exp(a: Any) -> Any:
+    if not a.is_Rational:
+        return sympy.exp(a)
+    return _infinite(True) if a > DEEPEST else sympy.Integer(0) if a < -DEEPEST else as_expr(math.exp(float(a)))
+
+
+def _root(power: int) -> Callable[[Any], Any]:
+    """x ** 0.5 or x ** -0.5."""
+
+    def root(a: Any) -> Any:
+        if a.is_number and a < 0:
+            raise Unreadable("a root of a negative number")
+        return _infinite(True) if a == 0 and power < 0 else a ** sympy.Rational(power, 2)
+
+    return root
+
+
+def _nan_to_num(i: Interpreter, op: Op, known: torch.Tensor) -> SymTensor:
+    """Infinities become the ends of the dtype. Scores are finite, and so is what positions make."""
+    ends = [op["neginf"], op["posinf"]]
+    limits = torch.finfo(known.dtype) if known.dtype.is_floating_point else None
+    if limits is None:
+        return i.tensor(op["input"])
+    low, high = (as_expr(value(e if e is not None else x)) for e, x in zip(ends, (limits.min, limits.max)))
+
+    def finite(expr: Any) -> Any:
+        constant, _ = symbolic.expand(expr).as_coeff_Add()
+        return (
+            low if constant <= sympy.Rational(HIDDEN) / 2 else high if constant >= -sympy.Rational(HIDDEN) / 2 else expr
+        )
+
+    def read(a: Any) -> Any:
+        a = sympy.sympify(number(a))
+        if loads(a):
+            raise Unreadable("nan_to_num of what only the run knows")
+        if len(a.atoms(Where)) > CASES:
+            raise Unreadable("nan_to_num of many choices")
+        return by_cases(finite, a)
+
+    return i.map(read, op["input"])
 
 
 def _scaled(sign: int) -> Reader:
@@ -103,7 +179,7 @@ def _truediv(i: Interpreter, op: Op, known: torch.Tensor) -> SymTensor:
         return _whole(FloorDiv)(i, op, known)
     if op["rounding_mode"] is not None:
         raise Unreadable("division that truncates")
-    return i.map(lambda a, b: number(a) / number(b), op["input"], op["other"])
+    return _binary(_divided)(i, op, known)
 
 
 def _where(i: Interpreter, op: Op, known: torch.Tensor) -> SymTensor:
@@ -123,7 +199,7 @@ def _masked_fill(i: Interpreter, op: Op, known: torch.Tensor) -> SymTensor:
 def _greatest(i: Interpreter, op: Op, known: torch.Tensor) -> SymTensor:
     if not isinstance(op["dim"], fx.Node) or not isinstance(value(op["dim"]), torch.Tensor):
         raise Unreadable("a maximum over elements")
-    return i.map(lambda a, b: sympy.Max(number(a), number(b)), op["input"], op["dim"])
+    return elementwise(_of_choices(sympy.Max), "input", "dim")(i, op, known)
 
 
 def _clamp(i: Interpreter, op: Op, known: torch.Tensor) -> SymTensor:
@@ -131,20 +207,22 @@ def _clamp(i: Interpreter, op: Op, known: torch.Tensor) -> SymTensor:
 
     def read(a: Any, *limits: Any) -> Any:
         for (function, _), limit in zip(bounds, limits, strict=True):
-            a = function(number(a), number(limit))
+            a = _of_choices(function)(a, limit)
         return a
 
     return i.map(read, op["input"], *(limit for _, limit in bounds))
 
 
-def _function(function: Callable[[Any], Any]) -> Reader:
-    return lambda i, op, known: i.map(lambda a: function(number(a)), op["input"])
-
-
 def _pow(i: Interpreter, op: Op, known: torch.Tensor) -> SymTensor:
-    if not isinstance(value(op["exponent"]), int | float):
+    exponent = value(op["exponent"])
+    if not isinstance(exponent, int | float):
         raise Unreadable("a power with a tensor exponent")
-    return i.map(lambda a, b: number(a) ** number(b), op["input"], op["exponent"])
+    if isinstance(exponent, float) and not exponent.is_integer() and abs(exponent) != 0.5:
+        return elementwise(_of_choices(lambda a: a ** as_expr(exponent)))(i, op, known)
+    power = (lambda a: a ** int(exponent)) if float(exponent).is_integer() else _root(round(2 * exponent))
+    if exponent < 0 and float(exponent).is_integer():
+        return elementwise(_of_choices(lambda a: _divided(sympy.Integer(1), a ** -int(exponent))))(i, op, known)
+    return elementwise(_of_choices(power))(i, op, known)
 
 
 def _same(i: Interpreter, op: Op, known: torch.Tensor) -> SymTensor:
@@ -176,18 +254,20 @@ READERS: dict[str, Reader] = {
     "floordiv": _whole(FloorDiv),
     "mod": _whole(sympy.Mod),
     "max": _greatest,
-    "minimum": _arithmetic(sympy.Min),
-    "maximum": _arithmetic(sympy.Max),
+    "minimum": _binary(sympy.Min),
+    "maximum": _binary(sympy.Max),
     "clamp": _clamp,
     "where": _where,
     "masked_fill": _masked_fill,
-    "neg": _function(lambda a: -a),
-    "abs": _function(sympy.Abs),
-    "tanh": _function(sympy.tanh),
-    "exp": _function(sympy.exp),
-    "log": _function(sympy.log),
-    "sqrt": _function(lambda a: a ** sympy.Rational(1, 2)),
-    "rsqrt": _function(lambda a: a ** sympy.Rational(-1, 2)),
+    "neg": elementwise(lambda a: -a),
+    "abs": elementwise(sympy.Abs),
+    "tanh": elementwise(sympy.tanh),
+    "exp": elementwise(_of_choices(_exp)),
+    "log": elementwise(_of_choices(_log)),
+    "sqrt": elementwise(_of_choices(_root(1))),
+    "rsqrt": elementwise(_of_choices(_root(-1))),
+    "relu": elementwise(lambda a: by_cases(lambda x: sympy.Max(x, 0), a)),
+    "nan_to_num": _nan_to_num,
     "pow": _pow,
     **dict.fromkeys(("contiguous", "clone", "detach", "alias"), _same),
     **dict.fromkeys(("to", "type", "type_as", "bool", "long", "int", "float", "half", "double", "bfloat16"), _cast),

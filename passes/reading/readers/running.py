@@ -10,18 +10,16 @@ import torch
 from stem_compile.algebra import symbolic
 from stem_compile.algebra.symbolic import Where
 from stem_compile.passes.graph.normalize import Op
-from stem_compile.passes.reading.interpret import Interpreter, Reader, SymTensor, Unreadable, is_one, number
-
-
-def _loads(expr: Any) -> bool:
-    return any(symbolic.load_index(f) is not None for f in sympy.sympify(expr).atoms(sympy.core.function.AppliedUndef))
+from stem_compile.passes.reading.expressions import is_one, loads, number
+from stem_compile.passes.reading.interpret import Interpreter, Reader, SymTensor
+from stem_compile.passes.reading.unreadable import Unreadable
 
 
 def _diff(i: Interpreter, op: Op, known: torch.Tensor) -> SymTensor:
     inner = i.tensor(op["input"])
     dim = op["dim"] % len(inner.shape)
-    if op["n"] != 1 or op["append"] is not None:
-        raise Unreadable("diff of another order")
+    if op["n"] != 1 or op["append"] is not None or known.dtype == torch.bool:
+        raise Unreadable("diff of another order, or of conditions")
     before = None if op["prepend"] is None else i.tensor(op["prepend"])
     if before is not None and not is_one(before.shape[dim]):
         raise Unreadable("diff with a longer prepend")
@@ -36,7 +34,7 @@ def _diff(i: Interpreter, op: Op, known: torch.Tensor) -> SymTensor:
         first = number(inner.at(step(sympy.Integer(0)))) - number(before.at(step(sympy.Integer(0))))
         later = number(inner.at(step(place))) - number(inner.at(step(place - 1)))
         first, later = symbolic.expand(first), symbolic.expand(later)
-        if _loads(first) or _loads(later):
+        if loads(first) or loads(later):
             raise Unreadable("diff of runtime values")
         return later if first == later else Where(sympy.Eq(place, 0), first, later)
 
@@ -50,7 +48,7 @@ def _cumsum(i: Interpreter, op: Op, known: torch.Tensor) -> SymTensor:
     dim = op["dim"] % len(inner.shape)
     index = tuple(sympy.Symbol(f"_c{n}", integer=True, nonnegative=True) for n in range(len(inner.shape)))
     term = number(inner.at(index))
-    if sympy.sympify(term).has(index[dim]) or _loads(term):
+    if sympy.sympify(term).has(index[dim]) or loads(term):
         raise Unreadable("cumsum of values that change along it")
     return SymTensor(inner.shape, lambda at: number(inner.at(at)) * (at[dim] + 1), "int")
 

@@ -12,17 +12,9 @@ from stem_compile.algebra import symbolic
 from stem_compile.algebra.symbolic import Where
 from stem_compile.passes.graph.normalize import Op
 from stem_compile.passes.graph.values import value
-from stem_compile.passes.reading.interpret import (
-    Interpreter,
-    Reader,
-    SymTensor,
-    Unreadable,
-    as_expr,
-    boolean,
-    broadcast_index,
-    is_one,
-    number,
-)
+from stem_compile.passes.reading.expressions import as_expr, boolean, broadcast_index, is_one, number
+from stem_compile.passes.reading.interpret import Interpreter, Reader, SymTensor
+from stem_compile.passes.reading.unreadable import Unreadable
 
 
 def _unsqueeze(i: Interpreter, op: Op, known: torch.Tensor) -> SymTensor:
@@ -205,6 +197,33 @@ def _cat(i: Interpreter, op: Op, known: torch.Tensor) -> SymTensor:
     return SymTensor((None,) * known.dim(), at, "")
 
 
+def _pad(i: Interpreter, op: Op, known: torch.Tensor) -> SymTensor:
+    """A constant around a tensor; negative widths cut off."""
+    inner, widths = i.tensor(op["input"]), [as_expr(value(w)) for w in op["pad"]]
+    if op["mode"] != "constant":
+        raise Unreadable(f"padding by {op['mode']}")
+    fill = as_expr(value(0 if op["value"] is None else op["value"]))
+    rank, before = known.dim(), {known.dim() - 1 - n // 2: w for n, w in enumerate(widths) if n % 2 == 0}
+
+    def at(index: tuple[Any, ...]) -> Any:
+        places = tuple(a - before.get(n, 0) for n, a in enumerate(index))
+        inside: list[Any] = []
+        for n in range(rank):
+            if before.get(n, 0) != 0:
+                inside.append(sympy.Ge(places[n], 0))
+            if n in before and i.below(places[n], inner.shape[n]) is not True:
+                inside.append(sympy.Lt(places[n], as_expr(inner.shape[n])))
+        condition = sympy.And(*inside)
+        if condition == sympy.false:
+            return boolean(fill) if known.dtype == torch.bool else number(fill)
+        here = inner.at(places)
+        if known.dtype == torch.bool:
+            return sympy.Or(sympy.And(condition, boolean(here)), sympy.And(sympy.Not(condition), boolean(fill)))
+        return Where(condition, number(here), number(fill))
+
+    return SymTensor((None,) * rank, at, inner.kind)
+
+
 def _stack(i: Interpreter, op: Op, known: torch.Tensor) -> SymTensor:
     if len(op["tensors"]) != 1:
         raise Unreadable("a stack")
@@ -224,6 +243,7 @@ READERS: dict[str, Reader] = {
     "expand_as": _expand,
     "repeat": _repeat,
     "cat": _cat,
+    "pad": _pad,
     "stack": _stack,
     **dict.fromkeys(("view", "reshape", "squeeze", "flatten", "unflatten", "view_as", "reshape_as"), _reshape),
 }

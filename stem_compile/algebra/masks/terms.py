@@ -230,9 +230,13 @@ class Given(_Read):
 
     @classmethod
     def recognise(cls, expr: Any) -> Mask | None:
-        load = expr.lhs if expr.is_Relational and expr.rhs.is_number else None
-        read = load is not None and symbolic.load_index(load) is not None and {Q, KV} <= load.free_symbols
-        return cls(expr) if read else None
+        # An entry is compared with a constant, or with one far below the greatest of its row.
+        side = expr.lhs if expr.is_Relational and expr.rhs.is_number else None
+        terms = sympy.Add.make_args(side) if side is not None else ()
+        loads = [t for t in terms if symbolic.load_index(t) is not None and {Q, KV} <= t.free_symbols]
+        others = [t for t in terms if t not in loads]
+        rows = [t for t in others if symbolic.load_index(-t) is not None and not t.has(KV)]
+        return cls(expr) if len(loads) == 1 and len(rows) == len(others) <= 1 else None
 
     def orders_positions(self, learned: frozenset[int] = frozenset()) -> bool:
         # It is taken to, since it may come from outside; a bias that the model computes from its weights is no mask.

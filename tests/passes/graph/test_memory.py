@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from stem_compile.passes.graph import memory
-from stem_compile.passes.graph.sites import AttentionSite
+from stem_compile.passes.graph.sites import AttentionSite, Rejected
 from stem_compile.reasons import Reason
 from tests.numerics import assert_close
 from tests.passes.capture import graph_of, rewritten
@@ -137,3 +137,27 @@ def test_operators_tell_what_they_write() -> None:
 
         graph = graph_of(model, (torch.ones(3),)).graph
     assert [[n.name for n in memory.written(node)] for node in graph.nodes if memory.mutates(node)] == [["y"]]
+
+
+WRITERS: dict[str, Any] = {
+    "_foreach_zero_": lambda x: torch._foreach_zero_([x]),
+    "_foreach_mul_": lambda x: torch._foreach_mul_([x, x.clone()], 2.0),
+    "_foreach_copy_": lambda x: torch._foreach_copy_([x], [x + 1]),
+    "a packet of an ATen operator": lambda x: torch.ops.aten.add_(x, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_mask_that_any_operator_writes_is_not_believed(name: str) -> None:
+    """Which argument is written is read from the operators' schemas."""
+
+    def model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        rows = torch.arange(q.shape[2])
+        mask = torch.where(rows[None, :] <= rows[:, None], 0.0, -1e9)
+        WRITERS[name](mask)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    inputs = tuple(torch.randn(1, 2, 40, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    result, out = rewritten(model, inputs)
+    assert [h.reason for h in result.found if isinstance(h, Rejected)] == [Reason.WRITTEN]
+    torch.testing.assert_close(out, model(*inputs))

@@ -62,7 +62,9 @@ TERMS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tens
     "stripes": lambda q, k, p: (k % 4 != 3) | (k == q),
     "prefix": lambda q, k, p: (k < 5) | (k <= q),
     "sinks and a window": lambda q, k, p: (k < 2) | (k >= q - 7),
-    "documents": lambda q, k, p: _ids(p)[..., q.flatten(), None] == _ids(p)[..., None, k.flatten()],
+    "documents": lambda q, k, p: (
+        _ids(p)[..., torch.arange((q + k).shape[-2]), None] == _ids(p)[..., None, torch.arange((q + k).shape[-1])]
+    ),
     "clamped": lambda q, k, p: torch.clamp(k, max=12) <= torch.maximum(q, torch.tensor(12)),
     "xor": lambda q, k, p: (k > q) ^ True,
     "selected": lambda q, k, p: torch.where(k < 6, q >= 0, k > q - 11),

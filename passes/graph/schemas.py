@@ -1,0 +1,48 @@
+"""What torch's own operator schemas say: which argument a method is called on, what keywords are called, what is
+written."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+
+@functools.cache
+def overloads(name: str) -> tuple[Any, ...]:
+    """Schemas of the ATen operator ``name``, all overloads; none where there is no such operator."""
+    return tuple(torch._C._jit_get_schemas_for_operator(f"aten::{name}"))
+
+
+@functools.cache
+def receiver_place(method: str) -> int:
+    """Place of the tensor on which a method is called, among the arguments of the function of that name:
+    ``x.where(condition, y)`` is ``where(condition, x, y)``."""
+    for schema in overloads(method):
+        names = [a.name for a in schema.arguments]
+        if "self" in names:
+            return names.index("self")
+    return 0
+
+
+@functools.cache
+def keyword_places(name: str) -> dict[str, int]:
+    """Place of every argument that may be given by name and stands at one place in all overloads: mat2 of bmm is 1."""
+    places: dict[str, set[int]] = {}
+    for schema in overloads(name):
+        for place, argument in enumerate(schema.arguments):
+            if not argument.kwarg_only:
+                places.setdefault(argument.name, set()).add(place)
+    return {word: next(iter(at)) for word, at in places.items() if len(at) == 1}
+
+
+def written_arguments(schemas: tuple[Any, ...], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[Any]:
+    """The arguments of a call that some overload writes, as their schemas annotate them: ``Tensor(a!)``."""
+    written = []
+    for schema in schemas:
+        for place, argument in enumerate(schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                by_place = place < len(arguments) and not argument.kwarg_only
+                written.append(arguments[place] if by_place else keywords.get(argument.name))
+    return written
