@@ -99,7 +99,10 @@ def _sizes(site: AttentionSite) -> Iterator[dict[Any, Any]]:
         for number in (*known.shape, known.storage_offset()) if _is_plain(known) else (known,):
             if isinstance(number, torch.SymInt) and number.node.hint is not None:
                 for symbol in number.node.expr.free_symbols:
-                    hint = number.node.shape_env.var_to_val.get(symbol)
+                    shapes = number.node.shape_env
+    # The name that torch 2.13 and later have; the older one warns there.
+    values = shapes.backed_var_to_val if hasattr(shapes, "backed_var_to_val") else shapes.var_to_val
+    hint = values.get(symbol)
                     if hint is not None:
                         hints[symbol] = int(hint)
     long = sorted({h for h in hints.values() if h > SMALL[0]})

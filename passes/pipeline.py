@@ -224,10 +224,13 @@ def _dense(module: fx.GraphModule, step: str, error: Exception) -> Rewrite:
 
 
 def copied(graph: fx.Graph) -> fx.Graph:
-    """The graph again, with the example values of its nodes."""
+    """The graph again, with the example values of its nodes and what Dynamo wrote on them."""
     copy = fx.Graph()
     copy.output(copy.graph_copy(graph, {}))
-    for node in graph.nodes:
+    for node, twin in zip(graph.nodes, copy.nodes, strict=True):
         if node.op == "output":
-            list(copy.nodes)[-1].meta = dict(node.meta)
+            twin.meta = dict(node.meta)
+        # Attributes that torch does not copy: AOTAutograd asks inputs for their ``_dynamo_source``.
+        for name in vars(node).keys() - vars(twin).keys():
+            setattr(twin, name, getattr(node, name))
     return copy

@@ -26,13 +26,22 @@ Draw = Callable[["Axes"], None]
 Points = Sequence[tuple[float, float]]
 
 
+COLUMNS = 3
+"""Drawings beside each other in a picture."""
+
+
 def _figure(draws: Sequence[tuple[str, Draw]], width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * len(draws), height), layout="constrained")
-    for axes, (title, draw) in zip(figure.subplots(1, len(draws), squeeze=False)[0], draws):
+    columns = min(COLUMNS, len(draws))
+    rows = -(-len(draws) // columns)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    places = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, (title, draw) in zip(places, draws):
         draw(axes)
         axes.set_title(title, fontsize=10)
+    for axes in places[len(draws) :]:
+        axes.set_visible(False)
     return figure
 
 

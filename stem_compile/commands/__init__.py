@@ -6,5 +6,5 @@ needs nothing.
 
 from __future__ import annotations
 
-NAMES = ("demo", "explain", "bench", "quality", "check", "fuzz", "env")
+NAMES = ("demo", "explain", "bench", "quality", "tune", "check", "fuzz", "env")
 """In the order of the help."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,7 +46,8 @@ def add_place(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="option of the backend, such as budget=0.25; may be repeated",
+        help="option of the backend, such as budget=0.25, or @FILE with options as JSON, as tune writes it; may be"
+        " repeated",
     )
 
 
@@ -84,13 +86,30 @@ def at_least(low: float, kind: type = int, above: bool = False) -> Callable[[str
 
 
 def backend_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """Options of the backend from NAME=VALUE texts. Raises UserError for a wrong name or value."""
-    from stem_compile.config import OptionError, written_options
+    """Options of the backend from NAME=VALUE texts and @FILE, later ones winning. Raises UserError for a wrong name or
+    value."""
+    from stem_compile.config import OptionError, StemConfig, written_options
 
+    options: dict[str, Any] = {}
     try:
-        return written_options(pairs)
+        for pair in pairs:
+            options |= _options_of_file(Path(pair[1:])) if pair.startswith("@") else written_options([pair])
+        StemConfig.from_options(options)
     except OptionError as error:
         raise UserError(f"--option {error}") from None
+    return options
+
+
+def _options_of_file(file: Path) -> dict[str, Any]:
+    try:
+        options = json.loads(file.read_text())
+    except OSError as error:
+        raise UserError(f"--option @{file}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"--option @{file}: no JSON: {error}") from None
+    if not isinstance(options, dict):
+        raise UserError(f'--option @{file}: JSON of an object such as {{"budget": 0.25}}')
+    return options
 
 
 def place(arguments: argparse.Namespace) -> tuple[str, torch.dtype]:

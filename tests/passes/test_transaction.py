@@ -215,3 +215,20 @@ def test_attention_inside_cond_is_refused_with_a_reason() -> None:
 
     _, rewrite, _ = compiled(model, torch.randn(1, 2, N, 16))
     assert [(hit.reason, hit.detail) for hit in rewrite.rejected] == [(Reason.REGION, "cond")]
+
+
+def test_a_graph_that_comes_back_keeps_what_dynamo_wrote_on_it() -> None:
+    """Fused layers are written out to be looked at and put back where they stay dense; under symbolic lengths
+    AOTAutograd then asks the inputs where they came from."""
+    layer = torch.nn.TransformerEncoderLayer(32, 2, 32, batch_first=True, dropout=0.0)
+    model = torch.nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+
+    def causal(x: torch.Tensor) -> torch.Tensor:
+        mask = torch.nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        return model(x, mask=mask, is_causal=True)  # type: ignore[no-any-return]
+
+    compiled = torch.compile(causal, backend="stem", dynamic=True, options={"budget": 0.5, "inner": "aot_eager"})
+    with torch.inference_mode():
+        for length in (300, 70):
+            x = torch.randn(1, length, 32)
+            torch.testing.assert_close(compiled(x), causal(x))
