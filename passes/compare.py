@@ -99,16 +99,18 @@ def _sizes(site: AttentionSite) -> Iterator[dict[Any, Any]]:
         for number in (*known.shape, known.storage_offset()) if _is_plain(known) else (known,):
             if isinstance(number, torch.SymInt) and number.node.hint is not None:
                 for symbol in number.node.expr.free_symbols:
-                    shapes = number.node.shape_env
-    # The name that torch 2.13 and later have; the older one warns there.
-    values = shapes.backed_var_to_val if hasattr(shapes, "backed_var_to_val") else shapes.var_to_val
-    hint = values.get(symbol)
+                    hint = _values(number.node.shape_env).get(symbol)
                     if hint is not None:
                         hints[symbol] = int(hint)
     long = sorted({h for h in hints.values() if h > SMALL[0]})
     for least in SMALL if long else (0,):
         numbers = {h: least + 7 * long.index(h) if h in long else h for h in hints.values()}
         yield {symbol: sympy.Integer(numbers[hint]) for symbol, hint in hints.items()}
+
+
+def _values(shapes: Any) -> Any:
+    """What Dynamo traced with, by symbol. torch 2.13 and later warn at the older name."""
+    return shapes.backed_var_to_val if hasattr(shapes, "backed_var_to_val") else shapes.var_to_val
 
 
 def _is_plain(known: Any) -> bool:
