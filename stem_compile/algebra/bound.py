@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from stem_compile.algebra import blind, blocks
+from stem_compile.algebra import blind, blocks, symbolic
 from stem_compile.algebra.blocks import Shape
 from stem_compile.algebra.masks import Mask, environment
+from stem_compile.algebra.symbolic import KV, B, H, Q
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +73,16 @@ class BoundMask:
     def dense(self, rows: slice | torch.Tensor = slice(None)) -> torch.Tensor:
         """Bool, broadcastable to (batch, heads, rows, kv_len): True is visible."""
         return self.mask.dense(self.shape, self.tensors, self.scalars, self.device, rows)
+
+    def at(self, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Bool [B or 1, H or 1, len(rows), len(keys)]: whether pairs of positions are visible; one past the end of the
+        queries or of the keys is not."""
+        batch, heads, q_len, kv_len = self.shape
+        rows, keys = rows.view(1, 1, -1, 1), keys.view(1, 1, 1, -1)
+        b, h = (torch.arange(n, device=self.device).view(-1, *(1,) * after) for n, after in ((batch, 3), (heads, 2)))
+        visible = symbolic.evaluate(self.mask.predicate, self.environment | {B: b, H: h, Q: rows, KV: keys})
+        shown: torch.Tensor = symbolic.as_tensor(visible, self.device) & (rows < q_len) & (keys < kv_len)
+        return shown
 
     def blind_rows(self) -> torch.Tensor:
         """Bool [B, H or 1, q_len, 1]: rows to which no key is visible."""

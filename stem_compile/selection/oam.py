@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from stem_compile.algebra.blocks import cdiv
 from stem_compile.algebra.scores import block_positions
+from stem_compile.algebra.symbolic import KV, Q
 from stem_compile.selection import Attention, SelectionSpec
 
 CELL_ROWS = 64
@@ -23,19 +24,86 @@ CELL_ROWS = 64
 def oam_scores(attention: Attention) -> torch.Tensor:
     """Scores [B, H, query blocks, key blocks], fp32 (fp64 for fp64 inputs); -inf where no score is visible.
 
-    Pads and ragged ends do not count: a mean is over the token pairs that exist. A score that depends on positions is
-    applied where blocks see it (``scores.block_positions``).
+    What is hidden does not count: a mean is over the token pairs that exist and are visible, a norm is of a key that
+    is. A score that depends on positions is applied where blocks see it (``scores.block_positions``).
     """
+    rows, columns = attention.blocks
+    if hides_pairs(attention):
+        pieces = (slice(start, start + CELL_ROWS) for start in range(0, rows, CELL_ROWS))
+        scores = torch.cat([scores_of_pairs(attention, piece, columns) for piece in pieces], 2)
+        return scores.masked_fill_(~attention.candidates, -torch.inf)
     q, k, v, spec = attention.q, attention.k, attention.v, attention.spec
-    visible = attention.mask.visible
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    visible, dtype = attention.mask.visible, _dtype(attention)
     pool = {"mean": _mean_over_cells, "max": _max_over_cells}[spec.pooling]
-    pooled = pool(q, k, visible, spec, dtype) * attention.scale
-    if attention.score.positional:
-        places = block_positions(*attention.blocks, attention.shape, spec.block_q, spec.block_k, q.device)
-        pooled = attention.score.apply(pooled, attention.mask.environment | places)
+    pooled = positioned(attention, pool(q, k, visible, spec, dtype) * attention.scale)
     values = value_term(_largest_norms(v, visible, spec, dtype), spec.metric).repeat_interleave(attention.group, 1)
     return (pooled + spec.beta * values[:, :, None, :]).masked_fill_(~attention.candidates, -torch.inf)
+
+
+def _dtype(attention: Attention) -> torch.dtype:
+    return torch.float64 if attention.q.dtype == torch.float64 else torch.float32
+
+
+def hides_pairs(attention: Attention) -> bool:
+    """Whether a key that a row of blocks does not see may lie in a block whose score counts: under documents or a given
+    tensor. Blocks are then summed up for each row anew. The blocks that the mask's edges cut are the first and the last
+    of a row, which are computed whatever their score, where both are kept."""
+    parts = attention.mask.parts
+    return bool(parts.others or (parts.bands and (attention.spec.sinks == 0 or parts.causal is None)))
+
+
+def positioned(attention: Attention, pooled: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+    """Pooled, scaled products [B, H, rows, columns] of the first ``columns`` key blocks, with a score that depends on
+    positions applied."""
+    if not attention.score.positional:
+        return pooled
+    spec = attention.spec
+    places = block_positions(*attention.blocks, attention.shape, spec.block_q, spec.block_k, attention.device)
+    places = places | {Q: places[Q][:, :, rows], KV: places[KV][..., : pooled.shape[-1]]}
+    return attention.score.apply(pooled, attention.mask.environment | places)
+
+
+def scores_of_pairs(attention: Attention, rows: slice, columns: int) -> torch.Tensor:
+    """``oam_scores`` of some rows and the first ``columns`` key blocks where single pairs are hidden: [B, H, rows,
+    columns], finite also where no pair is visible. One product and one look at the mask for each token of a group."""
+    q, spec, dtype = attention.q, attention.spec, _dtype(attention)
+    stride = min(spec.stride, spec.block_q, spec.block_k)
+    cells_q, cells_k = spec.block_q // stride, spec.block_k // stride
+    first, stop = rows.start * spec.block_q, min(rows.stop, attention.blocks[0]) * spec.block_q
+    queries = F.pad(q[:, :, first:stop], (0, 0, 0, max(0, stop - q.shape[2])))
+    end = columns * spec.block_k
+    keys, norms = attention.k[:, :, :end], torch.linalg.vector_norm(attention.v[:, :, :end], dim=-1, dtype=dtype)
+    missing = end - keys.shape[2]
+    keys, norms = F.pad(keys, (0, 0, 0, missing)), F.pad(norms, (0, missing)).repeat_interleave(attention.group, 1)
+    total: torch.Tensor | float = 0.0
+    count: torch.Tensor | int = 0
+    largest: torch.Tensor | None = None
+    for slot in range(stride):
+        other = stride - 1 - slot
+        row, key = (torch.arange(a, b, stride, device=q.device) for a, b in ((first + slot, stop), (other, end)))
+        visible = attention.mask.at(row, key)
+        product = _grouped_product(queries[:, :, slot::stride].to(dtype), keys[:, :, other::stride].to(dtype))
+        # Not by a factor of 0: what is hidden may be NaN.
+        total = total + torch.where(visible, product, 0)
+        count = count + visible.to(dtype)
+        shown = visible.unflatten(2, (-1, cells_q)).any(3)
+        norm = torch.where(shown, norms[:, :, None, other::stride], 0).unflatten(3, (-1, cells_k)).amax(-1)
+        largest = norm if largest is None else torch.maximum(largest, norm)
+    assert isinstance(total, torch.Tensor) and isinstance(count, torch.Tensor) and largest is not None
+    if spec.pooling == "mean":
+        total, count = (_blocks_of(x, cells_q, cells_k).sum((3, 5)) for x in (total, count))
+        pooled = total / count.clamp(min=1)
+    else:
+        cells = (total / count.clamp(min=1)).masked_fill_(count == 0, -torch.inf)
+        pooled = _blocks_of(cells, cells_q, cells_k).amax((3, 5)).nan_to_num_(neginf=0.0)
+    scores: torch.Tensor = positioned(attention, pooled * attention.scale, rows)
+    return scores.add(value_term(largest, spec.metric), alpha=spec.beta)
+
+
+def _blocks_of(cells: torch.Tensor, cells_q: int, cells_k: int) -> torch.Tensor:
+    """[B, H, rows, cells_q, columns, cells_k] of [B, H, rows * cells_q, columns * cells_k]."""
+    batch, heads, height, width = cells.shape
+    return cells.reshape(batch, heads, height // cells_q, cells_q, width // cells_k, cells_k)
 
 
 def _grouped(
@@ -105,7 +173,7 @@ def _largest_norms(
 
 
 def value_term(norms: torch.Tensor, metric: str) -> torch.Tensor:
-    """max(0, log ||v||) of each block's largest norm [B, Hk, key blocks], 0 for a block without keys. "released"
+    """max(0, log ||v||) of each block's largest norm [..., key blocks], 0 for a block without keys. "released"
     z-scores the logarithms over the sequence first, as the authors' code does, so it sees later tokens."""
     log = norms.clamp(min=torch.finfo(torch.float32).tiny).log()
     if metric == "released":

@@ -128,3 +128,70 @@ def test_heads_that_do_not_divide_are_one_clear_error() -> None:
     lists = torch.empty(1, 4, 1, 1, dtype=torch.int32, device="meta"), torch.empty(1, 4, 1, device="meta")
     with pytest.raises(ValueError, match="4 query heads, 2 key heads and 4 value heads"):
         torch.ops.stem.sparse_attention(q, k, v, *lists, [], [], "kv <= q", 1.0, "", "cpu gather")
+
+
+def padded(q: torch.Tensor, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Attention under a mask of [B, 1, N, N] that comes from outside."""
+    return F.scaled_dot_product_attention(q, x, x, attn_mask=keep)
+
+
+def written_out(q: torch.Tensor, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    scores = (q @ x.mT * 0.3).masked_fill(~keep, -torch.inf)
+    return scores.softmax(-1) @ x
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+@pytest.mark.parametrize("side", ["left", "right", "middle", "by row"])
+@pytest.mark.parametrize("function", [padded, written_out])
+def test_what_hidden_keys_hold_moves_no_output(function: Any, side: str, pooling: str) -> None:
+    """Padding inside a mask of N x N, which nothing tells from any other given mask."""
+    length = 1600
+    position = torch.arange(length)
+    hidden = {
+        "left": position < 100,
+        "right": position >= 1390,
+        "middle": (position >= 300) & (position < 1100) & (position % 64 < 40),
+    }
+    keep = torch.ones(length, length, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
+    if side == "by row":  # half of the early keys, hidden from later rows only
+        rows, keys = position >= 640, (position < 600) & (position % 64 < 40)
+        keep &= ~(rows[:, None] & keys)
+    else:
+        keep[1] &= ~hidden[side]
+        keep[1] |= torch.eye(length, dtype=torch.bool) & hidden[side]  # rows of the padding see themselves
+        rows, keys = ~hidden[side], hidden[side]
+    # Queries stay: one of the padding is as visible a row as any, and shares its block's selection.
+    q, x = torch.randn(2, 2, length, 16), torch.randn(2, 2, length, 16)
+    options = {"budget": 0.3, "block_size": 64, "min_length": 1, "inner": "eager", "pooling": pooling}
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="stem", options={**options, "fallback": "error"}, fullgraph=True)
+    with torch.no_grad():
+        out = compiled(q, x, keep)
+        other = x.clone()
+        other[1, :, keys] = 30 * torch.randn(2, int(keys.sum()), 16)
+        again = compiled(q, other, keep)
+    assert torch.equal(out[0], again[0])
+    torch.testing.assert_close(out[1][:, rows], again[1][:, rows], atol=1e-5, rtol=1e-5)
+    assert not torch.equal(out[1], function(q, x, keep)[1]), "nothing was left out"
+
+
+@pytest.mark.parametrize("poison", [float("inf"), float("nan")])
+def test_padding_may_hold_anything(poison: float) -> None:
+    def masked(x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        rows = torch.arange(x.shape[2])
+        keep = (rows <= rows[:, None]) & real[:, None, None]
+        scores = (x @ x.mT * 0.3).masked_fill(~keep, -torch.inf)
+        return scores.softmax(-1).nan_to_num(0.0) @ x.nan_to_num(0.0, 0.0, 0.0)
+
+    real = torch.ones(2, 640, dtype=torch.bool)
+    real[1, :100] = False
+    x = torch.randn(2, 2, 640, 16)
+    options = {"block_size": 64, "min_length": 1, "inner": "eager", "fallback": "error"}
+    torch._dynamo.reset()
+    spoilt = x.clone()
+    spoilt[1, :, :100] = poison
+    with torch.no_grad():
+        for budget in (1.0, 0.25):
+            compiled = torch.compile(masked, backend="stem", options={**options, "budget": budget}, fullgraph=True)
+            out, again = compiled(x, real), compiled(spoilt, real)
+            torch.testing.assert_close(again[1, :, 100:], out[1, :, 100:])

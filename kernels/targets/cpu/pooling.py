@@ -19,12 +19,15 @@ from stem_compile.algebra.symbolic import KV, B, H, Q
 from stem_compile.kernels.targets.cpu import workers
 from stem_compile.kernels.targets.cpu.gather import dense
 from stem_compile.selection import Attention
-from stem_compile.selection.oam import value_term
+from stem_compile.selection.oam import hides_pairs, scores_of_pairs, value_term
 from stem_compile.selection.tpd import best_blocks
 
 PIECE = {"mean": 1 << 15, "max": 1 << 13}
 """Tokens read at once, the heads of a group counted apart. Smaller would fit the caches better, but short calls wait
 for the interpreter lock."""
+
+PAIRS = 1 << 20
+"""Cells looked at in one piece where single pairs are hidden."""
 
 At = tuple[int, int, slice]
 """(batch row, key head, tokens)."""
@@ -35,6 +38,8 @@ def ranked(attention: Attention, counts: torch.Tensor, width: int) -> torch.Tens
 
     counts: int32 [B or 1, H or 1, query blocks]; rows with none or ``FULL`` are left as garbage.
     """
+    if hides_pairs(attention):
+        return _ranked_by_pairs(attention, counts, width)
     q, k, spec, candidates = attention.q, attention.k, attention.spec, attention.candidates
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     keys = _Keys(attention, dtype)
@@ -70,6 +75,26 @@ def ranked(attention: Attention, counts: torch.Tensor, width: int) -> torch.Tens
 
     # Late rows see most: the last piece to finish had better be a small one.
     workers.run(rank, reversed(list(_pieces(k, q.shape[2], PIECE[spec.pooling] // group, spec.block_q))))
+    return indices
+
+
+def _ranked_by_pairs(attention: Attention, counts: torch.Tensor, width: int) -> torch.Tensor:
+    """``ranked`` where single pairs are hidden: some rows of all heads at a time."""
+    (batch, heads, _, kv_len), spec = attention.shape, attention.spec
+    rows, columns = attention.blocks
+    candidates = attention.candidates
+    indices = attention.q.new_zeros(batch, heads, rows, width, dtype=torch.int32)
+    stride = min(spec.stride, spec.block_q, spec.block_k)
+    step = max(1, PAIRS // (batch * heads * (spec.block_q // stride) * cdiv(kv_len, stride)))
+
+    def rank(piece: slice) -> None:
+        kept, possible = counts[:, :, piece], candidates[:, :, piece]
+        if int(kept.max()) > 0:
+            reach = int((possible.flatten(0, 2).any(0) * torch.arange(1, columns + 1)).max())
+            scores = scores_of_pairs(attention, piece, reach)
+            indices[:, :, piece] = best_blocks(scores, possible[..., :reach], kept, width, spec)
+
+    workers.run(rank, [slice(start, min(start + step, rows)) for start in range(0, rows, step)][::-1])
     return indices
 
 

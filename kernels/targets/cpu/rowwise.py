@@ -63,6 +63,10 @@ def attend(p: Problem, counts: torch.Tensor, attention: Attention) -> None:
         here = env | {B: torch.tensor(at.batch), H: torch.tensor(list(at.heads))[:, None, None]}
         here |= {Q: torch.arange(rows.start, rows.stop)[:, None], KV: position}
         visible = torch.as_tensor(symbolic.evaluate(predicate, here)) & (position < p.kv_len)
+        gone = ~visible.expand(len(at.heads), q.shape[1], len(position)).flatten(0, 1).any(0)
+        if bool(gone.any()):
+            # A bias does not hide what is NaN.
+            key, value = (x.masked_fill_(gone[:, None], 0) for x in (key, value))
         # A bias stays in fp32 beside products in bf16, which have no digits for it.
         added = torch.zeros((), dtype=key.dtype)
         if bias is not None:

@@ -145,6 +145,8 @@ def _problem(
     if visible is not None and not bool(visible.all()):
         hidden = ~F.pad(visible.expand(batch, -1), (0, keys.shape[2] - kv_len))
         problem.bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+        # A bias does not hide what is NaN.
+        problem.keys, problem.values = (x.masked_fill(hidden[:, None, :, None], 0) for x in (keys, values))
         per_block = hidden.unflatten(1, (columns, spec.block_k)).sum(-1)
         problem.first = (per_block == spec.block_k).int().cumprod(-1).sum(-1).tolist()
         problem.cut = F.pad(per_block.cumsum(-1), (1, 0)).tolist()

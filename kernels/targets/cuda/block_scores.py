@@ -13,9 +13,9 @@ from stem_compile.algebra.blocks import cdiv
 from stem_compile.kernels import cache
 from stem_compile.kernels.spec import DTYPES, KernelSpec
 from stem_compile.kernels.targets.cuda import descriptors, device
-from stem_compile.kernels.targets.cuda.configurations import PEAKS, RAGGED_PEAKS, cell_config
+from stem_compile.kernels.targets.cuda.configurations import PEAKS, RAGGED_PEAKS, cell_config, padded, pair_tile
 from stem_compile.selection import Attention, parse
-from stem_compile.selection.oam import value_term
+from stem_compile.selection.oam import positioned, value_term
 
 
 @functools.lru_cache(maxsize=1024)
@@ -203,6 +203,60 @@ class KeySide:
             sides.append(whole or tail)
             last.append(tail)
         return sides, last, tails, (self.value, self.value)
+
+
+class PairScores:
+    """Scores where the mask hides single pairs, so that no summary of a block serves all rows (``oam.hides_pairs``).
+
+    attention: its q, k and v with consecutive rows. terms: ``arguments`` of the mask.
+    """
+
+    def __init__(self, attention: Attention, terms: tuple[Any, ...]) -> None:
+        self.attention, self.terms = attention, terms
+        self.norms = torch.linalg.vector_norm(attention.v, dim=-1, dtype=torch.float32)
+
+    @property
+    def bytes_a_row(self) -> int:
+        """Memory that the scores of one row of query blocks take, with what they are made from."""
+        batch, heads = self.attention.shape[:2]
+        return batch * heads * 8 * self.attention.blocks[1]
+
+    def scores(self, start: int, chunk: int) -> torch.Tensor:
+        """fp32 [B, H, chunk, columns] of the rows from ``start`` on; pairs without a visible key hold garbage."""
+        attention, q, k, spec = self.attention, self.attention.q, self.attention.k, self.attention.spec
+        (batch, heads, q_len, kv_len), columns = attention.shape, attention.blocks[1]
+        stride = min(spec.stride, spec.block_q, spec.block_k)
+        pooled = torch.empty(batch, heads, chunk, columns, dtype=torch.float32, device=q.device)
+        # Tiles beyond the mask's edges are left unwritten, and "released" reads all of a row.
+        largest = torch.zeros_like(pooled)
+        tile = pair_tile(q.element_size() * padded(q.shape[-1]))
+        row_tiles, column_tiles = (
+            cdiv(blocks * (size // stride), tile) for blocks, size in ((chunk, spec.block_q), (columns, spec.block_k))
+        )
+        module("pairs", attention).pool[(row_tiles * column_tiles, batch * heads)](
+            q,
+            k,
+            self.norms,
+            pooled,
+            largest,
+            q.stride()[:3],
+            k.stride()[:3],
+            heads,
+            attention.group,
+            chunk,
+            start,
+            columns,
+            q_len,
+            kv_len,
+            attention.scale,
+            *self.terms,
+            ROWS=tile,
+            COLUMNS=tile,
+            PEAK=spec.pooling == "max",
+            num_warps=8,
+        )
+        scores = positioned(attention, pooled, slice(start, start + chunk))
+        return scores + spec.beta * value_term(largest, spec.metric)
 
 
 def _steps_are_whole(*tensors: torch.Tensor) -> bool:

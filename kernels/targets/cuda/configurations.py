@@ -93,6 +93,11 @@ def marked_config(spec: KernelSpec) -> Config:
     return Config(tile, 2, 8, MARKED_ROWS, bulk=True)
 
 
+def pair_tile(row_bytes: int) -> int:
+    """Groups of queries, and of keys, in a tile of the scores of single pairs. row_bytes: of one padded q or k."""
+    return 64 if row_bytes <= 512 else 32
+
+
 def cell_config(element_size: int, bulk: bool) -> dict[str, Any]:
     """Launch configuration of the portable cell scores. bulk: tiles come by TMA."""
     if bulk:

@@ -13,9 +13,10 @@ import torch
 from stem_compile import ops
 from stem_compile.algebra.blocks import split
 from stem_compile.algebra.masks import decode
-from stem_compile.kernels.targets.cuda.block_scores import KeySide, module
+from stem_compile.kernels.targets.cuda.block_scores import KeySide, PairScores, module
 from stem_compile.kernels.triton.arguments import arguments
 from stem_compile.selection import Attention
+from stem_compile.selection.oam import hides_pairs
 from stem_compile.selection.tpd import everything, row_counts
 
 SCORE_BYTES = 1 << 28
@@ -46,8 +47,10 @@ def select(attention: Attention, kernel: str) -> tuple[torch.Tensor, torch.Tenso
         possible = attention.candidates.expand(batch, heads, rows, columns).view(torch.uint8)
         strides = possible.stride()
     terms = arguments(attention.tensors, attention.scalars, attention.mask_text, device=q.device)
-    keys = None
-    if not everything(spec):
+    keys: KeySide | PairScores | None = None
+    if not everything(spec) and hides_pairs(attention):
+        keys = PairScores(attention, terms)
+    elif not everything(spec):
         # Where the forced blocks are not simply the last before the diagonal, or that is known on the device only,
         # every score is written.
         plain = not explicit and not _reads_offset(attention.mask_text)

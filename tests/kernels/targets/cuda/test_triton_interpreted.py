@@ -116,6 +116,34 @@ def test_selection(case: Case) -> None:
     assert gap < (1e-4 if case.dtype == torch.float32 else 2e-2)
 
 
+@pytest.mark.parametrize("mask", [GIVEN, DOCUMENT, PREFIX])
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+@pytest.mark.parametrize(
+    ("sizes", "stride", "dtype", "metric"),
+    [((32, 16), 8, torch.float32, "released"), ((16, 64), 4, torch.float16, "paper")],
+)
+def test_scores_where_single_pairs_are_hidden(
+    mask: str, pooling: str, sizes: tuple[int, int], stride: int, dtype: torch.dtype, metric: str
+) -> None:
+    case = Case(170, 170, 2, 2, 1, 24, 16, *sizes, dtype, mask, budget=0.2, pooling=pooling, stride=stride)
+    gap, counts = selection_gap(replace(case, metric=metric), cuda)
+    assert counts
+    assert gap < (1e-4 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_what_is_hidden_is_not_read(pooling: str) -> None:
+    """Keys that a given mask hides from every query, whatever they hold."""
+    case = Case(170, 170, 1, 2, 1, 16, 16, 16, 16, mask=GIVEN, budget=0.2, pooling=pooling, stride=8)
+    attention = case.attention()
+    attention.tensors[0][..., 20:75] = False
+    lists = attention.selection(*cuda.select(attention, "select")).dense(attention.candidates)
+    for poison in (1e30, float("inf"), float("nan")):
+        spoilt = replace(attention, k=attention.k.clone(), v=attention.v.clone())
+        spoilt.k[:, :, 20:75], spoilt.v[:, :, 20:75] = poison, poison
+        assert torch.equal(lists, spoilt.selection(*cuda.select(spoilt, "select")).dense(attention.candidates))
+
+
 @pytest.mark.parametrize("mask", [CAUSAL, WINDOW])
 @pytest.mark.parametrize("loud", [0, 3])
 def test_equal_scores_go_to_the_earlier_blocks(loud: int, mask: str) -> None:
