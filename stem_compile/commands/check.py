@@ -58,6 +58,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text", type=Path, metavar="FILE", help="text for the fidelity report (default: random tokens)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the examples (default: 0)")
+    parser.add_argument(
+        "--as-deployed",
+        action="store_true",
+        help="your own block sizes, minimum length, inner backend and mode, with few examples at real lengths",
+    )
+    parser.add_argument("--profile", choices=("ci", "thorough"), default="ci", help="how many examples (default: ci)")
+    parser.add_argument(
+        "--database",
+        type=Path,
+        default=Path(".stem-compile"),
+        metavar="DIR",
+        help="folder of failures, which the next check tries first (default: .stem-compile)",
+    )
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write the report to this file")
     add_json(parser)
 
@@ -70,6 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     device, dtype = place(arguments)
     options = backend_options(arguments.option)
     if arguments.html is not None:
+        need("jinja2")
         writable_file(arguments.html, "--html")
     if arguments.text is not None and not arguments.text.is_file():
         raise UserError(f"--text {arguments.text}: no such file")
@@ -85,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(report.to_dict(), indent=2, default=str))
     else:
-        print(table(report).text(width()), *report.failure_lines(), "", report.verdict, sep="\n")
+        print(table(report).text(width()), report.conditions, *report.failure_lines(), "", report.verdict, sep="\n")
     return 0 if report.passed else 3
 
 
@@ -103,6 +117,7 @@ def checked(
     arguments: argparse.Namespace, device: str, dtype: torch.dtype, options: dict[str, Any], progress: Progress
 ) -> Report:
     """The report on the target. Raises UserError for what the user can mend."""
+    from stem_compile.bench.machine import describe, versions
     from stem_compile.bench.target import load
     from stem_compile.testing import check_model
     from stem_compile.testing.inputs import NoInputs
@@ -127,10 +142,14 @@ def checked(
             seed=arguments.seed,
             seconds=None if arguments.minutes is None else 60 * arguments.minutes,
             text=None if arguments.text is None else _tokens(target, arguments.text),
+            as_deployed=arguments.as_deployed,
+            profile=arguments.profile,
+            database=arguments.database,
             progress=tell,
         )
     except (NoInputs, ValueError) as error:
         raise UserError(str(error)) from None
+    report.settings |= {"machine": describe(device), "versions": versions()}
     report.imports = [
         "import torch",
         "from stem_compile.bench.target import load",

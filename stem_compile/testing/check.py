@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from stem_compile.config import StemConfig
 from stem_compile.packages import need
 from stem_compile.testing import properties as catalogue
 from stem_compile.testing.case import Case
+from stem_compile.testing.database import Database
 from stem_compile.testing.report import Report
 from stem_compile.testing.search import Progress, attempt, search
 from stem_compile.testing.subject import Subject
@@ -20,6 +23,9 @@ from stem_compile.testing.violation import Measure
 
 FEW, SECONDS = 2, 150.0
 """Examples of each property, and time in which all must end but each property's first, for large models."""
+
+PROFILES = {"ci": 1, "thorough": 5}
+"""Times the examples, and the time for large models, of a property's own."""
 
 
 def check_model(
@@ -34,6 +40,9 @@ def check_model(
     text: torch.Tensor | None = None,
     bounds: Mapping[str, float] | None = None,
     seed: int = 0,
+    as_deployed: bool = False,
+    profile: str = "ci",
+    database: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Check that ``torch.compile(model, backend="stem", options=options)`` computes what it should, with examples drawn
@@ -47,35 +56,44 @@ def check_model(
     property tries beyond its first example, and the report says where more were wanted; None is no limit (``SECONDS``
     for large models). expected: number of attentions that must be rewritten, None for all. text: token ids [1, N] for
     the fidelity report; bounds: the most of its measures, such as {"nll change": 0.05}. seed: same seed, same examples.
-    progress: told of every example.
+    as_deployed: the options as they are deployed, nothing set small, and ``inner`` and ``mode`` as well: few examples
+    at the lengths where they matter. profile: a key of ``PROFILES``. database: folder in which failures are kept, to be
+    tried first the next time. progress: told of every example.
 
-    Raises OptionError for wrong options, NoInputs when inputs cannot be derived, ValueError for an unknown property,
-    MissingPackage. Dynamo is reset before and after.
+    Raises OptionError for wrong options, NoInputs when inputs cannot be derived, ValueError for an unknown property or
+    profile, MissingPackage. Dynamo is reset before and after.
     """
     need("hypothesis")
     chosen = [catalogue.get(name) for name in properties] if properties is not None else list(catalogue.every())
-    subject = Subject(model, make_inputs, options, expected, text, bounds)
+    if profile not in PROFILES:
+        raise ValueError(f"unknown profile {profile!r}; profiles: {', '.join(PROFILES)}")
+    subject = Subject(model, make_inputs, options, expected, text, bounds, as_deployed)
     given = {
         "make_inputs": make_inputs is not None,
         "text": text is not None,
         "expected": expected,
         "bounds": bounds and dict(bounds),
     }
-    report = Report(_settings(subject, seed) | given | {"max_examples": max_examples})
+    report = Report(_settings(subject, seed) | given | {"max_examples": max_examples, "profile": profile})
+    more = PROFILES[profile]
     if subject.large:
-        max_examples, seconds = max_examples or FEW, SECONDS if seconds is None else seconds
-    begun = time.monotonic()
+        max_examples, seconds = max_examples or FEW * more, SECONDS * more if seconds is None else seconds
+    begun, kept = time.monotonic(), Database(database, report.settings)
     torch._dynamo.reset()
     for number, module in enumerate(chosen):
         examples = (
             min(module.EXAMPLES, max_examples)
             if max_examples is not None and module.EXAMPLES <= 2
-            else max_examples or module.EXAMPLES
+            else max_examples or (module.EXAMPLES if module.EXAMPLES <= 2 else module.EXAMPLES * more)
         )
         # What a property leaves of its share goes to the others.
         share = None if seconds is None else (begun + seconds - time.monotonic()) / (len(chosen) - number)
-        report.results.append(search(subject, module, examples, seed, progress, seconds=share))
+        last = kept.last(module.NAME)
+        result = search(subject, module, examples, seed, progress, seconds=share, first=last)
+        kept.keep(module.NAME, None if result.failure is None else result.failure.case)
+        report.results.append(result)
     torch._dynamo.reset()
+    report.settings["seconds"] = round(time.monotonic() - begun, 1)
     return report
 
 
@@ -87,9 +105,11 @@ def check_case(
     make_inputs: Any = None,
     options: Mapping[str, Any] | StemConfig | None = None,
     expected: int | None = None,
+    as_deployed: bool = False,
 ) -> Measure:
     """One property on one example, as a report prints it. Raises Violation when it does not hold."""
-    return attempt(Subject(model, make_inputs, options, expected), catalogue.get(name), case)
+    subject = Subject(model, make_inputs, options, expected, as_deployed=as_deployed)
+    return attempt(subject, catalogue.get(name), case)
 
 
 def _settings(subject: Subject, seed: int) -> dict[str, Any]:
@@ -103,6 +123,8 @@ def _settings(subject: Subject, seed: int) -> dict[str, Any]:
         "options": subject.options,
         "inputs": subject.source.words,
         "seed": seed,
+        "as_deployed": subject.as_deployed,
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -158,10 +158,19 @@ def golden_copy(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def exactly(
-    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], twin: torch.nn.Module | None = None
+    model: torch.nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    twin: torch.nn.Module | None = None,
+    own_positions: bool = True,
 ) -> Any:
-    """``model(*args, **kwargs)`` in fp64 at the model's own positions. twin: its ``golden_copy``, where one is at
-    hand."""
+    """``model(*args, **kwargs)`` in fp64. twin: its ``golden_copy``, where one is at hand. own_positions: at the
+    positions that the model computes in its own dtype; else those are exact too."""
+    if not own_positions:
+        twin = golden_copy(model) if twin is None else twin
+        raised = doubled((tuple(args), dict(kwargs)))
+        with torch.no_grad(), Exact():
+            return twin(*raised[0], **raised[1])
     positions = Positions()
     mine = tree_map(_alias, (tuple(args), dict(kwargs)))
     with torch.no_grad(), Recorded(positions, [*model.parameters(), *floating(mine)]):

@@ -10,7 +10,7 @@ from typing import Any
 from stem_compile.testing.case import Case
 from stem_compile.testing.html import page
 from stem_compile.testing.numerics import Gap
-from stem_compile.testing.subject import brief
+from stem_compile.testing.subject import brief, changed
 from stem_compile.testing.violation import Violation
 
 PROOFS = ("dense-equivalence", "kernel-exactness")
@@ -126,7 +126,8 @@ class Report:
         assert result.failure is not None
         given = {k: v for k in ("expected", "bounds", "max_examples") if (v := self.settings.get(k)) is not None}
         made = "make_inputs" if self.settings.get("make_inputs") else ""
-        options = f"options={brief(self.settings['options'])!r}"
+        deployed = self.settings.get("as_deployed")
+        options = f"options={(changed if deployed else brief)(self.settings['options'])!r}"
         needs = "".join(f"{line}\n" for line in self.imports)
         case = result.failure.case
         if case is None or case.given is not None or "bounds" in given:
@@ -137,6 +138,7 @@ class Report:
                 f"properties={[result.name]!r}",
                 *(f"{k}={v!r}" for k, v in given.items()),
             ]
+            words += ["as_deployed=True"] if deployed else []
             words += ["text=text" if self.settings.get("text") else "", f"seed={self.settings['seed']}"]
             return (
                 f"{needs}from stem_compile.testing import"
@@ -146,6 +148,7 @@ class Report:
             options,
             made and f"make_inputs={made}",
             f"expected={given['expected']}" if "expected" in given else "",
+            "as_deployed=True" if deployed else "",
         ]
         last = ", ".join(filter(None, words))
         head = f"{needs}from stem_compile.testing import Case, check_case\n\n"
@@ -158,20 +161,43 @@ class Report:
             *((r.name, MARKS[r.verdict], r.tried, f"{r.worst:.2f}" if r.worst else "-", r.title) for r in self.results),
         ]
         widths = [max(len(r[i]) for r in rows) for i in range(len(columns))]
-        lines = [self.headline, "", *("  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows), ""]
+        lines = [
+            self.headline,
+            self.conditions,
+            "",
+            *("  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows),
+            "",
+        ]
         lines += [f"{r.name}: {r.remark}" for r in self.results if r.remark and r.verdict != "fail"]
         return "\n".join([*lines, *self.failure_lines(), "", self.verdict])
 
     __repr__ = __str__
 
     @property
+    def conditions(self) -> str:
+        """Under what the check ran, for a reader who deploys something else."""
+        options = self.settings["options"]
+        if self.settings.get("as_deployed"):
+            return f"As deployed: blocks of {options['block_size']} and inner={options['inner']!r}, few examples."
+        return (
+            f"Small blocks ({options['block_size']}) and inner={options['inner']!r}, so that short prompts are sparse"
+            " and quick; --as-deployed (as_deployed=True) checks your own block sizes, lengths and inner backend."
+        )
+
+    @property
     def headline(self) -> str:
         """What was checked."""
-        options = ", ".join(f"{k}={v}" for k, v in self.settings["options"].items())
+        options = ", ".join(f"{k}={v}" for k, v in self._options.items())
         return (
             f"{self.settings['model']}, {self.settings['dtype']} on {self.settings['device']}, {options}, seed"
             f" {self.settings['seed']}"
         )
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """The options that say something: as deployed, those that are not the defaults."""
+        options: dict[str, Any] = self.settings["options"]
+        return changed(options) if self.settings.get("as_deployed") else options
 
     def failure_lines(self) -> list[str]:
         """What failed, with a snippet each."""
@@ -205,6 +231,7 @@ class Report:
             results.append(plain)
         return {
             "headline": self.headline,
+            "conditions": self.conditions,
             "verdict": self.verdict,
             "passed": self.passed,
             "settings": self.settings,

@@ -112,9 +112,11 @@ def search(
     progress: Progress | None = None,
     shrink: bool = True,
     seconds: float | None = None,
+    first: Case | None = None,
 ) -> Result:
     """The result of one property on ``examples`` examples. shrink: whether to look for a smaller one that fails.
-    seconds: no further example that would end after these."""
+    seconds: no further example that would end after these. first: the example to try before all others; where it fails,
+    it is the answer."""
     import hypothesis
 
     begun = time.monotonic()
@@ -136,6 +138,8 @@ def search(
     )
     violation: Violation | None = None
     try:
+        if first is not None:
+            state(first)
         hypothesis.seed(seed)(settings(hypothesis.given(strategy)(_function(state))))()
         if hasattr(module, "finish") and state.measures:
             module.finish(subject, state.measures)

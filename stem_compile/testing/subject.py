@@ -83,6 +83,18 @@ def options_of(options: Mapping[str, Any] | StemConfig | None, large: bool = Fal
     return merged
 
 
+def deployed_options(options: Mapping[str, Any] | StemConfig | None) -> dict[str, Any]:
+    """Every option with the value that it has when the user deploys these. Raises OptionError."""
+    config = StemConfig.from_options(options)
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+
+
+def changed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are not the backend's defaults."""
+    defaults = deployed_options(None)
+    return {name: value for name, value in options.items() if value != defaults[name]}
+
+
 def brief(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options without those that ``options_of`` would add again."""
     return {
@@ -97,7 +109,8 @@ def _cast(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 class Subject:
-    """options: the backend's, merged with ``SMALL``. expected: sites that must be rewritten, None for all. text: token
+    """options: the backend's, merged with ``SMALL``, or as they are where as_deployed. large: few examples, whose runs
+    properties share. expected: sites that must be rewritten, None for all. text: token
     ids [1, N] for fidelity;
     bounds: the most of each of its measures."""
 
@@ -109,11 +122,13 @@ class Subject:
         expected: int | None = None,
         text: torch.Tensor | None = None,
         bounds: Mapping[str, float] | None = None,
+        as_deployed: bool = False,
     ) -> None:
         self.model = model.eval()
-        self.large = is_large(model)
+        self.as_deployed = as_deployed
+        self.large = as_deployed or is_large(model)
         self.source: Source = dataclasses.replace(source_of(model, make_inputs), frugal=self.large)
-        self.options = options_of(options, self.large)
+        self.options = deployed_options(options) if as_deployed else options_of(options, self.large)
         self.config = StemConfig.from_options(self.options)
         self.expected, self.text, self.bounds = expected, text, dict(bounds or {})
         self.device, self.dtype = place_of(model)
@@ -178,7 +193,9 @@ class Subject:
         return self.golden_of(self.inputs(case))
 
     def _golden_of(self, given: Inputs) -> torch.Tensor:
-        return primary(exactly(self.model, given.args, given.kwargs, self._twin()))
+        # Inductor need not round between operations, so half-precision positions are no yardstick for it.
+        rounds = self.options["inner"] == "eager" or self.dtype == torch.float32
+        return primary(exactly(self.model, given.args, given.kwargs, self._twin(), rounds))
 
     def budget(self, case: Case) -> float:
         """Error a position of this case's output may have: see ``numerics``."""

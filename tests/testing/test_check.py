@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from stem_compile.config import StemConfig
 from stem_compile.testing import Case, Report, Violation, check_case, check_model
+from stem_compile.testing.html import page
 from stem_compile.testing.inputs import NoInputs
 from stem_compile.testing.plugin import options_from
 from stem_compile.testing.properties import shapes
@@ -318,3 +321,67 @@ def test_options_of_pytests_command_line() -> None:
     ):
         with pytest.raises(pytest.UsageError, match=said):
             options_from(text)
+
+
+def test_as_deployed_changes_no_option() -> None:
+    options = {"budget": 0.5, "inner": "aot_eager"}
+    report = check_model(plain(), options=options, as_deployed=True, properties=["kernel-exactness", "coverage"])
+    assert report.passed, report
+    assert report.settings["options"] == dataclasses.asdict(StemConfig(budget=0.5, inner="aot_eager"))
+    assert "As deployed: blocks of 128 and inner='aot_eager'" in str(report)
+    assert "budget=0.5, inner=aot_eager, seed" in report.headline
+    assert {r.examples for r in report.results} <= {1, 2}
+    small = check_model(plain(), properties=["coverage"], max_examples=1)
+    assert "Small blocks (64) and inner='eager'" in str(small)
+    assert "--as-deployed" in small.conditions
+
+
+def test_a_snippet_checks_as_deployed() -> None:
+    planted = next(f for f in FAULTS if f.name == "the last selected block is dropped")
+    with planted.planted():
+        report = check_model(
+            plain(), options={"budget": 0.5, "inner": "eager"}, as_deployed=True, properties=["kernel-exactness"]
+        )
+    (failed,) = report.failures
+    snippet = report.snippet(failed)
+    assert "options={'budget': 0.5, 'inner': 'eager'}" in snippet
+    assert "as_deployed=True" in snippet
+    with planted.planted(), pytest.raises(Violation):
+        exec(snippet, {"model": plain()})
+    exec(snippet, {"model": plain()})
+
+
+def test_profiles_differ_in_examples() -> None:
+    ci = check_model(plain(), properties=["coverage"])
+    thorough = check_model(plain(), properties=["coverage"], profile="thorough")
+    assert thorough.results[0].examples == 5 * ci.results[0].examples
+    with pytest.raises(ValueError, match="unknown profile 'night'; profiles: ci, thorough"):
+        check_model(plain(), profile="night")
+
+
+def test_the_last_failure_is_tried_first(tmp_path: Path) -> None:
+    def check() -> Report:
+        return check_model(plain(), options={"budget": 0.4}, properties=["batch-invariance"], database=tmp_path)
+
+    planted = next(f for f in FAULTS if f.name == "block scores averaged over the batch")
+    with planted.planted():
+        first = check().failures[0].failure
+        again = check().failures[0].failure
+    assert first is not None
+    assert again is not None
+    assert (again.case, again.needed) == (first.case, 1)
+    assert check().passed
+    # What holds again is forgotten; what cannot be read is no failure.
+    (file,) = tmp_path.iterdir()
+    assert json.loads(file.read_text()) == {}
+    file.write_text("no JSON")
+    assert check().passed
+
+
+def test_a_page_fits_a_phone_and_says_when(failing: Report) -> None:
+    failing.settings |= {"machine": "a machine", "versions": {"torch": torch.__version__, "triton": None}}
+    text = page(failing.to_dict())
+    for words in ("@media (max-width: 40rem)", "a machine", torch.__version__, "not installed", "seconds"):
+        assert words in text
+    assert failing.settings["date"] in text
+    assert "<script" not in text

@@ -146,7 +146,7 @@ class _Worker:
     """One process. at: the number of the trial it is at, None between two."""
 
     def __init__(self, context: Any, plan: Plan, numbers: Any, last: Any, deadline: Any, messages: Any) -> None:
-        self.plan, self.at, self.since = plan, None, time.monotonic()
+        self.plan, self.at, self.since, self.began = plan, None, time.monotonic(), False
         self.process = context.Process(target=_work, args=(plan, numbers, last, deadline, messages), daemon=True)
         self.process.start()
 
@@ -168,7 +168,7 @@ def _take(messages: Any, tally: Tally, workers: dict[int | None, _Worker]) -> No
         timeout = 0.0
         worker = workers.get(message["worker"])
         if worker is not None:
-            worker.at, worker.since = message.get("begins"), time.monotonic()
+            worker.at, worker.since, worker.began = message.get("begins"), time.monotonic(), True
         if "verdict" in message:
             tally.add(message)
 
@@ -186,6 +186,8 @@ def _kept(worker: _Worker, tally: Tally, started: Callable[[], _Worker], late: b
         return []
     verdict = "hung" if alive else "crashed"
     detail = f"exit status {worker.process.exitcode}" if not alive else f"no verdict within {HANG_SECONDS:.0f} s"
+    if worker.at is None and worker.began:
+        return [started()]
     if worker.at is None:
         # It died before its first trial: another would, too.
         tally.failures.append({"number": -1, "verdict": verdict, "detail": detail, "file": "", "inner": ""})
@@ -233,7 +235,13 @@ def _work(plan: Plan, numbers: Any, last: int | None, deadline: float | None, me
         if deadline is not None and time.time() > deadline:
             return
         messages.put({"worker": me, "begins": number})
-        messages.put(_tried(plan, number, deadline, shrunk) | {"worker": me})
+        message = _tried(plan, number, deadline, shrunk)
+        if "CUDA error" in message["detail"]:
+            # Nothing runs in this process any more: another takes over, and counts this trial as a crash.
+            messages.close()
+            messages.join_thread()
+            os._exit(1)
+        messages.put(message | {"worker": me})
         if done % RESET_EVERY == RESET_EVERY - 1:
             torch._dynamo.reset()
 
