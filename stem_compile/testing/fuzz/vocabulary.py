@@ -96,9 +96,9 @@ POSITIONAL = tuple(t for t in TERMS if not t.startswith(("padding", "documents",
 ABSOLUTE = (
     *("stripes", "chunks", "chunks by division", "chunks by shift", "sinks and a window", "clamped", "selected"),
     *("half", "quarter", "part", "padding", "padding as integers", "padding negated", "documents", "row flags"),
-    *("row flags by where", "given", "frames", "shifted"),
+    *("row flags by where", "given", "frames", "shifted", "window in fractions", "window in bf16"),
 )
-"""Terms and causal spellings that mean another thing when all positions are moved."""
+"""Terms and causal spellings that mean another thing when all positions are moved; the last two by their rounding."""
 
 OF_THE_CALL = (
     *("half", "quarter", "part", "root", "padding", "padding as integers", "padding negated", "documents"),
