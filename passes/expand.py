@@ -7,6 +7,7 @@ know.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -62,12 +63,34 @@ def expand(graph: fx.Graph) -> dict[fx.Node, Exception]:
 def _rename_overwritten(graph: fx.Graph) -> None:
     """Let what reads a value after it was written in place read the write's result: the same tensor, and now the graph
     says so."""
+    for writer in reversed(graph.nodes):
+        target = overwritten(writer)
+        if target is not None:
+            _restore_shape(writer, target)
     for writer in graph.nodes:
         target = overwritten(writer)
         if target is None:
             continue
         for user in [u for u in target.users if u > writer]:
             user.replace_input_with(target, writer)
+
+
+_RESHAPED_BACK: dict[str, Callable[..., Any]] = {
+    "unsqueeze_": lambda x, dim: x.squeeze(dim),
+    **dict.fromkeys(("transpose_", "swapaxes_", "swapdims_"), lambda x, a, b: x.transpose(a, b)),
+    "t_": lambda x: x.t(),
+}
+"""In-place views, which write no element: method -> the shape before, from the shape after."""
+
+
+def _restore_shape(writer: fx.Node, target: fx.Node) -> None:
+    """Make an in-place view a plain one. Dynamo records one tensor for both, in the shape that it has at last."""
+    back = _RESHAPED_BACK.get(str(writer.target))
+    if back is None or writer.kwargs or memory.memory(target) != memory.memory(writer):
+        return
+    with value(writer).fake_mode if hasattr(value(writer), "fake_mode") else contextlib.nullcontext():
+        target.meta["example_value"] = back(value(writer), *fx.node.map_arg(writer.args[1:], value))
+    writer.target = str(writer.target).removesuffix("_")
 
 
 def overwritten(node: fx.Node) -> fx.Node | None:

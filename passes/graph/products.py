@@ -260,10 +260,10 @@ def _tensordot(op: normalize.Op) -> Contraction | None:
 
 def _einsum(op: normalize.Op) -> Contraction | None:
     """Two operands, no letter twice on a side; an ellipsis stands for dimensions aligned at the end."""
-    operands = op["operands"]
-    if not isinstance(op["equation"], str) or len(operands) != 2:
+    equation, operands = _equation(op)
+    if equation is None or len(operands) != 2:
         return None
-    left, arrow, out = op["equation"].replace(" ", "").partition("->")
+    left, arrow, out = equation.partition("->")
     sides = left.split(",")
     if len(sides) != 2:
         return None
@@ -285,6 +285,19 @@ def _einsum(op: normalize.Op) -> Contraction | None:
         return None
     first, second = (Factor(n, tuple(s)) for n, s in zip(operands, letters))
     return Contraction(first, second, tuple(result))
+
+
+def _equation(op: normalize.Op) -> tuple[str | None, tuple[Any, ...]]:
+    """(equation, operands), also of ``einsum(a, [0, 1], b, [1, 2], [0, 2])``; None where numbers do not spell one."""
+    if isinstance(op["equation"], str):
+        return op["equation"].replace(" ", ""), op["operands"]
+    parts = (op["equation"], *op["operands"])
+    sides, operands = parts[1::2], parts[: len(parts) // 2 * 2 : 2]
+    lists = [*sides, *(parts[-1:] if len(parts) % 2 else ())]
+    if not all(isinstance(s, list | tuple) and all(isinstance(n, int) and n < 26 for n in s) for s in lists):
+        return None, operands
+    spelled = ["".join(chr(ord("a") + n) for n in s) for s in lists]
+    return ",".join(spelled[: len(sides)]) + (f"->{spelled[-1]}" if len(parts) % 2 else ""), operands
 
 
 def _spelled(side: str, rest: Sequence[str | None]) -> list[str | None]:

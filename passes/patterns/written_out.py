@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from torch import fx
 
+from stem_compile.passes.graph import normalize
 from stem_compile.passes.graph.products import score_factors, weighted_values
 from stem_compile.passes.graph.sites import AttentionSite, Rejected
 from stem_compile.passes.graph.values import Steps, View, value
-from stem_compile.passes.patterns.parts.scores import is_square, other_reader, score_products, sink_gate
+from stem_compile.passes.patterns.parts.scores import is_square, other_reader, score_products, sink_gate, unread_between
 from stem_compile.passes.patterns.parts.softmax import normalized, unshifted
-from stem_compile.passes.patterns.parts.weights import Weighing, weighing
+from stem_compile.passes.patterns.parts.weights import Weighing, leads_to_product, weighing
 from stem_compile.passes.patterns.parts.written_out_examples import examples, near_misses
 from stem_compile.reasons import Reason
 
@@ -26,12 +27,14 @@ def match(node: fx.Node) -> AttentionSite | Rejected | None:
     """Site of a softmax between two products, None for any other node."""
     softmax = normalized(node)
     if softmax is None:
-        return None
+        return _unnormalized(node)
     logits = unshifted(softmax[0])
     products = score_products(logits)
     weighed = weighing(node) if products or is_square(logits) else None
     if weighed is None or isinstance(weighed, Rejected):
         return weighed
+    if not products and (unread := unread_between(logits)) is not None:
+        return Rejected(node, Reason.MASK, f"{unread.name} between the scores and their softmax")
     if not products:
         return Rejected(node, Reason.SHAPE, f"{logits.name} is no product of queries and keys alone")
     if softmax[1] != -1:
@@ -61,6 +64,21 @@ def match(node: fx.Node) -> AttentionSite | Rejected | None:
         cleared=weighed.cleared,
         first=weighed.first,
         result=steps,
+    )
+
+
+def _unnormalized(node: fx.Node) -> Rejected | None:
+    """Exponentials of scores that weigh values, and that no softmax makes of them."""
+    op = normalize.read(node)
+    if op is None or op.name != "exp" or not isinstance(op["input"], fx.Node) or not is_square(op["input"]):
+        return None
+    if any(normalized(u) is not None for u in node.users) or not leads_to_product(node):
+        return None
+    logits = unshifted(op["input"])
+    return (
+        Rejected(node, Reason.SHAPE, "exponentials that are not divided by their sum")
+        if score_products(logits)
+        else None
     )
 
 

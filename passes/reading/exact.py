@@ -17,22 +17,19 @@ from stem_compile.algebra.symbolic import KV, B, H, Q, Where
 LONGEST = 1 << 21
 """Tokens that a prompt of symbolic length is taken to stay below."""
 HALF = (torch.float16, torch.bfloat16)
-ROUNDS = (
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "pow",
-    "exp",
-    "log",
-    "tanh",
-    "sqrt",
-    "rsqrt",
-    "arange",
-    "cumsum",
-    "diff",
-)
-"""Operations whose result may lie between two numbers of its dtype. Casts are told by their dtypes."""
+# fmt: off
+KEEPS = frozenset({
+    "ones", "zeros", "full", "empty", "new_ones", "new_zeros", "new_full", "ones_like", "zeros_like", "full_like",
+    "fill", "zero", "tensor", "scalar_tensor", "tril", "triu", "where", "masked_fill", "neg", "abs", "max",
+    "minimum", "maximum", "clamp", "relu", "hardtanh", "nan_to_num", "contiguous", "clone", "detach", "alias",
+    "to", "type", "type_as", "bool", "long", "int", "float", "half", "double", "bfloat16", "dropout", "unsqueeze",
+    "transpose", "t", "permute", "getitem", "select", "narrow", "flip", "expand", "expand_as", "repeat", "cat",
+    "stack", "pad", "view", "reshape", "squeeze", "flatten", "unflatten", "view_as", "reshape_as", "le", "lt",
+    "ge", "gt", "eq", "ne", "and", "or", "xor", "not",
+})
+# fmt: on
+"""Operations whose results are values that they were given, or constants; all others may round. Casts are told by their
+dtypes."""
 
 
 def rounded(expr: Any, dtype: torch.dtype) -> Any:

@@ -175,7 +175,7 @@ class Interpreter:
         """The result as its dtype holds it. Raises Unreadable where the dtype does more to it than can be said."""
         if not dtype.is_floating_point:
             cast = any(t.dtype != dtype for n in node.all_input_nodes if isinstance(t := value(n), torch.Tensor))
-            if dtype in INTEGERS and (cast or op.name in exact.ROUNDS):
+            if dtype in INTEGERS and (cast or op.name not in exact.KEEPS):
                 low, high = self.bounds(result, exact.LONGEST)
                 limits = torch.iinfo(dtype)
                 unknown = dtype == torch.int64 and symbolic.INFINITE in (high, -low)
@@ -189,7 +189,7 @@ class Interpreter:
         wider = [
             n for n in node.all_input_nodes if isinstance(value(n), torch.Tensor) and may_round(value(n).dtype, dtype)
         ]
-        if op.name not in exact.ROUNDS and not wider:
+        if op.name in exact.KEEPS and not wider:
             return constants
         if self.fits(constants, dtype):
             return constants

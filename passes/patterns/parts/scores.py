@@ -9,7 +9,7 @@ from torch import fx
 
 from stem_compile.passes.graph import normalize
 from stem_compile.passes.graph.memory import functional, mutates
-from stem_compile.passes.graph.products import contraction
+from stem_compile.passes.graph.products import contraction, is_product
 from stem_compile.passes.graph.values import value
 from stem_compile.passes.patterns.parts.softmax import RESHAPING, keeps_scores
 from stem_compile.passes.reading.expressions import is_one
@@ -47,10 +47,28 @@ def score_products(logits: fx.Node) -> list[fx.Node]:
     return sorted(set(direct) or set(shifted))
 
 
+def unread_between(logits: fx.Node) -> fx.Node | None:
+    """An operation without a reader between logits and a product that they are computed from; None where no product is
+    behind it within a few steps."""
+    seen = {logits}
+    frontier: list[tuple[fx.Node, fx.Node | None]] = [(logits, None)]
+    while frontier:
+        node, unread = frontier.pop(0)
+        if is_product(node):
+            return unread
+        op = normalize.read(node) or functional(node)
+        stop = unread if op is not None and op.name in readers() else unread or node
+        sources = [n for n in node.all_input_nodes if n not in seen and isinstance(value(n), torch.Tensor)]
+        square = [n for n in sources if value(n).dim() > 1 and keeps_scores(n, logits)]
+        seen.update(square)
+        frontier += [(n, stop) for n in square]
+    return None
+
+
 def is_square(logits: fx.Node) -> bool:
     """Whether logits have a row and a column for every token."""
     shape = value(logits).shape
-    return len(shape) > 2 and not is_one(shape[-1]) and str(shape[-1]) == str(shape[-2])
+    return len(shape) > 1 and not is_one(shape[-1]) and str(shape[-1]) == str(shape[-2])
 
 
 def _moves(op: normalize.Op, source: fx.Node, node: fx.Node) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from stem_compile.passes.graph import normalize
+from stem_compile.passes.graph.memory import functional
 from stem_compile.passes.graph.values import value
 
 RESHAPING = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
@@ -17,7 +18,7 @@ _CASTS = ("to", "type", "float", "contiguous", "type_as", "double")
 def normalized(node: fx.Node) -> tuple[fx.Node, int] | None:
     """(x, dim from the end) where ``node`` is softmax(x, dim): the function, ``exp(x) / exp(x).sum(dim)``,
     ``exp(x - logsumexp(x))`` or ``exp(log_softmax(x))``; None for any other node."""
-    op = normalize.read(node)
+    op = normalize.read(node) or functional(node)
     if op is None or not isinstance(value(node), torch.Tensor):
         return None
     if op.name == "softmax":

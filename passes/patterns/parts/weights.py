@@ -33,6 +33,10 @@ _PASSING = (
 )
 
 
+STEPS = 4
+"""Steps from attention weights to the values, at most."""
+
+
 @dataclass(frozen=True)
 class Weighing:
     """The product of attention weights with values.
@@ -60,7 +64,8 @@ def weighing(softmax: fx.Node) -> Weighing | Rejected | None:
             return Weighing(product, node, cleared, first)
         op = normalize.read(user) or functional(user)
         if op is None or is_product(user):
-            return None
+            turned = f"{user.name} turns the weights before they meet the values"
+            return Rejected(softmax, Reason.SHAPE, turned) if is_product(user) or leads_to_product(user) else None
         if op.name == "dropout":
             if op["p"] and op["training"]:
                 return Rejected(softmax, Reason.DROPOUT, f"p={op['p']}")
@@ -77,7 +82,7 @@ def weighing(softmax: fx.Node) -> Weighing | Rejected | None:
         elif op.name not in _PASSING:
             return (
                 Rejected(softmax, Reason.ESCAPES, f"{user.name} changes the weights after the softmax")
-                if _leads_to_product(user)
+                if leads_to_product(user)
                 else None
             )
         node = user
@@ -145,13 +150,11 @@ def _alike(a: Any, b: Any, depth: int = 4) -> bool:
     return len(a.args) == len(b.args) and all(_alike(x, y, depth - 1) for x, y in zip(a.args, b.args))
 
 
-def _leads_to_product(node: fx.Node) -> bool:
+def leads_to_product(node: fx.Node) -> bool:
     """Whether a few steps further on a product follows."""
-    for _ in range(4):
-        users = list(node.users)
-        if any(is_product(u) for u in users):
+    frontier = {node}
+    for _ in range(STEPS):
+        frontier = {u for n in frontier for u in n.users}
+        if any(is_product(u) for u in frontier):
             return True
-        if len(users) != 1:
-            return False
-        node = users[0]
     return False

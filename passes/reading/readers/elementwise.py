@@ -117,6 +117,20 @@ def _root(power: int) -> Callable[[Any], Any]:
     return root
 
 
+def _sigmoid(a: Any) -> Any:
+    return 1 / (1 + _exp(-a))
+
+
+def _leaky_relu(i: Interpreter, op: Op, known: torch.Tensor) -> SymTensor:
+    slope = as_expr(value(op["negative_slope"]))
+    return elementwise(lambda a: by_cases(lambda x: sympy.Max(x, 0) + slope * sympy.Min(x, 0), a))(i, op, known)
+
+
+def _hardtanh(i: Interpreter, op: Op, known: torch.Tensor) -> SymTensor:
+    low, high = (as_expr(value(op[side])) for side in ("min_val", "max_val"))
+    return elementwise(lambda a: by_cases(lambda x: sympy.Min(sympy.Max(x, low), high), a))(i, op, known)
+
+
 def _nan_to_num(i: Interpreter, op: Op, known: torch.Tensor) -> SymTensor:
     """Infinities become the ends of the dtype. Scores are finite, and so is what positions make."""
     ends = [op["neginf"], op["posinf"]]
@@ -266,6 +280,14 @@ READERS: dict[str, Reader] = {
     "log": elementwise(_of_choices(_log)),
     "sqrt": elementwise(_of_choices(_root(1))),
     "rsqrt": elementwise(_of_choices(_root(-1))),
+    "square": elementwise(lambda a: a * a),
+    "reciprocal": elementwise(_of_choices(lambda a: _divided(sympy.Integer(1), a))),
+    "log1p": elementwise(_of_choices(lambda a: _log(a + 1))),
+    "expm1": elementwise(_of_choices(lambda a: _exp(a) - 1)),
+    "sigmoid": elementwise(lambda a: by_cases(_sigmoid, a)),
+    "silu": elementwise(lambda a: by_cases(lambda x: x * _sigmoid(x), a)),
+    "leaky_relu": _leaky_relu,
+    "hardtanh": _hardtanh,
     "relu": elementwise(lambda a: by_cases(lambda x: sympy.Max(x, 0), a)),
     "nan_to_num": _nan_to_num,
     "pow": _pow,

@@ -20,7 +20,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("floor_divide", "remainder", "bitwise_and", "bitwise_or", "bitwise_xor"), (WHOLE, WHOLE + 1)),
     **dict.fromkeys(("logical_and", "logical_or", "logical_xor"), (FLAGS, FLAGS.T.reshape(3, 4))),
     **dict.fromkeys(("neg", "abs", "exp", "tanh", "sigmoid", "relu", "nan_to_num", "clone", "detach", "t"), (X,)),
-    **dict.fromkeys(("log", "sqrt", "rsqrt"), (X.abs() + 1,)),
+    **dict.fromkeys(("log", "sqrt", "rsqrt", "square", "reciprocal", "log1p", "expm1"), (X.abs() + 1,)),
     **dict.fromkeys(("logical_not", "bitwise_not"), (FLAGS,)),
     **dict.fromkeys(("tril", "triu", "cumsum", "softmax", "log_softmax", "unsqueeze", "squeeze", "sum"), (X, 0)),
     **dict.fromkeys(("amax", "logsumexp", "all", "any"), (X, 1)),

@@ -130,6 +130,26 @@ SPELLINGS: dict[str, tuple[Model, tuple[torch.Tensor, ...]]] = {
         QKV,
     ),
     "infinities replaced": (lambda q, k, v: torch.nan_to_num(_causal(_product(q, k))).softmax(-1) @ v, QKV),
+    "squashed": (lambda q, k, v: _causal(torch.sigmoid(_product(q, k))).softmax(-1) @ v, QKV),
+    "rectified, leaking": (lambda q, k, v: _causal(F.leaky_relu(_product(q, k), 0.2)).softmax(-1) @ v, QKV),
+    "a mask that grows a dimension": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, (torch.ones(N, N).tril() > 0).unsqueeze_(0)),
+        QKV,
+    ),
+    "einsum by numbers": (
+        lambda q, k, v: torch.einsum(
+            _causal(torch.einsum(q, [0, 1, 2, 4], k, [0, 1, 3, 4], [0, 1, 2, 3])).softmax(-1),
+            [0, 1, 2, 3],
+            v,
+            [0, 1, 3, 4],
+            [0, 1, 2, 4],
+        ),
+        QKV,
+    ),
+    "a softmax written into a result": (
+        lambda q, k, v: torch.softmax(_causal(_product(q, k)), -1, out=torch.empty(2, 4, N, N)) @ v,
+        QKV,
+    ),
     "rectified": (lambda q, k, v: _causal(F.relu(_product(q, k))).softmax(-1) @ v, QKV),
     "a batch alone": (lambda q, k, v: _causal(torch.bmm(q, k.transpose(1, 2))).softmax(-1).bmm(v), (
         QKV[0][:, 0], QKV[1][:, 0], QKV[2][:, 0],
@@ -182,6 +202,22 @@ REFUSED: dict[str, tuple[Model, Reason]] = {
         Reason.SHAPE,
     ),
     "relu hides nothing": (lambda q, k, v: F.relu(_causal(_product(q, k))).softmax(-1) @ v, Reason.BIDIRECTIONAL),
+    "a function of scores without a reader": (
+        lambda q, k, v: _causal(F.gelu(_product(q, k))).softmax(-1) @ v,
+        Reason.MASK,
+    ),
+    "exponentials over more than their sum": (
+        lambda q, k, v: ((e := torch.exp(_causal(_product(q, k)))) / (e.sum(-1, keepdim=True) + 1.0)) @ v,
+        Reason.SHAPE,
+    ),
+    "exponentials divided behind the values": (
+        lambda q, k, v: ((e := torch.exp(_causal(_product(q, k)))) @ v) / e.sum(-1, keepdim=True),
+        Reason.SHAPE,
+    ),
+    "weights turned": (
+        lambda q, k, v: (v.mT @ _causal(_product(q, k)).softmax(-1).mT).mT,
+        Reason.SHAPE,
+    ),
     "two products": (lambda q, k, v: _causal(_product(q, k) + _product(k, q)).softmax(-1) @ v, Reason.SHAPE),
     "weights scaled": (lambda q, k, v: (_causal(_product(q, k)).softmax(-1) * 2) @ v, Reason.ESCAPES),
 }
