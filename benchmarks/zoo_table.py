@@ -68,9 +68,8 @@ def cells(record: Record) -> tuple[str, ...]:
     graphs = str(record["graphs"]) + (
         f" (alone {record['plain_graphs']})" if record["plain_graphs"] != record["graphs"] else ""
     )
-    verdict: str = {"equal": "equal", "differs": f"differs, {record.get('ratio', 0):.2g} budgets"}.get(
-        record["verdict"], record["verdict"]
-    )
+    words = {"equal": "equal", "differs": f"differs, {record.get('ratio', 0):.2g} budgets"}
+    verdict = words.get(record["verdict"], str(record["verdict"]))
     verdict += " (eager itself is unsteady)" * bool(record.get("chaotic"))
     attentions = record["found"] + len(record["missed"])
     return (
