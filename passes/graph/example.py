@@ -29,7 +29,7 @@ class Example:
     def __init__(self, graph: fx.Graph, sizes: Mapping[Any, Any], draw: int) -> None:
         self.sizes, self.draw = dict(sizes), draw
         self._generator = torch.Generator().manual_seed(draw)
-        self._writers = [n for n in graph.nodes if memory.mutates(n)]
+        self._writers = memory.writers(graph)
 
     def size(self, number: Any) -> int:
         """An int for an int or a SymInt. Raises NotShown for sizes that only a run knows."""

@@ -23,7 +23,7 @@ def is_layout_visible(node: fx.Node, laid_out: torch.Tensor) -> bool:
     by strides that reach its end, a view that fails, memory that is shared or written otherwise."""
     now: dict[fx.Node, Any] = {node: laid_out}
     frontier = [] if same_layout(value(node), laid_out) else [node]
-    writes = {m for n in node.graph.nodes for target in memory.written(n) for m in memory.memory(target)}
+    writes = {m for n in memory.writers(node.graph) for target in memory.written(n) for m in memory.memory(target)}
     if frontier and memory.memory(node) & writes:
         return True
     while frontier:

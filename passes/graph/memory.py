@@ -152,7 +152,7 @@ def _readers(node: fx.Node) -> set[fx.Node]:
 def written_between(node: fx.Node, site: fx.Node, since: fx.Node | None = None) -> bool:
     """Whether the memory of ``node`` is written between ``since`` (the node itself, if not given) and ``site``: then
     reading it later is not the same."""
-    places = _writers(node.graph)
+    places = writers(node.graph)
     if not places:
         return False
     own, start = memory(node), since or node
@@ -162,13 +162,16 @@ def written_between(node: fx.Node, site: fx.Node, since: fx.Node | None = None) 
     )
 
 
-_seen: weakref.WeakKeyDictionary[fx.Graph, tuple[int, list[fx.Node]]] = weakref.WeakKeyDictionary()
+_writes: weakref.WeakKeyDictionary[fx.Graph, dict[fx.Node, bool]] = weakref.WeakKeyDictionary()
+_writers: weakref.WeakKeyDictionary[fx.Graph, tuple[int, list[fx.Node]]] = weakref.WeakKeyDictionary()
 
 
-def _writers(graph: fx.Graph) -> list[fx.Node]:
-    """Nodes that write in place. Asked for every tensor of every attention, so kept while the graph's size is
-    the same."""
+def writers(graph: fx.Graph) -> list[fx.Node]:
+    """Nodes that write in place. Asked for every tensor of every attention, so kept while the graph's size is the same;
+    a node says once whether it writes, since passes add and drop nodes but never turn one into another."""
     size = len(graph.nodes)
-    if _seen.get(graph, (-1, []))[0] != size:
-        _seen[graph] = size, [n for n in graph.nodes if mutates(n)]
-    return _seen[graph][1]
+    if _writers.get(graph, (-1, []))[0] != size:
+        known = _writes.setdefault(graph, {})
+        known.update((n, mutates(n)) for n in graph.nodes if n not in known)
+        _writers[graph] = size, [n for n in graph.nodes if known[n]]
+    return _writers[graph][1]

@@ -39,10 +39,18 @@ def keyword_places(name: str) -> dict[str, int]:
 
 def written_arguments(schemas: tuple[Any, ...], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[Any]:
     """The arguments of a call that some overload writes, as their schemas annotate them: ``Tensor(a!)``."""
-    written = []
-    for schema in schemas:
-        for place, argument in enumerate(schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                by_place = place < len(arguments) and not argument.kwarg_only
-                written.append(arguments[place] if by_place else keywords.get(argument.name))
-    return written
+    return [
+        arguments[place] if place is not None and place < len(arguments) else keywords.get(name)
+        for place, name in _written_places(schemas)
+    ]
+
+
+@functools.lru_cache(maxsize=4096)
+def _written_places(schemas: tuple[Any, ...]) -> tuple[tuple[int | None, str], ...]:
+    """(place, name) of every argument that some overload writes; the place is None where only the name may be given."""
+    return tuple(
+        (None if argument.kwarg_only else place, argument.name)
+        for schema in schemas
+        for place, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
