@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import fx
+from torch._logging._internal import trace_structured
 
 from stem_compile.config import StemConfig
 from stem_compile.ops import SparseAttentionArgs
@@ -73,6 +74,40 @@ class SiteFailure(Exception):
     def __init__(self, place: int, step: str, error: Exception) -> None:
         super().__init__(f"{step}: {type(error).__name__}: {error}")
         self.place, self.step, self.error = place, step, error
+
+
+Watcher = Callable[[str, fx.GraphModule], None]
+"""Called after each pass with its name and the graph."""
+_watchers: list[Watcher] = []
+
+
+@contextlib.contextmanager
+def watch(callback: Watcher) -> Iterator[None]:
+    """Show ``callback`` every graph after every pass inside the ``with``."""
+    _watchers.append(callback)
+    try:
+        yield
+    finally:
+        _watchers.remove(callback)
+
+
+def readable(module: fx.GraphModule) -> str:
+    """A graph as text, with those inside it and what is known of its values."""
+    try:
+        return str(module.print_readable(print_output=False, include_stride=True, include_device=True))
+    except Exception:
+        return str(module.graph)
+
+
+def _after(step: str, module: fx.GraphModule) -> None:
+    """Show a graph to those who watch, and to ``TORCH_TRACE``, whose logs tlparse reads."""
+    for callback in _watchers:
+        callback(step, module)
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": f"stem_after_{step}", "encoding": "string"},
+        payload_fn=lambda: readable(module),
+    )
 
 
 def rewrite(module: fx.GraphModule, config: StemConfig, numbers: Numbers | None = None) -> Rewrite:
@@ -136,7 +171,9 @@ def _planned(plans: list[Plan], config: StemConfig, numbers: Numbers, failures: 
         graph = plan.region.graph
         if any(bound(n) is not None or overwritten(n) is not None for n in graph.nodes):
             plan.pristine = copied(graph)
+        _after("capture", plan.region.module)
         plan.broken = expand(graph)
+        _after("expand", plan.region.module)
         before = graph.python_code("self").src if config.verify else ""
         hits = [failed(h.node, "expand", plan.broken[h.node]) if h.node in plan.broken else h for h in match(graph)]
         if config.verify:
@@ -189,14 +226,17 @@ def _apply(plan: Plan, sites: dict[int, AttentionSite], config: StemConfig) -> N
             roots[place] += [args.indices, args.counts]
             if config.verify:
                 verify.after_insert(graph, [site])
+    _after("insert_selection", plan.region.module)
     for place, site in sites.items():
         with _blamed(place, "lower"):
             lower(graph, site)
             if config.verify:
                 verify.after_lower(graph, [site])
+    _after("lower", plan.region.module)
     for place in sites:
         with _blamed(place, "cleanup"):
             cleanup(graph, roots[place])
+    _after("cleanup", plan.region.module)
     if config.verify:
         for place, site in sites.items():
             with _blamed(place, "cleanup"):
@@ -234,3 +274,14 @@ def copied(graph: fx.Graph) -> fx.Graph:
         for name in vars(node).keys() - vars(twin).keys():
             setattr(twin, name, getattr(node, name))
     return copy
+
+
+def copied_module(module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph module over graphs of its own; parameters are shared."""
+    twin = fx.GraphModule(module, copied(module.graph))
+    twin.meta = dict(module.meta)
+    for name, child in module.named_children():
+        # Bodies of higher-order operators, which the passes rewrite in place too.
+        if isinstance(child, fx.GraphModule):
+            setattr(twin, name, copied_module(child))
+    return twin

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,19 +20,24 @@ import torch
 from torch import fx
 from torch._dynamo.exc import ShortenTraceback
 
+from stem_compile import running
 from stem_compile.config import OptionError, StemConfig
 from stem_compile.passes import pipeline
-from stem_compile.passes.graph.sites import Rejected
 from stem_compile.passes.graph.values import module_path
-from stem_compile.passes.pipeline import Rewrite
+from stem_compile.passes.pipeline import Numbers, Rewrite
+from stem_compile.passes.pipeline import copied_module as copied
 from stem_compile.reasons import Reason, StemWarning
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("stem_compile")
 
 _listeners: list[Callable[[Rewrite], None]] = []
 
 BENIGN = (Reason.DENSE_LAYER, Reason.FUEL, Reason.SHORT, Reason.SLOWER, Reason.DECODE)
 """Rejections that ``fallback="error"`` lets pass: the user or the length asked for them."""
+
+
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+"""Modes whose memory belongs to CUDA graphs: nothing of a run may be kept there."""
 
 
 class StemError(ShortenTraceback, ValueError):
@@ -55,21 +61,106 @@ def stem(
         config = dataclasses.replace(config, mode=mode) if mode is not None else config
     except OptionError as error:
         raise StemError(str(error)) from None
-    result = rewrite(module, config)
+    owner = _owner()
+    model = running.Model() if owner is None else running.model_of(owner)
+    place = running.Place.of(module, example_inputs, model)
+    numbered = config.fuel is not None or bool(config.dense_layers)
+    untouched = copied(module) if numbered else None
+    result = rewrite(module, config, model.numbers(place.key))
+    graph = model.compiled(place, result)
+    model.counted(place.key, graph.sites)
     for listener in _listeners:
         listener(result)
-    refused = [hit for hit in result.found if isinstance(hit, Rejected) and hit.reason not in BENIGN]
+    _refuse(result, config)
+    _report(graph, model, module, config)
+    compiled: Callable[..., Any] = _inner(module, example_inputs, config.inner, config.mode)
+    if untouched is not None:
+        compiled = _by_number(compiled, untouched, config, model, place, graph)
+    if not callable(getattr(compiled, "serialize_compile_artifacts", None)):
+        compiled = running.watched(compiled, graph, owner, keeps=config.mode not in CUDA_GRAPHS)
+    return compiled
+
+
+def _reset() -> None:
+    """What Dynamo calls when it forgets everything."""
+    running.forget()
+
+
+stem.reset = _reset  # type: ignore[attr-defined]
+
+
+def _owner() -> object | None:
+    """What ``torch.compile`` made for the call that this compilation belongs to; None where the backend was called by
+    hand."""
+    frame = sys._getframe(2)
+    caller = frame.f_locals.get("self")
+    return caller if type(caller).__name__ == "_TorchCompileWrapper" else None
+
+
+def _refuse(result: Rewrite, config: StemConfig) -> None:
+    refused = [hit for hit in result.rejected if hit.reason not in BENIGN]
     if config.fallback == "error" and refused:
         raise StemError(
             "not rewritten, and fallback='error':\n" + "\n".join(f"  {module_path(r.node)}: {r.words}" for r in refused)
         )
-    compiled: Callable[..., Any] = _inner(module, example_inputs, config.inner, config.mode)
-    return compiled
 
 
-def rewrite(module: fx.GraphModule, config: StemConfig) -> Rewrite:
+def _report(graph: running.Graph, model: running.Model, module: fx.GraphModule, config: StemConfig) -> None:
+    """One line for the log about a compiled graph, and one warning where a model's long prompt stays dense as a whole.
+
+    A model is judged where a frame of it ends: a graph that ends in a graph break may be followed by one that is
+    rewritten.
+    """
+    log.info("%s", running.line(graph))
+    reason = getattr(module, "compile_subgraph_reason", None)
+    if model.warned or config.when_dense == "silent" or getattr(reason, "graph_break", False):
+        return
+    told = model.dense(max(config.shortest, running.LONG))
+    if told is None:
+        return
+    model.warned = True
+    if config.when_dense == "error":
+        raise StemError(f"{told} (when_dense='error')")
+    warnings.warn(f"{told} Option when_dense='silent' turns this off, 'error' raises.", StemWarning, stacklevel=3)
+
+
+def _by_number(
+    compiled: Callable[..., Any],
+    untouched: fx.GraphModule,
+    config: StemConfig,
+    model: running.Model,
+    place: running.Place,
+    graph: running.Graph,
+) -> Callable[..., Any]:
+    """A graph that layers share, which runs as ``dense_layers`` and ``fuel`` ask for the layer it is called for."""
+    count, start = len(graph.sites), model.numbers(place.key)
+    # Dynamo may run the graph for another compiled model of the same class too.
+    homes = {place.key: model}
+    variants = {config.asks(start.first, start.used, count): (compiled, graph.sites)}
+
+    def run(*args: Any) -> Any:
+        key = place.key_of(args, model)
+        if key not in homes:
+            homes[key] = running.model_that_runs() or model
+        numbers = homes[key].numbers(key)
+        asked = config.asks(numbers.first, numbers.used, count)
+        if asked not in variants:
+            variant = copied(untouched)
+            sites = [running.Site.of(hit) for hit in pipeline.rewrite(variant, config, numbers).found]
+            inner = variant.forward if config.inner == "eager" else torch.compile(variant, backend=config.inner)
+            variants[asked] = inner, sites
+        chosen, graph.sites = variants[asked]
+        homes[key].counted(key, graph.sites)
+        result = chosen(*args)
+        graph.layers[key] = graph.sites, graph.last
+        return result
+
+    return run
+
+
+def rewrite(module: fx.GraphModule, config: StemConfig, numbers: Numbers | None = None) -> Rewrite:
     """Run the passes on ``module`` in place. What they fail on stays as it was, with one warning; it never raises."""
-    result = pipeline.rewrite(module, config)
+    result = pipeline.rewrite(module, config, numbers)
     broken = [hit for hit in result.rejected if hit.reason is Reason.INTERNAL]
     if broken:
         places = ", ".join(sorted({module_path(hit.node) for hit in broken}))

@@ -17,6 +17,7 @@ from stem_compile.selection.policy import Option
 INNER = ("inductor", "aot_eager", "eager")
 MODES = ("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 FALLBACK = ("dense", "error")
+WHEN_DENSE = ("warn", "silent", "error")
 METRICS = ("paper", "released")
 POOLINGS = ("mean", "max")
 SCORE_DTYPES = ("native", "fp8")
@@ -57,7 +58,8 @@ class StemConfig:
     None is each call's length. A chunk that cuts a block of queries in two stays dense.
     inner: the backend that gets the rewritten graph. mode: Inductor's mode ("reduce-overhead", "max-autotune", ...),
     since torch.compile takes either ``mode=`` or ``options=``. fallback: "dense" leaves an attention that cannot be
-    rewritten as it is, and answers a call whose kernel fails by dense attention; "error" raises.
+    rewritten as it is, and answers a call whose kernel fails by dense attention; "error" raises. when_dense: what to
+    do where a model's long prompt stays dense as a whole: "warn" once, "silent" or "error".
     fuel: rewrite only the first ``fuel`` attentions, to bisect a wrong answer; None is all. verify: check every pass's
     result (slow).
     policy_options: options that the policy itself defines, by name. In ``options={...}`` they stand beside the others:
@@ -82,6 +84,7 @@ class StemConfig:
     inner: str = "inductor"
     mode: str | None = None
     fallback: str = "dense"
+    when_dense: str = "warn"
     fuel: int | None = None
     verify: bool = False
     policy_options: tuple[tuple[str, OptionValue], ...] = ()
@@ -97,6 +100,7 @@ class StemConfig:
         _one_of("score_dtype", self.score_dtype, SCORE_DTYPES)
         _one_of("inner", self.inner, INNER)
         _one_of("fallback", self.fallback, FALLBACK)
+        _one_of("when_dense", self.when_dense, WHEN_DENSE)
         if self.mode is not None:
             _one_of("mode", self.mode, MODES)
         _one_of("block_size", self.block_size, QUERY_BLOCKS)
@@ -181,6 +185,12 @@ class StemConfig:
     def shortest(self) -> int:
         """Prompts with fewer keys than this stay dense."""
         return policies.get(self.policy).min_length(self.selection) if self.min_length is None else self.min_length
+
+    def asks(self, first: int, used: int, count: int) -> tuple[tuple[bool, ...], int]:
+        """(which of ``count`` attentions from number ``first`` on stay dense, how many of the others may be rewritten
+        after ``used`` were)."""
+        left = count if self.fuel is None else min(count, max(0, self.fuel - used))
+        return tuple(self.keeps_dense(first + n) for n in range(count)), left
 
     def keeps_dense(self, index: int) -> bool:
         """Whether attention number ``index`` of the model is to stay dense."""

@@ -19,6 +19,7 @@ LAYERS = (
     ("config", "ops"),
     ("kernels",),
     ("passes",),
+    ("running",),
     ("backend",),
     ("explanation", "serving"),
     ("testing",),

@@ -12,7 +12,7 @@ from torch import fx
 from stem_compile.algebra.masks import Full, Mask, encode
 from stem_compile.algebra.scores import Score
 from stem_compile.config import StemConfig
-from stem_compile.passes.graph.values import View, value
+from stem_compile.passes.graph.values import View, module_path, value
 from stem_compile.reasons import Reason
 from stem_compile.selection import Attention
 
@@ -65,6 +65,7 @@ class AttentionSite:
     give 0, or there are none.
     score: what happens to scaled products. tensors, scalars: graph values of T0.. and S0.. scale: float factor of q.k;
     given_scale: what it was before the mask was read, which may move it into the score.
+    name: where in the model it is.
     kernel: set by lower. index: position among the model's attentions, as far as its graphs tell.
     """
 
@@ -88,11 +89,12 @@ class AttentionSite:
     scalars: list[Any] = field(default_factory=list)
     score: Score = field(default_factory=Score)
     given_scale: float = 1.0
+    name: str = ""
     kernel: str = ""
     index: int = 0
 
     def __post_init__(self) -> None:
-        self.given_scale = self.scale
+        self.given_scale, self.name = self.scale, module_path(self.node)
 
     def attention(self, config: StemConfig) -> Attention:
         """The attention that the operators would be given, of example values."""

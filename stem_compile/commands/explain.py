@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     add_target(parser)
     add_tokens(parser, "8192, or what the model has positions for")
+    parser.add_argument("--graphs", metavar="DIR", help="write the graph after each pass into this folder")
     add_json(parser)
 
 
@@ -35,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     args, kwargs = target.inputs(tokens)
     try:
         with torch.inference_mode():
-            explanation = explain(target.model, options)(*args, **kwargs)
+            explanation = explain(target.model, options, graphs=arguments.graphs)(*args, **kwargs)
     except Exception as error:
         if (own := target.explain_failure(tokens, error)) is not None:
             raise own from error
