@@ -50,11 +50,11 @@ class Differs(Exception):
     """What was read is not what the graph computes."""
 
 
-def compare(found: list[AttentionSite | Rejected]) -> list[AttentionSite | Rejected]:
+def compare(attentions: list[AttentionSite | Rejected]) -> list[AttentionSite | Rejected]:
     """Sites that say what the graph says, or that cannot be asked; the others are rejected. Equal layers are compared
     once."""
     agreed: set[Any] = set()
-    return [attempted(hit, "compare", lambda site: _compared(site, agreed)) for hit in found]
+    return [attempted(hit, "compare", lambda site: _compared(site, agreed)) for hit in attentions]
 
 
 def _compared(site: AttentionSite, agreed: set[Any]) -> AttentionSite | Rejected:
@@ -168,13 +168,13 @@ class _Site:
             raise Differs("the mask's bounds over blocks lose visible keys")
         return seen
 
-    def logits(self, products: torch.Tensor, scale: float, seen: torch.Tensor) -> torch.Tensor:
+    def logits(self, products: torch.Tensor, scale: float, visible: torch.Tensor) -> torch.Tensor:
         """The recovered score, -inf at hidden keys; with a column for a sink where there is one."""
         batch, heads, q_len, kv_len = products.shape
         env = environment(self.shape, self.tensors, self.scalars)
         places = ((B, batch, 0), (H, heads, 1), (Q, q_len, 2), (KV, kv_len, 3))
         env |= {s: torch.arange(n).view([-1 if d == at else 1 for d in range(4)]) for s, n, at in places}
-        logits = self.score.apply(products * scale, env).masked_fill(~seen, -torch.inf)
+        logits = self.score.apply(products * scale, env).masked_fill(~visible, -torch.inf)
         sink = self.score.sink_logits(self.shape, self.tensors, self.scalars, logits)
         return logits if sink is None else torch.cat([logits, sink.expand(batch, heads, q_len, 1)], -1)
 

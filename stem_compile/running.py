@@ -154,14 +154,14 @@ class Selected:
     candidates: Callable[[], torch.Tensor] | None
 
     @classmethod
-    def of(cls, seen: Observed) -> Selected:
+    def of(cls, observed: Observed) -> Selected:
         """What is small enough to keep of a selection: neither queries nor keys."""
-        attention = seen.attention
-        held = [seen.selection.indices, *attention.tensors]
+        attention = observed.attention
+        held = [observed.selection.indices, *attention.tensors]
         if sum(t.numel() for t in held) > KEPT:
             return cls(None, None)
-        mask, block_q, block_k = attention.mask, seen.selection.block_q, seen.selection.block_k
-        return cls(seen.selection, lambda: mask.candidates(block_q, block_k))
+        mask, block_q, block_k = attention.mask, observed.selection.block_q, observed.selection.block_k
+        return cls(observed.selection, lambda: mask.candidates(block_q, block_k))
 
     @property
     def density(self) -> float | None:
@@ -332,9 +332,9 @@ def listen_to_runs(callback: Callable[[Graph], None]) -> Iterator[None]:
         _run_listeners.remove(callback)
 
 
-def _noted(seen: Observed) -> None:
+def _noted(observed: Observed) -> None:
     if _current.graph is not None:
-        _current.graph.last.append(Selected.of(seen))
+        _current.graph.last.append(Selected.of(observed))
 
 
 _watch = observe(_noted)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 import stem_compile
 from stem_compile import Explanation, Reason, StemError, StemWarning, explain, last_report, report, running
+from tests.numerics import assert_close
 
 OPTIONS: dict[str, Any] = {"min_length": 1, "budget": 0.4, "inner": "eager"}
 N = 700
@@ -90,7 +91,7 @@ def test_attentions_are_numbered_over_the_model(broken: bool, options: dict[str,
         assert dense_sites(run, prompt(length)) == dense
     with torch.no_grad():
         dense_run = compiled(model, **{**options, "budget": 1.0})
-        torch.testing.assert_close(dense_run(prompt()), model(prompt()), rtol=1e-4, atol=1e-5)
+        assert_close(dense_run(prompt()), model(prompt()))
 
 
 def test_numbers_begin_anew_with_each_model() -> None:
@@ -106,7 +107,7 @@ def test_a_shared_frame_runs_under_inductor() -> None:
     run = compiled(model, dense_layers=1, budget=1.0, inner="inductor")
     with torch.no_grad():
         for length in (N, 800):
-            torch.testing.assert_close(run(prompt(length)), model(prompt(length)), rtol=1e-4, atol=1e-5)
+            assert_close(run(prompt(length)), model(prompt(length)))
 
 
 def told(run: Callable[..., Any], *inputs: Any) -> list[str]:
