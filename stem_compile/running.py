@@ -245,6 +245,9 @@ class Model:
         if set(reasons) == {Reason.DECODE}:
             prefilled = any(site.reason in (Reason.SHORT, Reason.SLOWER) for site in sites)
             return None if prefilled else DECODE_ONLY
+        # A failure of ours was told by itself.
+        if set(reasons) <= {Reason.DECODE, Reason.INTERNAL}:
+            return None
         reasons.pop(Reason.DECODE, None)
         (reason, count), *_ = reasons.most_common(1)
         site = next(site for site in refused if site.reason is reason)
