@@ -115,7 +115,12 @@ def _report(graph: running.Graph, model: running.Model, module: fx.GraphModule, 
     reason = getattr(module, "compile_subgraph_reason", None)
     if model.warned or config.when_dense == "silent" or getattr(reason, "graph_break", False):
         return
-    told = model.dense(max(config.shortest, running.LONG))
+    try:
+        told = model.dense(max(config.shortest, running.LONG))
+    except Exception:
+        # A policy that fails has cost its attentions already.
+        log.debug("nothing can be said about a dense prompt", exc_info=True)
+        return
     if told is None:
         return
     model.warned = True
