@@ -89,7 +89,7 @@ def tpd_select(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """stem::tpd_select by its definition."""
     attention = Attention(q, k, k, mask, spec_text=spec, tensors=tensors, scalars=scalars)
-    lists = tpd.tpd_select(block_scores, attention.spec, attention.reach)
+    lists = tpd.tpd_select(block_scores, attention.spec, attention.reach, k.shape[1])
     return lists.indices, lists.counts
 
 
@@ -108,14 +108,15 @@ def select(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """stem::select: scores and selection in one."""
     attention = Attention(q, k, v, mask, scale, spec, score, tensors, scalars)
-    shape = ops.selection_shape(q, k, attention.spec)
-    if 0 in shape[:3]:
+    shape = ops.counts_shape(q, attention.spec)
+    if 0 in shape:
         # No device launches kernels over nothing, and there is nothing to observe.
-        return q.new_empty(shape, dtype=torch.int32), q.new_empty(shape[:3], dtype=torch.int32)
+        whole = ops.selection_shape(q, k, attention.spec)
+        return q.new_empty(whole, dtype=torch.int32), q.new_empty(shape, dtype=torch.int32)
 
     def lists() -> BlockSelection:
         if kernel == DEFINITION:
-            return tpd.tpd_select(oam.oam_scores(attention), attention.spec, attention.reach)
+            return tpd.tpd_select(oam.oam_scores(attention), attention.spec, attention.reach, k.shape[1])
         return attention.selection(*_serving(attention).select(attention, kernel))
 
     chosen = _answered(attention, kernel, fallback, lists, lambda: all_blocks(attention))
@@ -126,7 +127,7 @@ def select(
 def all_blocks(attention: Attention) -> BlockSelection:
     """The selection of all blocks with a visible key."""
     shape = ops.selection_shape(attention.q, attention.k, attention.spec)
-    counts = torch.full(shape[:3], FULL, dtype=torch.int32, device=attention.device)
+    counts = torch.full(ops.counts_shape(attention.q, attention.spec), FULL, dtype=torch.int32, device=attention.device)
     return attention.selection(torch.zeros(shape, dtype=torch.int32, device=attention.device), counts)
 
 

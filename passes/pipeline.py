@@ -220,6 +220,7 @@ def _apply(plan: Plan, sites: dict[int, AttentionSite], config: StemConfig) -> N
     roots = {place: [n for n in site.node.all_input_nodes if n not in replaced] for place, site in sites.items()}
     state = Insertion(config.selection.text(), config.fallback)
     for place, site in sites.items():
+        state.spec = config.selection_of(site.index).text()
         with _blamed(place, "insert_selection"):
             insert_selection(graph, site, state)
             args = SparseAttentionArgs.of(site.node)

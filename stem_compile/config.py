@@ -19,7 +19,9 @@ MODES = ("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-
 FALLBACK = ("dense", "error")
 WHEN_DENSE = ("warn", "silent", "error")
 METRICS = ("paper", "released")
-POOLINGS = ("mean", "max")
+POOLINGS = ("mean", "max", "mass")
+SHARES = ("none", "heads", "group")
+STRIDES = (4, 8, 16, 32)
 SCORE_DTYPES = ("native", "fp8")
 QUERY_BLOCKS = (64, 128)
 KEY_BLOCKS = (32, 64, 128)
@@ -36,17 +38,24 @@ class StemConfig:
 
     policy: how blocks are chosen: "stem" (TPD budgets, output-aware scores), "output_aware" (the same scores, one
     budget for all rows, without a causal order too) or "dense" (all of them, through the same kernels).
-    budget: part of the causal block pairs to compute, in (0, 1]; None is the published length schedule.
+    budget: part of the causal block pairs to compute, in (0, 1]; None is the published length schedule. A sequence
+    holds one for each attention of the model in turn, the last also for those that follow.
+    coverage: in place of a budget: blocks are computed until they hold this share of a row's estimated mass (times
+    the values' norms), at most the part ``cap`` of the causal block pairs; density then follows the text.
     mu: budget of the last row relative to the first (Eq. 3). beta: weight of the values' norms in block scores (Eq. 7).
     metric: "paper" is Eq. 7; "released" z-scores the norms over the sequence, as the authors' code does (later tokens
     are seen).
-    pooling: "mean" over the anti-diagonal cells of a block pair (published, cheap) or their "max" (selects better,
-    costs more). None: "mean" under the published schedule, "max" with ``budget=``; docs/design.md says what was
-    measured.
+    pooling: "mean" over the anti-diagonal cells of a block pair (published, cheap), their "max", or "mass", an
+    estimate of the attention that a block holds (selects best). None: "mean" under the published schedule, else "mass";
+    docs/design.md says what was measured.
     score_dtype: "fp8" computes the block scores of max pooling from e4m3 copies of q and k where the GPU has such
     matrix units (Hopper; elsewhere it changes nothing): about 40% less time, nearly the same blocks. The attention
     itself stays in the model's dtype.
-    stride: tokens a group in the pooling. block_size: queries a row block. key_block_size: keys a block; None is
+    stride: tokens a group in the pooling, or a pair (queries, keys) under mass pooling; None is 8 there, else 16.
+    share: who shares a row's budget under mass pooling: "heads" of the whole attention, a "group" of query heads with
+    one key head (so that tensor-parallel ranks agree) or "none"; None is "heads" where a budget or coverage is given.
+    kept: part of its own budget that every head keeps.
+    block_size: queries a row block. key_block_size: keys a block; None is
     block_size.
     sink_blocks, local_blocks: first and last blocks of a row that are always computed, in units of block_size. None:
     the published 4 and 4 under the published schedule, 1 and 2 with ``budget=``, where fixed blocks would eat what is
@@ -67,13 +76,17 @@ class StemConfig:
     """
 
     policy: str = "stem"
-    budget: float | None = None
+    budget: float | tuple[float, ...] | None = None
+    coverage: float | None = None
+    cap: float = 0.5
     mu: float = 0.7
     beta: float = 0.2
     metric: str = "paper"
     pooling: str | None = None
     score_dtype: str = "native"
-    stride: int = 16
+    stride: int | tuple[int, int] | None = None
+    share: str | None = None
+    kept: float = 0.5
     block_size: int = 128
     key_block_size: int | None = None
     sink_blocks: int | None = None
@@ -90,8 +103,9 @@ class StemConfig:
     policy_options: tuple[tuple[str, OptionValue], ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.dense_layers, list):
-            object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        for name in ("dense_layers", "budget", "stride"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         _one_of("policy", self.policy, policies.names())
         object.__setattr__(self, "policy_options", _policy_options(self.policy, self.policy_options))
         _one_of("metric", self.metric, METRICS)
@@ -106,14 +120,13 @@ class StemConfig:
         _one_of("block_size", self.block_size, QUERY_BLOCKS)
         if self.key_block_size is not None:
             _one_of("key_block_size", self.key_block_size, KEY_BLOCKS)
-        _one_of("stride", self.stride, (4, 8, 16, 32))
+        self._check_stride()
+        if self.share is not None:
+            _one_of("share", self.share, SHARES)
+        _number("kept", self.kept, 0, 1)
         _number("mu", self.mu, 0, 1)
         _number("beta", self.beta, 0, 1e6)
-        if self.budget is not None and not (_is_number(self.budget) and 0 < self.budget <= 1):
-            raise OptionError(
-                f"budget={self.budget!r}: a part of the causal block pairs in (0, 1], or None for the published length"
-                " schedule"
-            )
+        self._check_budget()
         for name, low in (
             ("sink_blocks", 0),
             ("local_blocks", 1),
@@ -134,6 +147,44 @@ class StemConfig:
             )
         if not isinstance(self.verify, bool):
             raise OptionError(f"verify={self.verify!r}: True or False")
+
+    def _check_stride(self) -> None:
+        strides = self.stride if isinstance(self.stride, tuple) else (self.stride,) * (self.stride is not None)
+        if isinstance(self.stride, tuple) and len(strides) != 2:
+            raise OptionError(f"stride={self.stride!r}: tokens a group, or a pair of queries and keys a group")
+        for stride in strides:
+            _one_of("stride", stride, STRIDES)
+        if isinstance(self.stride, tuple) and not self.by_mass:
+            raise OptionError(f"stride={self.stride!r}: a pair is for pooling='mass'; other poolings take one number")
+
+    def _check_budget(self) -> None:
+        budgets = self.budget if isinstance(self.budget, tuple) else (self.budget,)
+        for budget in budgets or (0,):
+            if not (budget is None and not isinstance(self.budget, tuple)) and not _is_part(budget):
+                raise OptionError(
+                    f"budget={self.budget!r}: a part of the causal block pairs in (0, 1], one for each attention of the"
+                    " model in turn (the last also for those that follow), or None for the published length schedule"
+                )
+        for name in ("coverage", "cap"):
+            value = getattr(self, name)
+            if not (value is None and name == "coverage") and not _is_part(value):
+                raise OptionError(f"{name}={value!r}: a number in (0, 1]")
+        if self.coverage is not None and self.budget is not None:
+            raise OptionError(
+                f"coverage={self.coverage!r} stands in place of a budget: leave budget={self.budget!r} out; cap= is the"
+                " most that may be computed"
+            )
+        for name, plain in (("share", ("none", None)), ("coverage", (None,))):
+            if getattr(self, name) not in plain and not self.by_mass:
+                raise OptionError(
+                    f"{name}={getattr(self, name)!r} compares masses of attention: it needs pooling='mass', not"
+                    f" {self.selection_of(0).pooling!r}"
+                )
+
+    @property
+    def by_mass(self) -> bool:
+        """Whether blocks are ranked by pooled mass."""
+        return (self.pooling or _default_pooling(self.budget is None and self.coverage is None)) == "mass"
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | StemConfig | None) -> StemConfig:
@@ -156,17 +207,30 @@ class StemConfig:
 
     @property
     def selection(self) -> SelectionSpec:
-        """The part that a selection depends on."""
-        published = self.budget is None
-        pooling, sinks, locals_ = ("mean", 4, 4) if published else ("max", 1, 2)
+        """The part that a selection depends on, of the first attention."""
+        return self.selection_of(0)
+
+    def selection_of(self, index: int) -> SelectionSpec:
+        """The part that the selection of attention number ``index`` of the model depends on."""
+        budget = self.budget[min(index, len(self.budget) - 1)] if isinstance(self.budget, tuple) else self.budget
+        published = budget is None and self.coverage is None
+        pooling = self.pooling or _default_pooling(published)
+        sinks, locals_ = (4, 4) if published else (1, 2)
+        stride = (8 if pooling == "mass" else 16) if self.stride is None else self.stride
+        queries, keys = stride if isinstance(stride, tuple) else (stride, stride)
+        by_mass = pooling == "mass"
         return SelectionSpec(
             policy=self.policy,
-            budget=None if self.budget is None else float(self.budget),
+            budget=float(self.cap) if self.coverage is not None else None if budget is None else float(budget),
             mu=float(self.mu),
             beta=float(self.beta),
             metric=self.metric,
-            pooling=pooling if self.pooling is None else self.pooling,
-            stride=self.stride,
+            pooling=pooling,
+            stride=queries,
+            key_stride=keys if keys != queries else 0,
+            share=self.share or ("heads" if by_mass and not published else "none"),
+            kept=float(self.kept) if by_mass else SelectionSpec.kept,
+            coverage=None if self.coverage is None else float(self.coverage),
             score_dtype=self.score_dtype,
             block_q=self.block_size,
             block_k=self.key_block_size or self.block_size,
@@ -250,6 +314,14 @@ def _unknown(name: Any, known: list[str], where: str = "") -> str:
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"unknown option {name!r}{where}{hint} Options: {', '.join(known) or 'none'}"
+
+
+def _default_pooling(published: bool) -> str:
+    return "mean" if published else "mass"
+
+
+def _is_part(value: Any) -> bool:
+    return _is_number(value) and 0 < value <= 1
 
 
 def _is_integer(value: Any) -> bool:

@@ -107,9 +107,24 @@ def attention_output(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return q.new_empty(batch, q_len, heads, v.shape[-1]).transpose(1, 2)
 
 
-def selection_shape(q: torch.Tensor, k: torch.Tensor, spec: selection.SelectionSpec) -> tuple[Any, Any, Any, Any]:
-    """Shape of ``indices``: (B, H, query blocks, width); of ``counts`` without its last number."""
-    return q.shape[0], q.shape[1], cdiv(q.shape[2], spec.block_q), tpd.list_width(spec, cdiv(k.shape[2], spec.block_k))
+def list_capacity(k: torch.Tensor, spec: selection.SelectionSpec) -> Any:
+    """Blocks a head that ``indices`` have room for in each row."""
+    return tpd.list_width(spec, cdiv(k.shape[2], spec.block_k))
+
+
+def selection_shape(q: torch.Tensor, k: torch.Tensor, spec: selection.SelectionSpec) -> tuple[Any, ...]:
+    """Shape of ``indices``: (B, H, query blocks, width), or (B, query blocks, H * width) where heads share budgets."""
+    return _lists_shape(counts_shape(q, spec), list_capacity(k, spec), spec)
+
+
+def counts_shape(q: torch.Tensor, spec: selection.SelectionSpec) -> tuple[Any, Any, Any]:
+    """Shape of ``counts``: (B, H, query blocks)."""
+    return q.shape[0], q.shape[1], cdiv(q.shape[2], spec.block_q)
+
+
+def _lists_shape(rows: Any, width: Any, spec: selection.SelectionSpec) -> tuple[Any, ...]:
+    batch, heads, blocks = rows
+    return (batch, heads, blocks, width) if spec.share == "none" else (batch, blocks, heads * width)
 
 
 def _fake(name: str) -> Any:
@@ -194,5 +209,5 @@ def _(q: torch.Tensor, k: torch.Tensor, tensors: Any, scalars: Any, mask: str) -
 
 def _lists(like: torch.Tensor, blocks: Any, spec: selection.SelectionSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Empty (indices, counts) for ``blocks`` = (B, H, query blocks, key blocks)."""
-    shape = (*blocks[:3], tpd.list_width(spec, blocks[3]))
-    return like.new_empty(shape, dtype=torch.int32), like.new_empty(shape[:3], dtype=torch.int32)
+    shape = _lists_shape(blocks[:3], tpd.list_width(spec, blocks[3]), spec)
+    return like.new_empty(shape, dtype=torch.int32), like.new_empty(tuple(blocks[:3]), dtype=torch.int32)

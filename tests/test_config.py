@@ -78,9 +78,46 @@ def test_selection_text_round_trips() -> None:
         selection.parse("colour=red")
 
 
+def test_budgets_may_differ_by_layer_and_the_last_one_goes_on() -> None:
+    config = StemConfig.from_options({"budget": [0.5, 0.25]})
+    assert [config.selection_of(i).budget for i in range(4)] == [0.5, 0.25, 0.25, 0.25]
+    assert hash(config) == hash(StemConfig(budget=(0.5, 0.25)))
+
+
+def test_coverage_stands_in_place_of_a_budget() -> None:
+    spec = StemConfig(coverage=0.95, cap=0.4).selection
+    assert (spec.coverage, spec.budget, spec.pooling, spec.share) == (0.95, 0.4, "mass", "heads")
+    assert selection.parse(spec.text()) == spec
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"coverage": 0.9, "budget": 0.2}, "in place of a budget"),
+        ({"budget": ()}, "budget"),
+        ({"budget": (0.5, None)}, "one for each attention"),
+        ({"budget": (0.5, 2.0)}, "one for each attention"),
+        ({"coverage": 1.5}, "coverage=1.5"),
+        ({"coverage": 0.9, "cap": 0}, "cap=0"),
+        ({"budget": 0.2, "pooling": "max", "share": "heads"}, "pooling='mass'"),
+        ({"coverage": 0.9, "pooling": "max"}, "pooling='mass'"),
+        ({"share": "heads"}, "pooling='mass'"),
+        ({"budget": 0.2, "stride": (4, 5)}, "stride"),
+        ({"budget": 0.2, "stride": (4, 8, 8)}, "pair"),
+        ({"budget": 0.2, "stride": (4, 8), "pooling": "max"}, "pair"),
+        ({"budget": 0.2, "share": "head"}, "did you mean 'heads'"),
+        ({"budget": 0.2, "kept": 2}, "kept=2"),
+    ],
+)
+def test_options_of_mass_pooling_that_cannot_be(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=words.replace("(", r"\(")):
+        StemConfig.from_options(options)
+
+
 def test_the_schedule_is_published_and_a_budget_takes_what_selects_best() -> None:
     published, asked = StemConfig().selection, StemConfig(budget=0.25).selection
     assert (published.pooling, published.sink_blocks, published.local_blocks) == ("mean", 4, 4)
-    assert (asked.pooling, asked.sink_blocks, asked.local_blocks) == ("max", 1, 2)
+    assert (asked.pooling, asked.sink_blocks, asked.local_blocks) == ("mass", 1, 2)
+    assert (asked.share, asked.group_sizes, published.share) == ("heads", (8, 8), "none")
     chosen = StemConfig(budget=0.25, pooling="mean", sink_blocks=4, local_blocks=4).selection
     assert (chosen.pooling, chosen.sink_blocks, chosen.local_blocks) == ("mean", 4, 4)

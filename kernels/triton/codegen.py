@@ -277,6 +277,11 @@ def constants(spec: KernelSpec) -> dict[str, object]:
         # float32 products in three tf32 passes: exact to about 1e-6, on tensor cores.
         "PRECISION": "tf32x3" if spec.dtype == "fp32" else "tf32",
         "STRIDE": min(chosen.stride, spec.block_q, spec.block_k),
+        "GROUP_Q": chosen.group_sizes[0],
+        "GROUP_K": chosen.group_sizes[1],
+        "KEPT": chosen.kept_share,
+        "COVERED": chosen.coverage is not None,
+        "COVERAGE": 1.0 if chosen.coverage is None else chosen.coverage,
         "SINKS": chosen.sinks,
         "LOCALS": chosen.locals,
         "SLACK": -(-chosen.block_k // chosen.block_q) + 1,

@@ -104,7 +104,7 @@ class AttentionSite:
             value(self.v),
             mask_text=encode(Full() if self.mask is None else self.mask),
             scale=self.scale,
-            spec_text=config.selection.text(),
+            spec_text=config.selection_of(self.index).text(),
             score_text=self.score.text,
             tensors=[value(n) for n in self.tensors],
             scalars=[value(n) for n in self.scalars],

@@ -57,7 +57,11 @@ def forced(options: Mapping[str, Any], tokens: int) -> str:
     from stem_compile.selection.density import TOLERANCE, causal_density, kept_from
 
     spec = StemConfig.from_options(options).selection
-    if spec.budget is None or causal_density(spec, tokens) <= (1 + TOLERANCE) * spec.budget:
+    if (
+        spec.budget is None
+        or spec.coverage is not None
+        or causal_density(spec, tokens) <= (1 + TOLERANCE) * spec.budget
+    ):
         return ""
     start = kept_from(spec)
     promise = f"the budget is kept from {start:,} tokens on" if start else "the budget is kept at no length"

@@ -3,7 +3,7 @@ them."""
 
 from stem_compile.selection.attention import Attention
 from stem_compile.selection.observe import Observed, announce, observe
-from stem_compile.selection.spec import FULL, BlockSelection, OptionValue, SelectionSpec, parse
+from stem_compile.selection.spec import FULL, BlockSelection, OptionValue, SelectionSpec, packed, parse, unpacked
 
 __all__ = [
     "FULL",
@@ -14,5 +14,7 @@ __all__ = [
     "SelectionSpec",
     "announce",
     "observe",
+    "packed",
     "parse",
+    "unpacked",
 ]

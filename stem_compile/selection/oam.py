@@ -26,7 +26,12 @@ def oam_scores(attention: Attention) -> torch.Tensor:
 
     What is hidden does not count: a mean is over the token pairs that exist and are visible, a norm is of a key that
     is. A score that depends on positions is applied where blocks see it (``scores.block_positions``).
+    Under mass pooling: ``mass.log_masses``.
     """
+    if attention.spec.pooling == "mass":
+        from stem_compile.selection import mass
+
+        return mass.log_masses(attention)
     rows, columns = attention.blocks
     if hides_pairs(attention):
         pieces = (slice(start, start + CELL_ROWS) for start in range(0, rows, CELL_ROWS))
@@ -36,7 +41,7 @@ def oam_scores(attention: Attention) -> torch.Tensor:
     visible, dtype = attention.mask.visible, _dtype(attention)
     pool = {"mean": _mean_over_cells, "max": _max_over_cells}[spec.pooling]
     pooled = positioned(attention, pool(q, k, visible, spec, dtype) * attention.scale)
-    values = value_term(_largest_norms(v, visible, spec, dtype), spec.metric).repeat_interleave(attention.group, 1)
+    values = value_term(largest_norms(v, visible, spec, dtype), spec.metric).repeat_interleave(attention.group, 1)
     return (pooled + spec.beta * values[:, :, None, :]).masked_fill_(~attention.candidates, -torch.inf)
 
 
@@ -160,7 +165,7 @@ def _grouped_product(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return (q.reshape(batch, k.shape[1], group * m, width) @ k.transpose(-1, -2)).view(batch, heads, m, k.shape[2])
 
 
-def _largest_norms(
+def largest_norms(
     v: torch.Tensor, visible: torch.Tensor | None, spec: SelectionSpec, dtype: torch.dtype
 ) -> torch.Tensor:
     """Largest ||v|| of each key block's visible keys, 0 without one: [B, Hk, key blocks]."""

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from stem_compile.algebra import symbolic
 from stem_compile.algebra.blocks import cdiv
 from stem_compile.algebra.symbolic import BLOCKS, ROW
-from stem_compile.selection import FULL, BlockSelection, SelectionSpec, policies
+from stem_compile.selection import FULL, BlockSelection, SelectionSpec, packed, policies
+from stem_compile.selection.sharing import divided
 
 
 def list_width(spec: SelectionSpec, key_blocks: Any) -> Any:
@@ -28,21 +29,49 @@ def list_width(spec: SelectionSpec, key_blocks: Any) -> Any:
 
 def everything(spec: SelectionSpec) -> bool:
     """Whether every row of every length is FULL, so that no score is needed."""
-    return not policies.get(spec.policy).SCORED or spec.budget == 1.0
+    return not policies.get(spec.policy).SCORED or (spec.budget == 1.0 and spec.coverage is None)
 
 
-def tpd_select(scores: torch.Tensor, spec: SelectionSpec, reach: torch.Tensor | None = None) -> BlockSelection:
+def tpd_select(
+    scores: torch.Tensor, spec: SelectionSpec, reach: torch.Tensor | None = None, key_heads: int | None = None
+) -> BlockSelection:
     """scores: [B, H, rows, key blocks], -inf where a block holds no visible key. Budgets are exact integer arithmetic
     (int64).
 
     reach: visible blocks of each row without the mask's far edges, broadcastable to [B, H, rows]; None where it has
-    none.
+    none. key_heads: heads of k, where those of one share budgets; None: as many as query heads.
     """
     columns = scores.shape[-1]
     candidates = scores > -torch.inf
     counts = row_counts(candidates.sum(-1), spec, reach)
-    indices = best_blocks(scores, candidates, counts, int(list_width(spec, columns)), spec)
+    if spec.divides:
+        counts = divided_counts(
+            scores, candidates, counts, spec, spec.sharing_heads(scores.shape[1], key_heads or scores.shape[1])
+        )
+    width = int(list_width(spec, columns))
+    indices = best_blocks(scores, candidates, counts, width if spec.share == "none" else columns, spec)
+    if spec.share != "none":
+        indices = packed(indices, counts, width)
     return BlockSelection(indices, counts, spec.block_q, spec.block_k, columns)
+
+
+def divided_counts(
+    scores: torch.Tensor, candidates: torch.Tensor, counts: torch.Tensor, spec: SelectionSpec, together: int
+) -> torch.Tensor:
+    """int32 [B, H, rows]: ``counts`` as the scores divide them among ``together`` heads that share budgets, or as far
+    as the coverage asked for needs them. FULL rows stay FULL."""
+    full = (counts == FULL).expand(scores.shape[:3])
+    limit = counts.clamp(min=0).long().expand(scores.shape[:3])
+    candidates = candidates.expand(scores.shape)
+    blocks = divided(scores, forced(candidates, spec), limit, full, spec, together)
+    return torch.where(full, FULL, blocks).int()
+
+
+def forced(candidates: torch.Tensor, spec: SelectionSpec) -> torch.Tensor:
+    """Bool: candidates that are computed whatever their score, a row's first ones (sinks) and its last (local)."""
+    rank = candidates.cumsum(-1)
+    kept: torch.Tensor = candidates & ((rank <= spec.sinks) | (rank > rank[..., -1:] - spec.locals))
+    return kept
 
 
 def best_blocks(
@@ -54,9 +83,7 @@ def best_blocks(
     every score; ties go to the earlier block.
     """
     columns = scores.shape[-1]
-    rank = candidates.cumsum(-1)
-    forced = candidates & ((rank <= spec.sinks) | (rank > rank[..., -1:] - spec.locals))
-    ranked = scores.masked_fill(~candidates, -torch.inf).masked_fill_(forced, torch.inf)
+    ranked = scores.masked_fill(~candidates, -torch.inf).masked_fill_(forced(candidates, spec), torch.inf)
     order = torch.sort(ranked, dim=-1, descending=True, stable=True).indices[..., :width]
     listed = torch.arange(order.shape[-1], device=scores.device) < counts.unsqueeze(-1)
     indices = torch.where(listed, order, columns).sort(-1).values.clamp(max=columns - 1).int()
@@ -95,5 +122,7 @@ def full_rows(
     before = F.pad(reach, (slack, 0))[..., :rows]
     after = reach[..., (torch.arange(rows, device=reach.device) + slack).clamp(max=rows - 1)]
     ends = (before < reach) & (after <= reach) & (reach >= cdiv(spec.prompt_length, spec.block_k))
-    full: torch.Tensor = ((limit >= visible) | ends) & (visible > 0)
+    # Where coverage decides, the budget is but its bound: only rows that are all forced are known to be full.
+    enough = limit if spec.coverage is None else spec.sinks + spec.locals
+    full: torch.Tensor = ((enough >= visible) | ends) & (visible > 0)
     return full

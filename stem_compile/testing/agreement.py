@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from stem_compile.selection import FULL, BlockSelection, Observed
+from stem_compile.selection import packed as end_to_end
 from stem_compile.selection.oam import oam_scores
 from stem_compile.testing.subject import Force
 from stem_compile.testing.tolerances import MODEL
@@ -66,14 +67,15 @@ def _beyond_a_tie(seen: Observed, own: torch.Tensor, want: torch.Tensor) -> tupl
 def packed(dense: torch.Tensor, like: Observed) -> BlockSelection:
     """Block lists of a dense selection, in the shapes of the one observed."""
     made = like.selection
-    columns, width = made.key_blocks, made.indices.shape[-1]
+    columns, width = made.key_blocks, made.lists.shape[-1]
     counts = dense.sum(-1)
     every = (dense == like.candidates.expand(dense.shape)).all(-1)
     order = torch.where(dense, torch.arange(columns, device=dense.device), columns).sort(-1).values[..., :width]
     full = every & ((made.counts == FULL) | (counts > width))
-    return BlockSelection(
-        order.clamp(max=columns - 1).int(), torch.where(full, FULL, counts).int(), made.block_q, made.block_k, columns
-    )
+    indices, counts = order.clamp(max=columns - 1).int(), torch.where(full, FULL, counts).int()
+    if made.indices.dim() == 3:
+        indices = end_to_end(indices, counts, made.indices.shape[-1] // counts.shape[1])
+    return BlockSelection(indices, counts, made.block_q, made.block_k, columns)
 
 
 def dense_of(made: Sequence[Observed]) -> list[torch.Tensor]:

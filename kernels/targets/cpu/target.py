@@ -13,7 +13,7 @@ from stem_compile.algebra import blocks, scores
 from stem_compile.algebra.blocks import cdiv
 from stem_compile.algebra.masks import decode
 from stem_compile.kernels.contract import Kernels, Stopwatch
-from stem_compile.kernels.targets.cpu import pooling, rowwise, workers
+from stem_compile.kernels.targets.cpu import masses, pooling, rowwise, workers
 from stem_compile.kernels.targets.cpu.gather import Problem, Run, dense
 from stem_compile.kernels.targets.cpu.gather import attend as attend_run
 from stem_compile.reasons import Reason
@@ -62,12 +62,14 @@ def _is_general(mask: str, score: str) -> bool:
 def select(attention: Attention, kernel: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Blocks to compute: indices int32 [B, H, query blocks, width] ascending, counts int32 [B, H, query blocks]."""
     counts = _counts(attention.candidates.sum(-1), attention.reach, attention.spec)
+    if attention.spec.pooling == "mass" and not everything(attention.spec):
+        return masses.ranked(attention, counts)
     shape = ops.selection_shape(attention.q, attention.k, attention.spec)
     if int(counts.max()) <= 0:
         indices = attention.q.new_zeros(shape, dtype=torch.int32)
     else:
-        indices = pooling.ranked(attention, counts, int(shape[3]))
-    return indices, counts.expand(shape[0], shape[1], -1).contiguous()
+        indices = pooling.ranked(attention, counts, int(shape[-1]))
+    return indices, counts.expand(ops.counts_shape(attention.q, attention.spec)).contiguous()
 
 
 def _counts(visible: torch.Tensor, reach: torch.Tensor | None, spec: SelectionSpec) -> torch.Tensor:
@@ -132,7 +134,7 @@ def _problem(
         keys=keys,
         values=values,
         out=out,
-        indices=selection.indices,
+        indices=selection.lists[..., : max(1, int(selection.counts.max()))],
         block_q=spec.block_q,
         block_k=spec.block_k,
         kv_len=kv_len,

@@ -94,7 +94,7 @@ def attend(
         attention.group,
         q.shape[2],
         k.shape[2],
-        selection.indices.shape[-1],
+        selection.indices.shape[-1] // (q.shape[1] if selection.indices.dim() == 3 else 1),
         scale if attention.score.modified else scale * LOG2E,
         *arguments(attention.tensors, attention.scalars, attention.mask_text, attention.score_text, q.device),
     )
@@ -133,6 +133,7 @@ def _launch_hopper(launch: Launch) -> None:
         TILE=config.tile,
         STAGES=config.stages,
         LSE=launch.lse is not None,
+        PACKED=descriptors.packed_heads(launch.indices, counts),
         num_warps=config.warps,
     )
     if module.FIXED.value:
@@ -154,6 +155,7 @@ class Tiles:
             "STAGES": config.stages,
             "LSE": launch.lse is not None,
             "BULK": bulk,
+            "PACKED": descriptors.packed_heads(launch.indices, launch.counts),
             "num_warps": config.warps,
         }
 

@@ -34,6 +34,12 @@ def addressable(x: torch.Tensor) -> bool:
     )
 
 
+def packed_heads(indices: torch.Tensor, counts: torch.Tensor) -> int:
+    """Query heads, padded to 2^n, where their lists lie end to end (``selection.packed``), else 0: the kernels'
+    PACKED."""
+    return 1 << (counts.shape[1] - 1).bit_length() if indices.dim() == 3 else 0
+
+
 def _strides(x: torch.Tensor) -> list[int]:
     # A dimension of one has any stride; TMA wants a whole one.
     return [x.stride(i) if x.shape[i] > 1 else x.shape[-2] * padded(x.shape[-1]) for i in range(3)]

@@ -14,15 +14,19 @@ from stem_compile import ops
 from stem_compile.algebra.blocks import split
 from stem_compile.algebra.masks import decode
 from stem_compile.kernels.targets.cuda.block_scores import KeySide, PairScores, module
+from stem_compile.kernels.targets.cuda.descriptors import packed_heads
+from stem_compile.kernels.targets.cuda.masses import Means
 from stem_compile.kernels.triton.arguments import arguments
 from stem_compile.selection import Attention
 from stem_compile.selection.oam import hides_pairs
-from stem_compile.selection.tpd import everything, row_counts
+from stem_compile.selection.tpd import divided_counts, everything, row_counts
 
 SCORE_BYTES = 1 << 28
 """Largest score buffer; longer prompts are scored in row chunks of it."""
 CHUNK_UNIT = 128
 """Rows of a chunk come in multiples of it: whole tiles of the score kernels."""
+SHARED_PAIRS = 1 << 15
+"""Most scores that one program ranks to divide a row's budget among heads; more are ranked by torch."""
 
 
 def select(attention: Attention, kernel: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,9 +35,9 @@ def select(attention: Attention, kernel: str) -> tuple[torch.Tensor, torch.Tenso
     attention = replace(attention, q=q, k=k, v=v)
     spec, mask, (rows, columns) = attention.spec, attention.mask, attention.blocks
     batch, heads, q_len, _ = q.shape
-    *index_shape, width = ops.selection_shape(q, k, spec)
-    indices = torch.empty(*index_shape, width, dtype=torch.int32, device=q.device)
-    counts = torch.empty(index_shape, dtype=torch.int32, device=q.device)
+    width = ops.list_capacity(k, spec)
+    indices = torch.empty(ops.selection_shape(q, k, spec), dtype=torch.int32, device=q.device)
+    counts = torch.empty(ops.counts_shape(q, spec), dtype=torch.int32, device=q.device)
     if not counts.numel():
         return indices, counts
     padded, explicit = bool(mask.parts.keys), bool(mask.parts.others)
@@ -47,8 +51,10 @@ def select(attention: Attention, kernel: str) -> tuple[torch.Tensor, torch.Tenso
         possible = attention.candidates.expand(batch, heads, rows, columns).view(torch.uint8)
         strides = possible.stride()
     terms = arguments(attention.tensors, attention.scalars, attention.mask_text, device=q.device)
-    keys: KeySide | PairScores | None = None
-    if not everything(spec) and hides_pairs(attention):
+    keys: KeySide | PairScores | Means | None = None
+    if not everything(spec) and spec.pooling == "mass":
+        keys = Means(attention)
+    elif not everything(spec) and hides_pairs(attention):
         keys = PairScores(attention, terms)
     elif not everything(spec):
         # Where the forced blocks are not simply the last before the diagonal, or that is known on the device only,
@@ -58,10 +64,20 @@ def select(attention: Attention, kernel: str) -> tuple[torch.Tensor, torch.Tenso
     step = rows if keys is None else min(rows, max(1, SCORE_BYTES // keys.bytes_a_row // CHUNK_UNIT) * CHUNK_UNIT)
     nb = 1 << (columns - 1).bit_length() if columns > 1 else 2
     lists: Any = module("select", attention)
+    divides = keys is not None and spec.divides
+    together = spec.sharing_heads(heads, k.shape[1])
     for start in range(0, rows, step):
         chunk = min(step, rows - start)
+        scores = counts if keys is None else keys.scores(start, chunk)
+        if divides:
+            _divide(
+                attention, lists, scores, start, chunk, together,
+                (first, possible, limits, counts, first_stride, strides, limits.stride(), heads, together),
+                (q_len, k.shape[2], *terms), counts,
+                {"NB": nb, "PADDED": padded, "EXPLICIT": explicit},
+            )  # fmt: skip
         lists.select[(chunk, batch * heads)](
-            counts if keys is None else keys.scores(start, chunk),
+            scores,
             first,
             possible,
             limits,
@@ -82,9 +98,41 @@ def select(attention: Attention, kernel: str) -> tuple[torch.Tensor, torch.Tenso
             SCORED=keys is not None,
             PADDED=padded,
             EXPLICIT=explicit,
+            GIVEN=divides,
+            PACKED=packed_heads(indices, counts),
             num_warps=max(1, min(16, nb // 1024)),
         )
     return indices, counts
+
+
+def _divide(
+    attention: Attention,
+    lists: Any,
+    scores: torch.Tensor,
+    start: int,
+    chunk: int,
+    together: int,
+    places: tuple[Any, ...],
+    sizes: tuple[Any, ...],
+    counts: torch.Tensor,
+    constants: dict[str, Any],
+) -> None:
+    """Write ``counts`` of rows [start, start + chunk) where heads share budgets or a coverage decides."""
+    batch, heads = attention.shape[:2]
+    rows, columns = attention.blocks
+    width = 1 << (together - 1).bit_length()
+    pairs = width * constants["NB"]
+    if pairs <= SHARED_PAIRS:
+        lists.divide[(chunk, batch * heads // together)](
+            scores, *places, start, chunk, rows, columns, *sizes,
+            HEADS=width, num_warps=max(4, min(32, pairs // 1024)), **constants,
+        )  # fmt: skip
+        return
+    some = slice(start, start + chunk)
+    candidates = attention.candidates[:, :, some]
+    full_counts = row_counts(attention.candidates.sum(-1), attention.spec, attention.reach)[:, :, some]
+    scores = scores.masked_fill(~candidates, -torch.inf)
+    counts[:, :, some] = divided_counts(scores, candidates, full_counts, attention.spec, together)
 
 
 @functools.lru_cache(maxsize=1024)

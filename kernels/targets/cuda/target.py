@@ -41,7 +41,8 @@ def supports(attention: Attention) -> Reason | None:
 def kernels(attention: Attention) -> Kernels:
     """Hopper's attention where the device, the shape and the memory layout allow, else the portable one. Scores that
     depend on positions rank blocks by the definition."""
-    by_definition = attention.score.positional and not everything(attention.spec)
+    unseen = attention.score.positional and attention.spec.pooling != "mass"
+    by_definition = unseen and not everything(attention.spec)
     select_name = DEFINITION if by_definition else attention_spec("select", replace(attention, score_text="")).name
     spec = attention_spec("hopper", attention)
     on_hopper = device.capability(attention.device)[0] == 9 and hopper_config(spec) is not None

@@ -105,7 +105,7 @@ REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
 @gluon.jit
-def _row(rows, heads, q_len, kv_len, width, indices_ptr, counts_ptr, terms, TILE: gl.constexpr):
+def _row(rows, heads, q_len, kv_len, width, indices_ptr, counts_ptr, terms, TILE: gl.constexpr, PACKED: gl.constexpr):
     """This program's row: (batch, query head, first query, tiles cut, (its list, first key where there is no list else
     -1, blocks, tiles)).
 
@@ -115,6 +115,11 @@ def _row(rows, heads, q_len, kv_len, width, indices_ptr, counts_ptr, terms, TILE
     row = rows - 1 - gl.program_id(0) % rows  # heavy rows first
     where = head_row.to(gl.int64) * rows + row
     index_ptr = indices_ptr + where * width
+    if PACKED > 0:
+        # Lists of a row's heads lie end to end.
+        b, other = head_row // heads, gl.arange(0, PACKED, gl.BlockedLayout([1], [32], [4], [0]))
+        lengths = gl.load(counts_ptr + (b * heads + other) * rows + row, mask=other < head_row % heads, other=0)
+        index_ptr = indices_ptr + (b * rows + row).to(gl.int64) * heads * width + gl.sum(gl.maximum(lengths, 0), 0)
     count = gl.load(counts_ptr + where)
     first = row * BLOCK_Q
     # Blocks [0, whole) are visible to every query, blocks [reach, ...) to none.
@@ -440,17 +445,18 @@ def attend(
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
     LSE: gl.constexpr,
+    PACKED: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     """Grid (rows * B * H,). scale: softmax scale, times log2(e) unless MODIFIED; positive. o_strides: (batch, head,
-    token).
+    token). PACKED: as in ``portable.py``.
 
     k_desc, v_desc: boxes of [TILE, whole width], or of [BLOCK_K, BOX] where a tile is several blocks. lse: fp32 [B, H,
     q_len], natural log.
     marks: int32 [B, H, rows, CONSUMERS], written under FIXED: 1 where the output of 64 query rows is not to be used.
     """
     terms = (tensors, layouts, scalars)
-    row = _row(rows, heads, q_len, kv_len, width, indices_ptr, counts_ptr, terms, TILE)
+    row = _row(rows, heads, q_len, kv_len, width, indices_ptr, counts_ptr, terms, TILE, PACKED)
     q_tiles = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
     k_ring = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, TILE, D], k_desc.layout)
     v_ring = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, TILE, DV], v_desc.layout)

@@ -256,6 +256,7 @@ def _attend(
     STAGES: tl.constexpr,
     LSE: tl.constexpr,
     BULK: tl.constexpr,
+    PACKED: tl.constexpr,
     FOLLOW: tl.constexpr,
 ):
     """ROWS query rows, the ``part``-th of their head. FOLLOW: the peak rises with the scores; else they are marked or
@@ -283,9 +284,15 @@ def _attend(
         whole = tl.minimum(kv_len, row * BLOCK_Q + 1 + before)
     reach = tl.cdiv(tl.maximum(reach, 0), BLOCK_K)
     whole = tl.maximum(whole, 0) // BLOCK_K
-    where = head_row.to(tl.int64) * tl.cdiv(q_len, BLOCK_Q) + row
+    all_rows = tl.cdiv(q_len, BLOCK_Q)
+    where = head_row.to(tl.int64) * all_rows + row
     count = tl.load(counts_ptr + where)
     index_ptr = indices_ptr + where * width
+    if PACKED > 0:
+        other = tl.arange(0, PACKED)
+        lengths = tl.load(counts_ptr + (b * heads + other) * all_rows + row, mask=other < h, other=0)
+        index_ptr = indices_ptr + (b * all_rows + row).to(tl.int64) * heads * width
+        index_ptr += tl.sum(tl.maximum(lengths, 0), 0)
     listed = count >= 0
     blocks = tl.where(listed, count, reach)
     easy = tl.minimum(whole, blocks)
@@ -455,12 +462,15 @@ def attend(
     STAGES: tl.constexpr,
     LSE: tl.constexpr,
     BULK: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     """Grid (rows * BLOCK_Q / ROWS, B * H). scale: softmax scale, times log2(e) unless MODIFIED. strides: (batch, head,
     token).
 
     marks: int32 [B, H, rows, BLOCK_Q / ROWS], written under FIXED: 1 where the output of these rows is not to be used.
     lse: fp32 [B, H, q_len], natural log. BULK: k_ptr and v_ptr are tensor descriptors of [1, 1, TILE, D or DV] tiles.
+    PACKED: heads, padded to 2^n, where they share budgets and lists lie end to end, indices int32 [B, rows, H * width],
+    else 0.
     """
     _attend(
         tl.num_programs(0) - 1 - tl.program_id(0),
@@ -491,6 +501,7 @@ def attend(
         STAGES,
         LSE,
         BULK,
+        PACKED,
         not FIXED,
     )
 
@@ -525,6 +536,7 @@ def attend_marked(
     STAGES: tl.constexpr,
     LSE: tl.constexpr,
     BULK: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     """``attend`` for the parts that are marked, of ``marks`` in all; the others keep what they have.
 
@@ -565,5 +577,6 @@ def attend_marked(
                     STAGES,
                     LSE,
                     BULK,
+                    PACKED,
                     True,
                 )

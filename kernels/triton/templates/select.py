@@ -19,6 +19,9 @@ SINKS = tl.constexpr(4)
 LOCALS = tl.constexpr(4)
 SLACK = tl.constexpr(2)
 PROMPT_BLOCKS = tl.constexpr(0)
+KEPT = tl.constexpr(512)
+COVERED = tl.constexpr(False)
+COVERAGE = tl.constexpr(1.0)
 
 
 @triton.jit
@@ -78,6 +81,61 @@ def _reach(row, first, q_len, kv_len, before, PADDED: tl.constexpr):
         return tl.cdiv(end, BLOCK_K)
 
 
+@triton.jit
+def _row(
+    row,
+    b,
+    h,
+    j,
+    rows,
+    columns,
+    q_len,
+    kv_len,
+    first_ptr,
+    candidates_ptr,
+    limits_ptr,
+    first_stride,
+    candidate_strides,
+    limit_strides,
+    tensors,
+    layouts,
+    scalars,
+    PADDED: tl.constexpr,
+    EXPLICIT: tl.constexpr,
+):
+    """(candidates [NB], how many, budget, whether the row computes them all) of a row of key blocks ``j``."""
+    if EXPLICIT:
+        candidates_ptr += b * candidate_strides[0] + h * candidate_strides[1] + row.to(tl.int64) * candidate_strides[2]
+        candidate = tl.load(candidates_ptr + j * candidate_strides[3], mask=j < columns, other=0) != 0
+        seen = tl.sum(candidate.to(tl.int32), 0)
+        limit = tl.load(limits_ptr + b * limit_strides[0] + h * limit_strides[1] + row * limit_strides[2])
+        full = limit < 0
+    else:
+        first = tl.where(j < columns, j * BLOCK_K, kv_len)
+        if PADDED:
+            first = tl.load(first_ptr + b * first_stride + j, mask=j < columns, other=2147483647)
+        before = offset(q_len, kv_len, tensors, layouts, scalars)
+        candidate = _before_last(row, first, q_len, kv_len, before)
+        reach = _reach(row, first, q_len, kv_len, before, PADDED)
+        seen = reach
+        if BANDED:
+            bottom = lowest(b.to(tl.int32), row * BLOCK_Q, q_len, kv_len, tensors, layouts, scalars)
+            candidate = candidate & ((j + 1) * BLOCK_K > bottom)
+            seen = tl.sum(candidate.to(tl.int32), 0)
+        # Sight grows from row to row: the last row's is the longest.
+        total = tl.maximum(_reach(rows - 1, first, q_len, kv_len, before, PADDED), PROMPT_BLOCKS)
+        earlier = tl.where(row >= SLACK, _reach(tl.maximum(row - SLACK, 0), first, q_len, kv_len, before, PADDED), 0)
+        later = _reach(tl.minimum(row + SLACK, rows - 1), first, q_len, kv_len, before, PADDED)
+        budget = row_budget(tl.maximum(reach - 1, 0).to(tl.int64), tl.maximum(total, 1).to(tl.int64))
+        limit = tl.minimum(tl.maximum(budget, SINKS + LOCALS), seen).to(tl.int32)
+        # The row computes all it sees: within budget, or the prompt's end, where the question is (tpd.full_rows).
+        enough = limit
+        if COVERED:
+            enough = limit * 0 + (SINKS + LOCALS)
+        full = ((enough >= seen) | ((earlier < reach) & (later <= reach) & (reach >= PROMPT_BLOCKS))) & (seen > 0)
+    return candidate, seen, limit, full
+
+
 @triton.jit(do_not_specialize=["first_row", "rows", "columns", "width", "q_len", "kv_len", "first_stride"])
 def select(
     scores_ptr,
@@ -103,46 +161,54 @@ def select(
     SCORED: tl.constexpr,
     PADDED: tl.constexpr,
     EXPLICIT: tl.constexpr,
+    GIVEN: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     """Grid (rows of this chunk, B * H). scores: fp32 [B, H, chunk, columns]; indices: int32 [B, H, rows, width];
     counts: int32 [B, H, rows].
 
     first: int32 [B or 1, columns] under PADDED. NB: columns, padded to 2^n. Under EXPLICIT the mask's part is done:
     candidates: uint8 [B, H, rows, columns]; limits: int32 [B, H, rows], -1 for a full row; any strides, 0 to broadcast.
+    GIVEN: counts are there already. PACKED: heads, padded to 2^n, where lists lie end to end, indices int32 [B, rows,
+    H * width]; else 0.
     """
     row = first_row + tl.program_id(0)
     head_row = tl.program_id(1)
     b, h = (head_row // heads).to(tl.int64), (head_row % heads).to(tl.int64)
     j = tl.arange(0, NB)
     where = head_row.to(tl.int64) * rows + row
-    if EXPLICIT:
-        candidates_ptr += b * candidate_strides[0] + h * candidate_strides[1] + row.to(tl.int64) * candidate_strides[2]
-        candidate = tl.load(candidates_ptr + j * candidate_strides[3], mask=j < columns, other=0) != 0
-        seen = tl.sum(candidate.to(tl.int32), 0)
-        limit = tl.load(limits_ptr + b * limit_strides[0] + h * limit_strides[1] + row * limit_strides[2])
+    candidate, seen, limit, full = _row(
+        row,
+        b,
+        h,
+        j,
+        rows,
+        columns,
+        q_len,
+        kv_len,
+        first_ptr,
+        candidates_ptr,
+        limits_ptr,
+        first_stride,
+        candidate_strides,
+        limit_strides,
+        tensors,
+        layouts,
+        scalars,
+        PADDED,
+        EXPLICIT,
+    )
+    place = where * width
+    if GIVEN:
+        limit = tl.load(counts_ptr + where)
         full = limit < 0
+        if PACKED > 0:
+            other = tl.arange(0, PACKED)
+            lengths = tl.load(counts_ptr + (b * heads + other) * rows + row, mask=other < h, other=0)
+            place = (b * rows + row) * (heads * width).to(tl.int64) + tl.sum(tl.maximum(lengths, 0), 0)
+            width = heads * width
     else:
-        first = tl.where(j < columns, j * BLOCK_K, kv_len)
-        if PADDED:
-            first = tl.load(first_ptr + b * first_stride + j, mask=j < columns, other=2147483647)
-        before = offset(q_len, kv_len, tensors, layouts, scalars)
-        candidate = _before_last(row, first, q_len, kv_len, before)
-        reach = _reach(row, first, q_len, kv_len, before, PADDED)
-        seen = reach
-        if BANDED:
-            candidate = candidate & (
-                (j + 1) * BLOCK_K > lowest(head_row // heads, row * BLOCK_Q, q_len, kv_len, tensors, layouts, scalars)
-            )
-            seen = tl.sum(candidate.to(tl.int32), 0)
-        # Sight grows from row to row: the last row's is the longest.
-        total = tl.maximum(_reach(rows - 1, first, q_len, kv_len, before, PADDED), PROMPT_BLOCKS)
-        earlier = tl.where(row >= SLACK, _reach(tl.maximum(row - SLACK, 0), first, q_len, kv_len, before, PADDED), 0)
-        later = _reach(tl.minimum(row + SLACK, rows - 1), first, q_len, kv_len, before, PADDED)
-        budget = row_budget(tl.maximum(reach - 1, 0).to(tl.int64), tl.maximum(total, 1).to(tl.int64))
-        limit = tl.minimum(tl.maximum(budget, SINKS + LOCALS), seen).to(tl.int32)
-        # The row computes all it sees: within budget, or the prompt's end, where the question is (tpd.full_rows).
-        full = ((limit >= seen) | ((earlier < reach) & (later <= reach) & (reach >= PROMPT_BLOCKS))) & (seen > 0)
-    tl.store(counts_ptr + where, tl.where(full, -1, limit))
+        tl.store(counts_ptr + where, tl.where(full, -1, limit))
     if not full:
         rank = j + 1
         if EXPLICIT or PADDED or BANDED:
@@ -180,5 +246,130 @@ def select(
             tie = free & (key == low)
             spare = wanted - tl.sum(above.to(tl.int32), 0)
             chosen = forced | above | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= spare))
-        place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-        tl.store(indices_ptr + where * width + place, j, mask=chosen & (place < width))
+        slot = tl.cumsum(chosen.to(tl.int32), 0) - 1
+        tl.store(indices_ptr + place + slot, j, mask=chosen & (slot < width))
+
+
+@triton.jit(do_not_specialize=["first_row", "chunk", "rows", "columns", "q_len", "kv_len", "first_stride"])
+def divide(
+    scores_ptr,
+    first_ptr,
+    candidates_ptr,
+    limits_ptr,
+    counts_ptr,
+    first_stride,
+    candidate_strides,
+    limit_strides,
+    heads,
+    together,
+    first_row,
+    chunk,
+    rows,
+    columns,
+    q_len,
+    kv_len,
+    tensors,
+    layouts,
+    scalars,
+    NB: tl.constexpr,
+    HEADS: tl.constexpr,
+    PADDED: tl.constexpr,
+    EXPLICIT: tl.constexpr,
+):
+    """How many blocks each head computes of a row (``sharing.py``). Grid (rows of this chunk, B * H / together).
+
+    scores: fp32 [B, H, chunk, columns]; counts: int32 [B, H, rows]. together: heads that share a budget. HEADS, NB:
+    they and columns, padded to 2^n. The rest as ``select``'s.
+    """
+    row = first_row + tl.program_id(0)
+    units = heads // together
+    b, start = (tl.program_id(1) // units).to(tl.int64), tl.program_id(1) % units * together
+    j, i = tl.arange(0, NB), tl.arange(0, HEADS)
+    if EXPLICIT:
+        h = tl.minimum(start + i, heads - 1).to(tl.int64)
+        possible = candidates_ptr + b * candidate_strides[0] + row.to(tl.int64) * candidate_strides[2]
+        possible = possible + h[:, None] * candidate_strides[1] + (j * candidate_strides[3])[None, :]
+        candidate = tl.load(possible, mask=(j < columns)[None, :] & (i < together)[:, None], other=0) != 0
+        limit = tl.load(limits_ptr + b * limit_strides[0] + h * limit_strides[1] + row * limit_strides[2])
+        full = (limit < 0) | (i >= together)
+    else:
+        one, _, limit, full = _row(
+            row,
+            b,
+            b,
+            j,
+            rows,
+            columns,
+            q_len,
+            kv_len,
+            first_ptr,
+            candidates_ptr,
+            limits_ptr,
+            first_stride,
+            candidate_strides,
+            limit_strides,
+            tensors,
+            layouts,
+            scalars,
+            PADDED,
+            False,
+        )
+        candidate = one[None, :] & (i < together)[:, None]
+        limit = limit + i * 0
+        full = full | (i >= together)
+    candidate = candidate & (full == 0)[:, None]
+    seen = tl.sum(candidate.to(tl.int32), 1)
+    rank = tl.cumsum(candidate.to(tl.int32), 1)
+    forced = candidate & ((rank <= SINKS) | (rank > (seen - LOCALS)[:, None]))
+    free = candidate & (forced == 0)
+    held = tl.sum(forced.to(tl.int32), 1)
+    limit = tl.where(full, 0, limit)
+    least = held
+    if not COVERED:
+        least = tl.minimum(tl.maximum(held, (limit * KEPT + 1023) // 1024), limit)
+    total = tl.sum(limit, 0)
+    head = (b * heads + start + i).to(tl.int64)
+    place = scores_ptr + (head * chunk + tl.program_id(0))[:, None] * columns + j[None, :]
+    score = tl.load(place, mask=candidate, other=0.0)
+    score = tl.where(score == 0.0, 0.0, score)  # -0.0 ties with 0.0
+    key = tl.where(free, tl.minimum(tl.maximum(_key(score), 1), 0xFFFFFFFE), 0)
+    missing = 0.0
+    if COVERED:
+        weight = tl.where(candidate, tl.exp(score), 0.0)
+        missing = COVERAGE * tl.sum(tl.sum(weight, 1), 0) - tl.sum(tl.sum(tl.where(forced, weight, 0.0), 1), 0)
+    number = tl.maximum(least, held)
+    if (tl.sum(number, 0) < total) & ((not COVERED) | (missing > 0.0)):
+        # low is the highest threshold known to take enough: the budgets, or what covers; high takes less.
+        low = tl.min(tl.min(tl.where(free, key, 0xFFFFFFFF), 1), 0)
+        high = tl.max(tl.max(key, 1), 0) + 1
+        step = 0
+        while high - low > 1:
+            middle = low + (high - low) // 2
+            if step < GUESSES:
+                guess = _key(0.5 * _score(low) + 0.5 * _score(high))
+                middle = tl.where((guess > low) & (guess < high), guess, middle)
+            reached = key >= middle
+            size = tl.sum(tl.maximum(least, held + tl.sum(reached.to(tl.int32), 1)), 0)
+            enough = size >= total
+            exact = size == total
+            if COVERED:
+                covered = tl.sum(tl.sum(tl.where(reached, weight, 0.0), 1), 0)
+                enough = enough | (covered >= missing)
+                exact = False
+            low = tl.where(enough, middle, low)
+            high = tl.where(exact, low + 1, tl.where(enough, high, middle))
+            step += 1
+        above = key > low
+        tie = free & (key == low)
+        number = tl.maximum(least, held + tl.sum(above.to(tl.int32), 1))
+        more = tl.maximum(least, held + tl.sum((key >= low).to(tl.int32), 1)) - number
+        spare = total - tl.sum(number, 0)
+        if COVERED:
+            lack = missing - tl.sum(tl.sum(tl.where(above, weight, 0.0), 1), 0)
+            one_weight = tl.max(tl.max(tl.where(tie, weight, 0.0), 1), 0)
+            wanted = tl.ceil(tl.minimum(lack / tl.maximum(one_weight, 1e-38), 1.0e6)).to(tl.int32)
+            spare = tl.minimum(spare, tl.maximum(wanted, 0))
+        # Ties go to the earlier heads.
+        taken = tl.cumsum(more, 0) - more
+        number += tl.minimum(tl.maximum(spare - taken, 0), more)
+    tl.store(counts_ptr + head * rows + row, tl.where(full, -1, number), mask=i < together)

@@ -84,8 +84,14 @@ def _well_formed(index: int, seen: Observed) -> None:
     count, whole = dense.sum(-1), total == total[..., -1:]
     promised = _promise(total, spec.budget, spec.mu)
     most = torch.maximum(promised + 1, torch.full_like(promised, spec.sinks + spec.locals))
+    least = (promised - 1).clamp(max=total)
+    # Heads that share a budget keep it together.
+    together = spec.sharing_heads(dense.shape[1], seen.attention.k.shape[1])
+    count, most, least = (x.unflatten(1, (-1, together)).sum(2) for x in (count, most, least))
+    whole = whole.unflatten(1, (-1, together)).any(2)
     _none(index, (count > most) & (count > 0) & ~whole, "computes more blocks than its budget")
-    _none(index, (count < (promised - 1).clamp(max=total)), "computes fewer blocks than its budget")
+    if spec.coverage is None:
+        _none(index, count < least, "computes fewer blocks than its budget")
 
 
 def _promise(total: torch.Tensor, budget: float, mu: float) -> torch.Tensor:
