@@ -87,8 +87,8 @@ def log_masses(attention: Attention) -> torch.Tensor:
 
 
 def row_values(attention: Attention, rows: slice) -> torch.Tensor:
-    """Value terms where single pairs are hidden, [B, H, rows, key blocks]: of each row's own largest norms, over the key
-    groups that count for one of its query groups."""
+    """Value terms where single pairs are hidden, [B, H, rows, key blocks]: of each row's own largest norms, over the
+    key groups that count for one of its query groups."""
     spec, (size_q, size_k), columns = attention.spec, attention.spec.group_sizes, attention.blocks[1]
     across, groups = spec.block_q // size_q, columns * (spec.block_k // size_k)
     dtype = torch.float64 if attention.q.dtype == torch.float64 else torch.float32

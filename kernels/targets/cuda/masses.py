@@ -74,7 +74,8 @@ class Means:
         pool.means[(max(rows, columns), batch * (heads + key_heads))](
             q, k, v, self.present, self.queries, self.keys, self.count, self.value,
             q.stride()[:3], k.stride()[:3], v.stride()[:3], self.present_stride, heads, key_heads,
-            rows, columns, q_len, kv_len, 0.0 if self.by_row else spec.beta, PADDED=self.padded, RAW=released, num_warps=4,
+            rows, columns, q_len, kv_len, 0.0 if self.by_row else spec.beta,
+            PADDED=self.padded, RAW=released, num_warps=4,
         )  # fmt: skip
         if released:
             self.value = spec.beta * value_term(self.value, spec.metric)
