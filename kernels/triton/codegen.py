@@ -12,7 +12,7 @@ import ast
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
@@ -306,18 +306,10 @@ def functions_source(exprs: Mapping[str, Any]) -> str:
     return "\n\n".join(["import triton\nimport triton.language as tl\n", *functions])
 
 
-def generate(spec: KernelSpec) -> str:
-    """Source of ``spec``'s module. A pure function of the spec and the template file."""
-    template = TEMPLATES.get(spec.template).source()
-    before, _, rest = template.partition(BEGIN + "\n")
-    defaults, found, after = rest.partition(END + "\n")
-    if not found:
-        raise ValueError(f"template {spec.template} has no region {BEGIN!r} to {END!r}")
-    module, decorator = ("gl", "@gluon.jit") if "import gluon" in before else ("tl", "@triton.jit")
-    mask, score = decode(spec.mask), decode_score(spec.score)
-    values = constants(spec)
+def _functions(mask: Mask, score: Score, module: str) -> dict[str, Callable[[], str]]:
+    """Sources of what a mask and a score mean, by the name that templates call them."""
     causal, lowest = split(mask).causal, split(mask).far
-    functions = {
+    return {
         "visible": lambda: _visible(mask, module),
         "offset": lambda: _position(
             "offset(q_len, kv_len, tensors, layouts, scalars)",
@@ -335,8 +327,29 @@ def generate(spec: KernelSpec) -> str:
         "sink": lambda: _real(
             "sink(b, h, tensors, layouts, scalars)", sympy.Float(0) if score.sink is None else score.sink, module, ""
         ),
-        "row_budget": lambda: _row_budget(spec, module),
     }
+
+
+def printed(mask: Mask, score: Score) -> str:
+    """What a generated module says of a mask and a score. Raises where one of them cannot be printed: OutsideAlgebra,
+    or KeyError for a symbol that the function in question does not get."""
+    parts = [write() for write in _functions(mask, score, "tl").values()]
+    source = "\n\n".join(_with_helpers(parts, loads(mask, score), "tl", "@triton.jit"))
+    ast.parse(source)
+    return source
+
+
+def generate(spec: KernelSpec) -> str:
+    """Source of ``spec``'s module. A pure function of the spec and the template file."""
+    template = TEMPLATES.get(spec.template).source()
+    before, _, rest = template.partition(BEGIN + "\n")
+    defaults, found, after = rest.partition(END + "\n")
+    if not found:
+        raise ValueError(f"template {spec.template} has no region {BEGIN!r} to {END!r}")
+    module, decorator = ("gl", "@gluon.jit") if "import gluon" in before else ("tl", "@triton.jit")
+    mask, score = decode(spec.mask), decode_score(spec.score)
+    values = constants(spec)
+    functions = _functions(mask, score, module) | {"row_budget": lambda: _row_budget(spec, module)}
     lines, parts = [], []
     for node in ast.parse(defaults).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
