@@ -21,9 +21,10 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from stem_compile.algebra import blocks, masks, scores
+from stem_compile.algebra import blocks, masks, scores, symbolic, trial
 from stem_compile.algebra.masks import Mask, environment
 from stem_compile.algebra.symbolic import KV, B, H, Q
+from stem_compile.kernels.triton import codegen
 from stem_compile.passes.graph import normalize
 from stem_compile.passes.graph.example import Example, NotShown
 from stem_compile.passes.graph.sites import AttentionSite, Rejected, attempted
@@ -60,6 +61,8 @@ def compare(attentions: list[AttentionSite | Rejected]) -> list[AttentionSite | 
 def _compared(site: AttentionSite, agreed: set[Any]) -> AttentionSite | Rejected:
     if site.mask_node is None and site.logits is None and site.mods is None:
         return site
+    if (fails := _failure(site)) is not None:
+        return Rejected(site.node, Reason.UNPROVEN, f"fails when it is tried: {fails}")
     key = _signature(site)
     if key in agreed:
         return site
@@ -77,6 +80,20 @@ def _compared(site: AttentionSite, agreed: set[Any]) -> AttentionSite | Rejected
                 return Rejected(site.node, Reason.UNPROVEN, f"cannot be evaluated: {type(error).__name__}: {error}")
     agreed.add(key)
     return site
+
+
+def _failure(site: AttentionSite) -> str | None:
+    """What goes wrong when mask and score are used as the kernels of the site's device use them."""
+    known = [value(t) for t in site.tensors]
+    tensors = [(t.dtype, tuple(n if isinstance(n, int) else None for n in t.shape)) for t in known]
+    printers = () if value(site.q).device.type == "cpu" else (codegen.printed,)
+    assert site.mask is not None
+    try:
+        mask, score = masks.encode(site.mask), site.score.text
+    except symbolic.OutsideAlgebra as error:
+        return str(error)
+    with _plain():
+        return trial.failure(mask, score, tensors, len(site.scalars), printers)
 
 
 @contextlib.contextmanager

@@ -145,3 +145,24 @@ def test_comparing_leaves_the_users_random_numbers_alone() -> None:
     rewritten(by_hand, inputs())
     assert torch.equal(torch.rand(3), wanted)
     assert pipeline.compare is compare.compare
+
+
+def test_what_fails_when_it_is_tried_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare.trial, "failure", lambda *_: "planted")
+    rewrite, out = rewritten(masked, inputs())
+    assert [(h.reason, h.detail) for h in rewrite.rejected] == [(Reason.UNPROVEN, "fails when it is tried: planted")]
+    assert_close(out, masked(*inputs()))
+
+
+def test_a_function_outside_the_table_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = analyze_masks._read
+
+    def outside(site: AttentionSite, interpreter: Any) -> None:
+        right(site, interpreter)
+        site.score = Score(SCORE + sympy.sin(Q - KV))
+
+    monkeypatch.setattr(analyze_masks, "_read", outside)
+    rewrite, out = rewritten(by_hand, inputs())
+    assert [h.reason for h in rewrite.rejected] == [Reason.UNPROVEN]
+    assert "sin" in rewrite.rejected[0].detail
+    assert_close(out, by_hand(*inputs()))
