@@ -125,8 +125,8 @@ def attend(p: Problem, run: Run) -> None:
 
 def _mix(a: Part, b: Part, out: torch.Tensor | None = None) -> torch.Tensor:
     """Attention over the union of two parts' keys; 0 where neither has a visible one."""
-    # Neither: the difference is NaN, and both outputs are 0.
-    weight = torch.sigmoid(b[1] - a[1]).nan_to_num_(0.0).unsqueeze(-1)
+    # Neither: the difference is NaN, and both outputs are 0. NaN of the inputs stays.
+    weight = torch.where(b[1] == -torch.inf, 0.0, torch.sigmoid(b[1] - a[1])).unsqueeze(-1)
     return torch.lerp(a[0].to(weight.dtype), b[0].to(weight.dtype), weight, out=out)
 
 

@@ -103,10 +103,11 @@ def _open(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(output [heads, tokens, width], log-sum-exp [heads, tokens]) with every score in memory: a row block's worth."""
     product = (q @ key.t()).to(torch.promote_types(q.dtype, torch.float32))
-    scores = score.apply(product * scale, env) + hidden
+    # A score may be anything where it is hidden; where it is visible, NaN stays NaN.
+    scores = torch.where(hidden == -torch.inf, -torch.inf, score.apply(product * scale, env) + hidden)
     total = torch.logsumexp(scores, -1)
-    # Where a row sees nothing the difference is NaN, and its weights are 0.
-    weights = (scores - total.unsqueeze(-1)).exp_().nan_to_num_(0.0)
+    peak = torch.where(total == -torch.inf, 0.0, total)
+    weights = (scores - peak.unsqueeze(-1)).exp_()
     return weights.to(value.dtype) @ value, total
 
 

@@ -4,7 +4,7 @@ threads."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -372,3 +372,24 @@ def test_names_need_no_data() -> None:
     assert cpu.supports(plain.to(torch.int8)) is Reason.DTYPE
     wide = torch.empty(1, 2, 256, 1025, device="meta")
     assert cpu.supports(Attention(wide, wide, wide)) is Reason.HEAD_DIM
+
+
+def _soft(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    scores = torch.tanh(q @ k.transpose(-1, -2) / 20) * 5
+    return torch.softmax(scores.masked_fill(~torch.ones(scores.shape[-2:]).tril().bool(), -torch.inf), -1) @ v
+
+
+def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@pytest.mark.parametrize("model", [_soft, _plain])
+@pytest.mark.parametrize("place", ["key", "value"])
+def test_nan_that_a_row_sees_is_not_hidden(model: Callable[..., torch.Tensor], place: str) -> None:
+    q, k, v = (torch.randn(1, 2, 300, 16, generator=torch.Generator().manual_seed(s)) for s in range(3))
+    (k if place == "key" else v)[:, :, 170, 3] = torch.nan
+    options = {"budget": 1.0, "min_length": 1, "inner": "eager"}
+    out = torch.compile(model, backend="stem", options=options)(q, k, v)
+    # Rows before it are eager's affair: there 0 * NaN is NaN too.
+    assert torch.equal(out[:, :, 170:].isnan(), model(q, k, v)[:, :, 170:].isnan())
+    assert out[:, :, 170:].isnan().any()
