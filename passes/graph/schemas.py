@@ -41,16 +41,23 @@ def written_arguments(schemas: tuple[Any, ...], arguments: tuple[Any, ...], keyw
     """The arguments of a call that some overload writes, as their schemas annotate them: ``Tensor(a!)``."""
     return [
         arguments[place] if place is not None and place < len(arguments) else keywords.get(name)
-        for place, name in _written_places(schemas)
+        for schema in schemas
+        for place, name in _written_places(schema)
     ]
 
 
-@functools.lru_cache(maxsize=4096)
-def _written_places(schemas: tuple[Any, ...]) -> tuple[tuple[int | None, str], ...]:
-    """(place, name) of every argument that some overload writes; the place is None where only the name may be given."""
-    return tuple(
-        (None if argument.kwarg_only else place, argument.name)
-        for schema in schemas
-        for place, argument in enumerate(schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    )
+_known_places: dict[int, tuple[Any, tuple[tuple[int | None, str], ...]]] = {}
+"""By identity, with the schema itself, so that no identity is given twice: a schema with a list as a default has no
+hash."""
+
+
+def _written_places(schema: Any) -> tuple[tuple[int | None, str], ...]:
+    """(place, name) of every argument that a schema writes; the place is None where only the name may be given."""
+    if id(schema) not in _known_places:
+        written = tuple(
+            (None if argument.kwarg_only else place, argument.name)
+            for place, argument in enumerate(schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        )
+        _known_places[id(schema)] = schema, written
+    return _known_places[id(schema)][1]
