@@ -21,10 +21,12 @@ import torch
 import torch.nn.functional as F
 
 from stem_compile import explain
+from stem_compile.algebra import functions, masks
 from stem_compile.config import OptionError, StemConfig
 from stem_compile.kernels.contract import TARGETS
 from stem_compile.kernels.triton.template import TEMPLATES
 from stem_compile.passes.match import PATTERNS
+from stem_compile.passes.reading.interpret import unregister_reader
 from stem_compile.registry import Registry
 from stem_compile.selection.policies import POLICIES
 from stem_compile.testing.tolerances import ATTENTION
@@ -143,6 +145,46 @@ def test_a_policy_with_an_option_of_its_own(way: str, add: Callable[[str, str], 
     assert_equal_to_eager(module, x, row_blocks=16, **options)
     with pytest.raises(OptionError, match="row_blocks=0"):
         StemConfig.from_options({"policy": "uniform", "row_blocks": 0})
+
+
+def test_a_mask_function(outside: Path) -> None:
+    x = torch.randn(1, 300, 64)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        place = torch.arange(q.shape[2], device=q.device)
+        distance = place[:, None] - place[None, :]
+        far = torch.sign(distance - 40) == 1
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=(far | (distance == 0)) & (distance >= 0))
+
+    assert "given as a tensor" in sites(model(attend), x)[0]["mask"]
+    sign = importlib.import_module("sign")
+    sign.register()
+    try:
+        assert "Sign(" in sites(model(attend), x)[0]["mask"]
+        assert_equal_to_eager(model(attend), x)
+    finally:
+        functions.unregister("Sign")
+        unregister_reader("sign")
+    assert "given as a tensor" in sites(model(attend), x)[0]["mask"]
+
+
+def test_a_mask_term(outside: Path) -> None:
+    x = torch.randn(1, 300, 64)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        place = torch.arange(q.shape[2], device=q.device)
+        distance = place[:, None] - place[None, :]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=(distance % 3 == 0) & (distance >= 0))
+
+    dilated = importlib.import_module("dilated").Dilated
+    assert "every" not in sites(model(attend), x)[0]["mask"]
+    masks.register(dilated)
+    try:
+        assert sites(model(attend), x)[0]["mask"] == "causal & every 3th key"
+        assert_equal_to_eager(model(attend), x)
+    finally:
+        masks.unregister(dilated)
+    assert "every" not in sites(model(attend), x)[0]["mask"]
 
 
 @pytest.mark.parametrize("way", [*WAYS, "not at all"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from stem_compile.passes.graph.sites import Rejected
+from tests.numerics import assert_close
 from tests.passes.capture import rewritten
 from tests.published_modules import (  # noqa: F401
     gpt,
@@ -32,7 +33,7 @@ def test_a_published_module_is_rewritten_or_refused_and_equal_to_eager(name: str
     result, out = rewritten(module, inputs)
     if not entry.everywhere:
         out, expected = (x[inputs[1].bool()] for x in (out, expected))
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    assert_close(out, expected)
     reasons = [hit.reason if isinstance(hit, Rejected) else None for hit in result.found]
     assert reasons == [entry.reason], [hit.words for hit in result.found]
 

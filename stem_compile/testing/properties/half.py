@@ -24,6 +24,7 @@ EXAMPLES = 4
 
 
 def cases(subject: Subject) -> Any:
+    """Strategy of the examples to try. Raises Inapplicable where the property says nothing about the subject."""
     from hypothesis import strategies as st
 
     from stem_compile.testing.lengths import sparse
@@ -40,6 +41,7 @@ def cases(subject: Subject) -> Any:
 
 
 def check(subject: Subject, case: Case) -> Measure:
+    """Whether the property holds on one example: how close it came to failing. Raises Violation where it does not."""
     measures = []
     for dtype in LOWER:
         twin = subject.lowered(dtype)

@@ -30,6 +30,7 @@ LOUD = 8.0
 
 
 def cases(subject: Subject) -> Any:
+    """Strategy of the examples to try. Raises Inapplicable where the property says nothing about the subject."""
     from stem_compile.testing.lengths import sparse
     from stem_compile.testing.strategies import cases as drawn
 
@@ -39,6 +40,7 @@ def cases(subject: Subject) -> Any:
 
 
 def check(subject: Subject, case: Case) -> Measure:
+    """Whether the property holds on one example: how close it came to failing. Raises Violation where it does not."""
     run = subject.run_of(case)
     sites = [hit for hit in run.found if isinstance(hit, AttentionSite)]
     if not run.made:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from stem_compile.passes.graph.sites import Rejected
 from stem_compile.reasons import Reason
+from tests.numerics import assert_close
 from tests.passes.by_hand import randn
 from tests.passes.capture import rewritten
 
@@ -174,7 +175,7 @@ def test_a_spelling_is_rewritten_and_equal_to_eager(name: str) -> None:
     model, inputs = SPELLINGS[name]
     result, out = rewritten(model, inputs)
     assert len(result.sites) == 1, [hit.words for hit in result.found]
-    torch.testing.assert_close(out, model(*inputs), rtol=1e-4, atol=1e-5)
+    assert_close(out, model(*inputs))
 
 
 def test_queries_keys_and_values_keep_their_native_heads() -> None:
@@ -228,7 +229,7 @@ def test_what_is_refused_says_why(name: str) -> None:
     model, reason = REFUSED[name]
     result, out = rewritten(model, QKV)
     assert [h.reason for h in result.found if isinstance(h, Rejected)] == [reason]
-    torch.testing.assert_close(out, model(*QKV), rtol=1e-4, atol=1e-5)
+    assert_close(out, model(*QKV))
 
 
 @pytest.mark.parametrize("mask_dtype", [torch.float32])
@@ -242,4 +243,4 @@ def test_a_float_key_padding_mask_of_multi_head_attention_is_added(mask_dtype: t
     inputs = (randn(2, N, 32), randn(2, N, seed=3))
     result, out = rewritten(model, inputs)
     assert len(result.sites) == 1
-    torch.testing.assert_close(out, model(*inputs), rtol=1e-4, atol=1e-5)
+    assert_close(out, model(*inputs))

@@ -13,6 +13,8 @@ from torch import fx
 from stem_compile.passes.graph import normalize
 from stem_compile.passes.reading.interpret import Interpreter, readers
 from stem_compile.passes.reading.unreadable import Unreadable
+from stem_compile.testing.tolerances import PRINTED
+from tests.numerics import assert_close
 from tests.passes.by_hand import GraphByHand
 from tests.passes.reading.reading import boundless, evaluated
 
@@ -165,7 +167,7 @@ def _given(g: GraphByHand) -> tuple[fx.Node, fx.Node]:
 def test_what_is_read_is_what_torch_computes(name: str, number: int) -> None:
     g = GraphByHand()
     node = READ[name][number](g, *_given(g))
-    torch.testing.assert_close(evaluated(node), boundless(node.meta["example_value"]), rtol=1e-6, atol=1e-6)
+    assert_close(evaluated(node), boundless(node.meta["example_value"]), PRINTED, torch.float32)
 
 
 def test_every_reader_is_read() -> None:
