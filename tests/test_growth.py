@@ -34,13 +34,13 @@ from tests.guide import files
 from tests.numerics import assert_within
 
 ROOT = Path(__file__).parents[1]
-ADDITIONS: dict[str, tuple[Registry, str]] = {
-    "fused_attention": (PATTERNS, "acme"),
-    "uniform": (POLICIES, "uniform"),
-    "tile_target": (TARGETS, "toy"),
-    "tile_target:TEMPLATE": (TEMPLATES, "tile_rows"),
+ADDITIONS: dict[str, tuple[Registry, str, str]] = {
+    "fused_attention": (PATTERNS, "stem_compile.patterns", "acme"),
+    "uniform": (POLICIES, "stem_compile.policies", "uniform"),
+    "tile_target": (TARGETS, "stem_compile.targets", "toy"),
+    "tile_target:TEMPLATE": (TEMPLATES, "stem_compile.templates", "tile_rows"),
 }
-"""What an entry point refers to -> the registry it goes into and its name there."""
+"""What an entry point refers to -> the registry it goes into, the entry points' group, and its name there."""
 WAYS = ("register", "entry point")
 
 
@@ -60,7 +60,7 @@ def install(folder: Path, *references: str) -> None:
     info = folder / "acme-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1\n")
-    groups = [f"[{ADDITIONS[r][0].group}]\n{ADDITIONS[r][1]} = {r}\n" for r in references]
+    groups = [f"[{ADDITIONS[r][1]}]\n{ADDITIONS[r][2]} = {r}\n" for r in references]
     (info / "entry_points.txt").write_text("\n".join(groups))
     importlib.invalidate_caches()
 
@@ -71,7 +71,7 @@ def add(outside: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[st
     registered: list[tuple[Registry, str]] = []
 
     def added(module: str, way: str) -> None:
-        registry, name = ADDITIONS[module]
+        registry, _, name = ADDITIONS[module]
         assert name not in registry.names()
         if way == "register":
             registry.register(name, importlib.import_module(module))
