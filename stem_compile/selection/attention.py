@@ -15,7 +15,7 @@ from stem_compile.algebra.scores import Score
 from stem_compile.selection.spec import BlockSelection, SelectionSpec, parse
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Attention:
     """softmax(score(scale q k^T)) v over the visible keys of the selected blocks.
 
@@ -34,10 +34,29 @@ class Attention:
     tensors: Sequence[torch.Tensor] = ()
     scalars: Sequence[int] = ()
 
-    @property
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask_text: str = "True",
+        scale: float = 1.0,
+        spec_text: str = "",
+        score_text: str = "",
+        tensors: Sequence[torch.Tensor] = (),
+        scalars: Sequence[int] = (),
+    ) -> None:
+        # A frozen dataclass sets its fields one by one, which costs a call on a GPU several microseconds.
+        self.__dict__.update(
+            q=q, k=k, v=v, mask_text=mask_text, scale=scale, spec_text=spec_text, score_text=score_text,
+            tensors=tensors, scalars=scalars,
+        )  # fmt: skip
+
+    @functools.cached_property
     def shape(self) -> Shape:
         """(batch, query heads, q_len, kv_len)."""
-        return self.q.shape[0], self.q.shape[1], self.q.shape[2], self.k.shape[2]
+        batch, heads, q_len, _ = self.q.shape
+        return batch, heads, q_len, self.k.shape[2]
 
     @property
     def device(self) -> torch.device:
@@ -72,10 +91,10 @@ class Attention:
         """Lists of this attention's blocks, shaped as ``BlockSelection`` says."""
         return BlockSelection(indices, counts, self.spec.block_q, self.spec.block_k, self.blocks[1])
 
-    @property
+    @functools.cached_property
     def blocks(self) -> tuple[int, int]:
         """(query blocks, key blocks)."""
-        return cdiv(self.q.shape[2], self.spec.block_q), cdiv(self.k.shape[2], self.spec.block_k)
+        return cdiv(self.shape[2], self.spec.block_q), cdiv(self.shape[3], self.spec.block_k)
 
     @property
     def candidates(self) -> torch.Tensor:

@@ -8,6 +8,7 @@ scores.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -17,14 +18,23 @@ from stem_compile.algebra import symbolic
 from stem_compile.algebra.blocks import cdiv
 from stem_compile.algebra.symbolic import BLOCKS, ROW
 from stem_compile.selection import FULL, BlockSelection, SelectionSpec, packed, policies
+from stem_compile.selection.policies import POLICIES
 from stem_compile.selection.sharing import divided
 
 
 def list_width(spec: SelectionSpec, key_blocks: Any) -> Any:
     """Longest list a row can have: int, or SymInt for a symbolic number of key blocks. A chunk's rows have the whole
     prompt's budget."""
+    return _known_width(spec, key_blocks) if isinstance(key_blocks, int) else _width(spec, key_blocks)
+
+
+def _width(spec: SelectionSpec, key_blocks: Any) -> Any:
     total = torch.sym_max(key_blocks, cdiv(spec.prompt_length, spec.block_k))
     return torch.sym_min(policies.get(spec.policy).width(spec, total), key_blocks)
+
+
+_known_width = POLICIES.caches(functools.lru_cache(maxsize=1024)(_width))
+"""Asked at every call of a model's layers."""
 
 
 def everything(spec: SelectionSpec) -> bool:

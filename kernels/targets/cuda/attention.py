@@ -4,8 +4,8 @@ run."""
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from triton.runtime.errors import OutOfResources
@@ -46,8 +46,7 @@ def _spec(template: str, dtype: str, head_dim: int, value_dim: int, mask: str, s
     return KernelSpec(template, dtype, int(head_dim), int(value_dim), parsed.block_q, parsed.block_k, mask, score=score)
 
 
-@dataclass(frozen=True, eq=False)
-class Launch:
+class Launch(NamedTuple):
     """What every attention kernel takes, in its order: queries, keys and values as they are given to it, the result,
     the lists, and what a kernel knows only at run time. lse: fp32 [B, H, q_len] to fill, contiguous, or None."""
 
@@ -137,8 +136,13 @@ def _launch_hopper(launch: Launch) -> None:
         num_warps=config.warps,
     )
     if module.FIXED.value:
-        again = replace(launch, spec=replace(spec, template="portable"))
-        attend_marked(marks, again, Tiles(again, marked_config(again.spec), bulk=True))
+        again = _as_portable(spec)
+        attend_marked(marks, again, Tiles(launch, marked_config(again), bulk=True))
+
+
+@functools.lru_cache(maxsize=1024)
+def _as_portable(spec: KernelSpec) -> KernelSpec:
+    return replace(spec, template="portable")
 
 
 class Tiles:
@@ -194,13 +198,13 @@ def _portable(launch: Launch, config: Config, bulk: bool) -> None:
     tiles = Tiles(launch, config, bulk)
     module.attend[(launch.rows * parts, q.shape[0] * q.shape[1])](marks, *tiles.operands, **tiles.constants)
     if module.FIXED.value:
-        attend_marked(marks, launch, tiles)
+        attend_marked(marks, launch.spec, tiles)
 
 
-def attend_marked(marks: torch.Tensor, launch: Launch, tiles: Tiles) -> None:
-    """Compute the marked rows of ``launch.out`` and ``launch.lse`` again. marks: int32 [B, H, query blocks, parts of
-    ``ROWS`` queries]. launch: of the portable template."""
-    module: Any = cache.load(launch.spec)
+def attend_marked(marks: torch.Tensor, spec: KernelSpec, tiles: Tiles) -> None:
+    """Compute the marked rows of the result and of ``lse`` again. marks: int32 [B, H, query blocks, parts of ``ROWS``
+    queries]. spec: of the portable template."""
+    module: Any = cache.load(spec)
     module.attend_marked[(cdiv(marks.numel(), SHARE),)](
         marks, marks.numel(), *tiles.operands, SHARE=SHARE, **tiles.constants
     )

@@ -33,6 +33,7 @@ class Config:
     bulk: bool = False
 
 
+@functools.cache
 def padded(dim: int) -> int:
     """The power of two, 16 or more, that a head dim is padded to in registers and tiles."""
     return max(16, 1 << (dim - 1).bit_length())

@@ -42,7 +42,9 @@ def packed_heads(indices: torch.Tensor, counts: torch.Tensor) -> int:
 
 def _strides(x: torch.Tensor) -> list[int]:
     # A dimension of one has any stride; TMA wants a whole one.
-    return [x.stride(i) if x.shape[i] > 1 else x.shape[-2] * padded(x.shape[-1]) for i in range(3)]
+    (batch, heads, length, width), (b, h, n, _) = x.shape, x.stride()
+    whole = length * padded(width)
+    return [b if batch > 1 else whole, h if heads > 1 else whole, n if length > 1 else whole]
 
 
 def plain(x: torch.Tensor, rows: int) -> Any:

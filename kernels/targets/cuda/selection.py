@@ -11,7 +11,7 @@ import sympy
 import torch
 
 from stem_compile import ops
-from stem_compile.algebra.blocks import split
+from stem_compile.algebra.blocks import Shape, causal_offset, split
 from stem_compile.algebra.masks import decode
 from stem_compile.kernels.targets.cuda.block_scores import KeySide, PairScores, module
 from stem_compile.kernels.targets.cuda.descriptors import packed_heads
@@ -31,8 +31,10 @@ SHARED_PAIRS = 1 << 15
 
 def select(attention: Attention, kernel: str) -> tuple[torch.Tensor, torch.Tensor]:
     """stem::select: (indices int32 [B, H, rows, width], counts int32 [B, H, rows])."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (attention.q, attention.k, attention.v))
-    attention = replace(attention, q=q, k=k, v=v)
+    q, k, v = attention.q, attention.k, attention.v
+    if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        attention = replace(attention, q=q, k=k, v=v)
     spec, mask, (rows, columns) = attention.spec, attention.mask, attention.blocks
     batch, heads, q_len, _ = q.shape
     width = ops.list_capacity(k, spec)
@@ -40,7 +42,8 @@ def select(attention: Attention, kernel: str) -> tuple[torch.Tensor, torch.Tenso
     counts = torch.empty(ops.counts_shape(q, spec), dtype=torch.int32, device=q.device)
     if not counts.numel():
         return indices, counts
-    padded, explicit = bool(mask.parts.keys), bool(mask.parts.others)
+    parts = mask.parts
+    padded, explicit = bool(parts.keys), bool(parts.others)
     first = possible = limits = counts
     first_stride, strides = 0, tuple([0] * 4)
     if padded:
@@ -60,7 +63,8 @@ def select(attention: Attention, kernel: str) -> tuple[torch.Tensor, torch.Tenso
         # Where the forced blocks are not simply the last before the diagonal, or that is known on the device only,
         # every score is written.
         plain = not explicit and not _reads_offset(attention.mask_text)
-        keys = KeySide(attention, mask.causal_offset if plain else None, plain, terms)
+        before = _offset(attention.mask_text, attention.shape, tuple(attention.scalars)) if plain else None
+        keys = KeySide(attention, before, plain, terms)
     step = rows if keys is None else min(rows, max(1, SCORE_BYTES // keys.bytes_a_row // CHUNK_UNIT) * CHUNK_UNIT)
     nb = 1 << (columns - 1).bit_length() if columns > 1 else 2
     lists: Any = module("select", attention)
@@ -133,6 +137,12 @@ def _divide(
     full_counts = row_counts(attention.candidates.sum(-1), attention.spec, attention.reach)[:, :, some]
     scores = scores.masked_fill(~candidates, -torch.inf)
     counts[:, :, some] = divided_counts(scores, candidates, full_counts, attention.spec, together)
+
+
+@functools.lru_cache(maxsize=1024)
+def _offset(mask: str, shape: Shape, scalars: tuple[int, ...]) -> int | None:
+    """Keys before the first query row under a causal term that reads no tensor; None without one."""
+    return causal_offset(decode(mask), shape, (), scalars)
 
 
 @functools.lru_cache(maxsize=1024)

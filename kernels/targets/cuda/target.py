@@ -12,10 +12,12 @@ from dataclasses import replace
 import torch
 
 from stem_compile.algebra.symbolic import Q
+from stem_compile.kernels import cache
 from stem_compile.kernels.contract import DEFINITION, Kernels, Stopwatch
 from stem_compile.kernels.spec import DTYPES
 from stem_compile.kernels.targets.cuda import descriptors, device
 from stem_compile.kernels.targets.cuda.attention import attend, attention_spec
+from stem_compile.kernels.targets.cuda.block_scores import module
 from stem_compile.kernels.targets.cuda.configurations import hopper_config
 from stem_compile.kernels.targets.cuda.selection import select
 from stem_compile.reasons import Reason
@@ -48,6 +50,10 @@ def kernels(attention: Attention) -> Kernels:
     on_hopper = device.capability(attention.device)[0] == 9 and hopper_config(spec) is not None
     if not on_hopper or not all(descriptors.promises_address(x) for x in (attention.q, attention.k, attention.v)):
         spec = replace(spec, template="portable")
+    # What cannot be printed as a kernel fails here, before the graph is touched.
+    cache.load(spec)
+    if select_name != DEFINITION:
+        module("select", attention)
     return Kernels(select_name, spec.name)
 
 

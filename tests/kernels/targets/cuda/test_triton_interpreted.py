@@ -7,9 +7,11 @@ The interpreter multiplies bf16 as integers, so these run in fp16 and fp32; ``te
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -41,6 +43,7 @@ from tests.kernels.kernel_cases import (
 )
 
 pytest.importorskip("triton")
+from stem_compile.algebra.symbolic import ROW
 from stem_compile.kernels.targets.cuda import attention as kernel
 from stem_compile.kernels.targets.cuda import device, selection
 from stem_compile.kernels.targets.cuda import target as cuda
@@ -49,6 +52,7 @@ from stem_compile.kernels.triton.arguments import arguments
 from stem_compile.reasons import Reason
 from stem_compile.selection import Attention
 from stem_compile.selection.oam import oam_scores
+from stem_compile.selection.policies import POLICIES
 from stem_compile.selection.tpd import tpd_select
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the compiled kernels")
@@ -190,7 +194,7 @@ def test_marked_rows_are_computed_again_and_no_others(block_q: int, block_k: int
     spec = kernel.attention_spec("portable", attention)
     launch = kernel.Launch(spec, q, k, v, out, lse, chosen.indices, chosen.counts, runtime)
     tiles = kernel.Tiles(launch, Config(min(64, block_k), 2, 4, MARKED_ROWS), bulk=False)
-    kernel.attend_marked(marks, launch, tiles)
+    kernel.attend_marked(marks, spec, tiles)
     expected_lse = torch.empty_like(lse)
     expected = cuda.attend(attention, chosen, "portable", lse=expected_lse)
     again = marks.bool().flatten(2).repeat_interleave(MARKED_ROWS, -1)[..., :450]
@@ -206,6 +210,19 @@ def test_what_the_templates_do_not_cover_is_refused() -> None:
     assert cuda.supports(Attention(x, x, x, CAUSAL, score_text=" ; sink T0(h, q)")) is Reason.DEVICE
     assert cuda.supports(Attention(x, x, x, CAUSAL).to(torch.float64)) is Reason.DTYPE
     assert cuda.supports(Attention(x[..., :8], x[..., :8], x, CAUSAL)) is Reason.HEAD_DIM
+
+
+def test_what_cannot_be_printed_fails_when_kernels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.empty(1, 2, 256, 64)
+    policy = SimpleNamespace(
+        SCORED=True,
+        ANY_ORDER=False,
+        budget=lambda spec: sympy.sign(ROW) + 1,
+        width=lambda spec, key_blocks: key_blocks,
+        min_length=lambda spec: 0,
+    )
+    with POLICIES.register("toy", policy), pytest.raises(TypeError, match="sign"):
+        cuda.kernels(Attention(x, x, x, CAUSAL, spec_text="policy=toy"))
 
 
 def test_the_kernel_that_is_named_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
