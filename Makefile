@@ -13,7 +13,7 @@ SITE := $(VENV)/.site
 # A GPU build of torch on the machine is kept: the environment sees the machine's packages and pins nothing.
 GPU_BUILD := import torch, sys; sys.exit(not (torch.version.cuda or torch.version.hip))
 
-.PHONY: demo test lint types format docs clean
+.PHONY: demo test lint types format docs versions clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -35,6 +35,10 @@ format: $(LINTERS)
 	$(BIN)/ruff format .
 
 # The theme prints an advertisement for its successor; everything else it prints fails the build.
+# ONLY=2.15 runs one version of torch, TESTS="tests/passes" a part of the suite.
+versions: $(VENV)/pyvenv.cfg
+	$(BIN)/python tools/versions.py $(addprefix --only ,$(ONLY)) $(TESTS)
+
 docs: $(SITE)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "open out/site/index.html"
@@ -60,4 +64,4 @@ $(SITE): $(READY)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .versions out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,13 +15,16 @@ from torch.utils._pytree import tree_map
 
 from stem_compile.testing.case import Case, Inputs
 
+CACHES = ("past_key_values", "cache")
+"""Names of the argument that takes a cache of keys and values; the second is that of transformers 5.24."""
+
 
 @dataclass(frozen=True)
 class Source:
     """make: Case -> Inputs. can: what cases may ask for ("batch", "length", "padding", "embeds", "positions", "cache").
 
     longest: tokens the model has positions for. frugal: draw one batch size where any would do, as each is a trace, and
-    few seeds, so that runs are shared.
+    few seeds, so that runs are shared. cache: name of the argument that takes a cache of keys and values.
     strategy: set when the user draws the inputs; then cases carry them in ``given``.
     """
 
@@ -31,6 +34,7 @@ class Source:
     strategy: Any = None
     words: str = ""
     frugal: bool = False
+    cache: str = ""
 
 
 class NoInputs(TypeError):
@@ -128,7 +132,8 @@ def _of_transformers(model: Any) -> Source:
     can = {"batch", "length"} | ({"padding"} if "attention_mask" in parameters else set())
     can |= {"positions"} if "position_ids" in parameters else set()
     can |= {"embeds"} if "inputs_embeds" in parameters else set()
-    can |= {"cache"} if "past_key_values" in parameters and "use_cache" in parameters else set()
+    cache = next((name for name in CACHES if name in parameters), "")
+    can |= {"cache"} if cache and "use_cache" in parameters else set()
 
     def make(case: Case) -> Inputs:
         ids = torch.randint(floor, vocabulary, (case.batch, case.length), generator=_generator(case)).to(device)
@@ -154,7 +159,7 @@ def _of_transformers(model: Any) -> Source:
         ),
         1 << 20,
     )
-    return Source(make, frozenset(can), longest, words="token ids from the transformers config")
+    return Source(make, frozenset(can), longest, words="token ids from the transformers config", cache=cache)
 
 
 def _of_signature(model: torch.nn.Module) -> Source:

@@ -15,6 +15,7 @@ import torch
 from stem_compile.testing import numerics
 from stem_compile.testing.agreement import dense_of, forced
 from stem_compile.testing.case import Case, Inputs, packed
+from stem_compile.testing.inputs import CACHES
 from stem_compile.testing.subject import Subject
 from stem_compile.testing.traced import primary
 from stem_compile.testing.violation import Inapplicable, Measure, require
@@ -47,12 +48,17 @@ def cases(subject: Subject) -> Any:
     return made.filter(lambda case: case.length % case.cut == 0 or case.length % case.cut >= FEWEST)
 
 
-def _chunk(inputs: Inputs, start: int, stop: int, cache: Any) -> Inputs:
+def _chunk(inputs: Inputs, start: int, stop: int, name: str, cache: Any) -> Inputs:
     kwargs = {
         k: packed(v[:, start:stop]) if isinstance(v, torch.Tensor) and v.dim() > 1 else v
         for k, v in inputs.kwargs.items()
     }
-    return Inputs((), kwargs | {"use_cache": True} | ({"past_key_values": cache} if cache is not None else {}))
+    return Inputs((), kwargs | {"use_cache": True} | ({name: cache} if cache is not None else {}))
+
+
+def _cache_of(result: Any) -> Any:
+    """The cache that a model returns; None without one."""
+    return next((cache for name in CACHES if (cache := getattr(result, name, None)) is not None), None)
 
 
 def _chunked_golden(subject: Subject, inputs: Inputs, case: Case) -> torch.Tensor:
@@ -60,9 +66,9 @@ def _chunked_golden(subject: Subject, inputs: Inputs, case: Case) -> torch.Tenso
     outputs, cache = [], None
     with torch.no_grad():
         for start in range(0, case.length, case.cut):
-            part = _chunk(inputs, start, min(start + case.cut, case.length), cache)
+            part = _chunk(inputs, start, min(start + case.cut, case.length), subject.source.cache, cache)
             result = subject.model(**part.kwargs)
-            cache = getattr(result, "past_key_values", None)
+            cache = _cache_of(result)
             if cache is None:
                 raise Inapplicable("the model returns no cache")
             outputs.append(primary(result))
@@ -83,11 +89,11 @@ def check(subject: Subject, case: Case) -> Measure:
         rows = slice(start // subject.block, -(-stop // subject.block))
         wanted = [d[:, :, rows, : -(-stop // subject.key_block)] for d in dense]
         run = subject.run(
-            _chunk(inputs, start, stop, cache),
+            _chunk(inputs, start, stop, subject.source.cache, cache),
             forced(wanted, f"the chunk [{start}, {stop})"),
             prompt_length=case.length,
         )
-        cache = run.result.past_key_values
+        cache = _cache_of(run.result)
         found = numerics.gap(run.output, one.output[:, start:stop], allowed)
         worst = max(worst, require(found, f"the chunk [{start}, {stop}) differs from one shot").worst)
     return Measure(worst)
