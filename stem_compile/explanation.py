@@ -236,6 +236,9 @@ def _row(group: list[Site]) -> dict[str, str]:
     densities = [site.density for site in group if site.density is not None]
     shown = sorted({f"{d:.1%}" for d in (min(densities), max(densities))}) if densities else ["-"]
     row["density"] = " to ".join(shown)
+    heads = [density for site in group for density in site.head_densities]
+    if heads and f"{min(heads):.0%}" != f"{max(heads):.0%}":
+        row["density"] += f" (heads {min(heads):.0%} to {max(heads):.0%})"
     return row
 
 

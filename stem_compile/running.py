@@ -35,7 +35,7 @@ class Site:
 
     name: where in the model. decision: "rewritten" or "rejected". reason: why not. detail: reason, what decided and the
     remedy in one line. mask: mask and score in words. density: share of the visible block pairs computed in the last
-    run, None where it is not known. kernel: what computes it. q_shape, k_shape, v_shape: [B, heads, length, head dim],
+    run, None where it is not known; head_densities: the same of each query head. kernel: what computes it. q_shape, k_shape, v_shape: [B, heads, length, head dim],
     symbolic sizes as text. keys: length of a rejected attention as it was compiled, where its node tells.
     """
 
@@ -45,6 +45,7 @@ class Site:
     detail: str = ""
     mask: str | None = None
     density: float | None = None
+    head_densities: tuple[float, ...] = ()
     kernel: str | None = None
     q_shape: tuple[Size, ...] | None = None
     k_shape: tuple[Size, ...] | None = None
@@ -61,8 +62,9 @@ class Site:
         return cls(hit.name, "rewritten", mask=hit.words, kernel=hit.kernel, q_shape=q, k_shape=k, v_shape=v)
 
     def to_dict(self) -> dict[str, Any]:
-        """{"name", "decision", "reason", "mask", "density", "kernel", "q_shape", "k_shape", "v_shape"}; the reason's
-        name in small letters."""
+        """{"name", "decision", "reason", "mask", "density", "density_of_heads", "kernel", "q_shape", "k_shape",
+        "v_shape"}; the reason's name in small letters; of the heads' densities the least, the mean and the most."""
+        heads = self.head_densities
         reason = None if self.reason is None else self.reason.name.lower()
         return {
             "name": self.name,
@@ -70,6 +72,7 @@ class Site:
             "reason": reason,
             "mask": self.mask,
             "density": self.density,
+            "density_of_heads": (min(heads), sum(heads) / len(heads), max(heads)) if heads else None,
             "kernel": self.kernel,
             "q_shape": self.q_shape,
             "k_shape": self.k_shape,
@@ -138,7 +141,7 @@ def _measured(sites: list[Site], selections: list[Selected]) -> list[Site]:
     rewritten = [site for site in measured if site.decision == "rewritten"]
     if len(rewritten) == len(selections):
         for site, selected in zip(rewritten, selections, strict=True):
-            site.density = selected.density
+            site.density, site.head_densities = selected.density, selected.head_densities
     return measured
 
 
@@ -169,6 +172,13 @@ class Selected:
         if self.selection is None or self.candidates is None:
             return None
         return self.selection.density(self.candidates())
+
+    @property
+    def head_densities(self) -> tuple[float, ...]:
+        """``density`` of each query head; none where it is not known."""
+        if self.selection is None or self.candidates is None:
+            return ()
+        return self.selection.head_densities(self.candidates())
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,11 @@ def test_explain_tells_every_layer() -> None:
     assert data["graphs"] == 1
     assert [s["name"] for s in data["sites"]] == [f"model.layers.{i}.self_attn" for i in range(LAYERS)]
     for site in data["sites"]:
-        assert set(site) == {"name", "decision", "reason", "mask", "density", "kernel", "q_shape", "k_shape", "v_shape"}
+        assert set(site) == {"name", "decision", "reason", "mask", "density", "density_of_heads", "kernel"} | {
+            "q_shape",
+            "k_shape",
+            "v_shape",
+        }
         assert (site["decision"], site["reason"], site["mask"]) == ("rewritten", None, "causal & padding")
         assert 0 < site["density"] < 1
         assert site["q_shape"] == (2, 4, LENGTH, 16)

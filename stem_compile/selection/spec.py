@@ -188,6 +188,12 @@ class BlockSelection:
         visible = candidates.expand(*self.counts.shape, self.key_blocks)
         return float(self.dense(candidates).sum() / visible.sum().clamp(min=1))
 
+    def head_densities(self, candidates: torch.Tensor) -> tuple[float, ...]:
+        """``density`` of each query head."""
+        computed = self.dense(candidates).sum((0, 2, 3))
+        visible = candidates.expand(*self.counts.shape, self.key_blocks).sum((0, 2, 3)).clamp(min=1)
+        return tuple((computed / visible).tolist())
+
     def check(self, candidates: torch.Tensor) -> None:
         """Raise ValueError naming the first row that is out of range, unsorted, doubled or holds a block without
         visible keys."""
