@@ -24,7 +24,7 @@ from stem_compile.selection.oam import hides_pairs, value_term
 LOG2E = 1.4426950408889634
 TILE = 64, 128
 """Query groups a program and key groups a tile of the portable kernel."""
-HOPPER: dict[str, Any] = {"COLUMNS": 128, "STAGES": 4, "POLYNOMIAL": 1, "num_warps": 4}
+HOPPER: dict[str, Any] = {"COLUMNS": 128, "STAGES": 4, "POLYNOMIAL": 0, "num_warps": 4}
 """Launch configuration of the Hopper kernel."""
 HOPPER_ROWS, HOPPER_HALVES = 64, 4
 """Query groups of one product of the Hopper kernel, and products that a program has under way."""
