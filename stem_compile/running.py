@@ -35,8 +35,9 @@ class Site:
 
     name: where in the model. decision: "rewritten" or "rejected". reason: why not. detail: reason, what decided and the
     remedy in one line. mask: mask and score in words. density: share of the visible block pairs computed in the last
-    run, None where it is not known; head_densities: the same of each query head. kernel: what computes it. q_shape, k_shape, v_shape: [B, heads, length, head dim],
-    symbolic sizes as text. keys: length of a rejected attention as it was compiled, where its node tells.
+    run, None where it is not known; head_densities: the same of each query head. kernel: what computes it. q_shape,
+    k_shape, v_shape: [B, heads, length, head dim], symbolic sizes as text. keys: length of a rejected attention as it
+    was compiled, where its node tells.
     """
 
     name: str
