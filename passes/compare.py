@@ -137,6 +137,8 @@ def _is_plain(known: Any) -> bool:
 def _agree(site: AttentionSite, example: Example) -> None:
     """Raises Differs, or NotShown where the graph cannot be asked."""
     leaves = {leaf: example.made_up(value(leaf)) for leaf in site.tensors if isinstance(leaf, fx.Node)}
+    for leaf in _multiplied(site):
+        leaves[leaf] = (leaves[leaf] > 0).to(leaves[leaf].dtype)
     if site.mods is not None:
         return
     if site.logits is None:
@@ -145,6 +147,14 @@ def _agree(site: AttentionSite, example: Example) -> None:
         _agree_on_mask(site, given[site.mask_node], _Site.of(site, example, given))
     else:
         _agree_on_logits(site, example, leaves)
+
+
+def _multiplied(site: AttentionSite) -> list[fx.Node]:
+    """Masks of ones and zeros that the logits are multiplied by: the predicate asks them for ones."""
+    asked = site.mask.predicate.atoms(sympy.Eq, sympy.Ge) if site.mask is not None else ()
+    numbers = [symbolic.load_index(e.lhs) for e in asked if e.rhs == 1]
+    leaves = [site.tensors[n] for n in numbers if n is not None]
+    return [n for n in leaves if isinstance(n, fx.Node) and value(n).dtype != torch.bool]
 
 
 def _holders(site: AttentionSite) -> list[fx.Node]:
@@ -223,6 +233,8 @@ def _agree_on_logits(site: AttentionSite, example: Example, leaves: dict[fx.Node
     read = _Site.of(site, example, example.run(_holders(site), leaves))
     if math.prod(shape) != math.prod(read.shape):
         raise NotShown("the product has another layout")
+    if min(read.shape) < 1:
+        raise NotShown("lengths this small are none of the model's")
     products = _products(read.shape)
     made: torch.Tensor = products.reshape(shape).to(known.dtype)
     products = made.double().reshape(read.shape)

@@ -318,8 +318,9 @@ def _summed(op: normalize.Op) -> Contraction | None:
     gone = {d % rank - rank for d in dims}
     letters = _aligned([value(n).shape for n in sides])
     factors = [_without_inserted(Factor(n, tuple(c))) for n, c in zip(sides, letters)]
-    if any(value(op["input"]).dtype != value(n).dtype for n in sides):
-        return None
+    own = [{c for c in f.letters if c is not None} for f in factors]
+    if own[0] <= own[1] or own[1] <= own[0] or any(value(op["input"]).dtype != value(n).dtype for n in sides):
+        return None  # a sum of elementwise products: an entropy, a norm
     return Contraction(factors[0], factors[1], tuple(f"batch{n}" for n in range(-rank, 0) if n not in gone))
 
 

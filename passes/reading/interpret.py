@@ -167,9 +167,22 @@ class Interpreter:
             if len(result.shape) != known.dim():
                 raise Unreadable(f"{node.name}: rank {len(result.shape)} was read, {known.dim()} recorded")
             result = SymTensor(tuple(known.shape), guarded(result.at), kind_of(known.dtype))
-            return result if self.derived(node) else self._in_dtype(node, op, result, known.dtype)
+            if self.derived(node):
+                return result
+            if self.opaque:
+                self._try(result)
+            return self._in_dtype(node, op, result, known.dtype)
         except Unreadable as error:
             return self._leaf(node, known, error)
+
+    def _try(self, tensor: SymTensor) -> None:
+        """Read a tensor somewhere: what cannot be read is found while it may still become a load."""
+        extents = self.extents
+        self.extents = extents | dict(zip(_places(tensor), tensor.shape))
+        try:
+            tensor.at(_places(tensor))
+        finally:
+            self.extents = extents
 
     def _in_dtype(self, node: fx.Node, op: normalize.Op, result: SymTensor, dtype: torch.dtype) -> SymTensor:
         """The result as its dtype holds it. Raises Unreadable where the dtype does more to it than can be said."""

@@ -211,12 +211,12 @@ def _choices(expr: Any) -> list[Any]:
 
 def _masks(expr: Any) -> list[Any]:
     """Loads with a factor so large that 0 and 1 decide: a padding mask that was multiplied instead of compared."""
-    found = set()
+    loads = set()
     for term in sympy.Add.make_args(symbolic.expand(expr)):
         factor, rest = term.as_coeff_Mul()
         if abs(factor) >= LARGE and symbolic.load_index(rest) is not None:
-            found.add(rest)
-    return sorted(found, key=str)
+            loads.add(rest)
+    return sorted(loads, key=lambda load: ({Q, KV} <= load.free_symbols, str(load)))
 
 
 def _without_floors(expr: Any) -> Any:

@@ -532,3 +532,18 @@ class Cohere(Projected):
         q, k, v = self.heads(y)
         out = F.scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
         return x + self.proj(merge(out)) + self.down(F.silu(self.up(y)))
+
+
+@published("huggingface/transformers, OpenAI GPT", inputs=padded, everywhere=False)
+class OpenAIGPTWithPadding(Projected):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bias", torch.tril(torch.ones(256, 256)).view(1, 1, 256, 256))
+
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.heads(x)
+        w = torch.matmul(q, k.transpose(-1, -2)) / math.sqrt(v.size(-1))
+        b = self.bias[:, :, : w.size(-2), : w.size(-1)]
+        w = w * b + -1e4 * (1 - b)
+        w = w + (1.0 - attention_mask[:, None, None, :].to(w.dtype)) * torch.finfo(w.dtype).min
+        return self.proj(merge(torch.matmul(nn.functional.softmax(w, dim=-1), v)))

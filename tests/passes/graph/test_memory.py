@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stem_compile.passes.graph import memory
+from stem_compile.passes.graph import memory, schemas
 from stem_compile.passes.graph.sites import AttentionSite, Rejected
 from stem_compile.reasons import Reason
 from tests.numerics import assert_close
@@ -161,3 +161,11 @@ def test_a_mask_that_any_operator_writes_is_not_believed(name: str) -> None:
     result, out = rewritten(model, inputs)
     assert [h.reason for h in result.found if isinstance(h, Rejected)] == [Reason.WRITTEN]
     torch.testing.assert_close(out, model(*inputs))
+
+
+def test_what_every_operator_writes_can_be_asked() -> None:
+    """Of all ATen operators, those with lists as defaults too."""
+    names = {schema.name.removeprefix("aten::") for schema in torch._C._jit_get_all_schemas()}
+    written = {name for name in names if schemas.written_arguments(schemas.overloads(name), (None,) * 20, {})}
+    assert {"add_", "index_put_", "_foreach_add_", "amax"} <= names
+    assert {"add_", "index_put_", "_foreach_add_"} <= written

@@ -110,6 +110,7 @@ OTHERS: dict[str, tuple[tuple[int, ...], tuple[int, ...], Build]] = {
     "a letter twice": ((6, 6), (6, 7), _einsum("ii,ij->ij")),
     "one side summed": ((6, 5), (5, 7), _einsum("ik,kj->j")),
     "elementwise": ((6, 5), (6, 5), lambda g, a, b: g.call(torch.mul, a, b)),
+    "an entropy": ((6, 5), (6, 5), lambda g, a, b: g.method("sum", g.call(torch.mul, a, b), -1)),
     "a vector": ((6, 5), (5,), lambda g, a, b: g.call(torch.matmul, a, b)),
     "a mean": ((6, 5), (6, 5), lambda g, a, b: g.method("mean", g.call(torch.mul, a, b), -1)),
 }
