@@ -9,7 +9,7 @@
 
 Times are medians with the 20th and 80th percentile, milliseconds, of one process on one device. Contenders take turns,
 so that the clocks that the device lowers under load, and whatever else it does, meet them alike. A contender that is
-not within the error budget of fp64 under the same selection, on sampled query blocks, is reported as wrong and never
+not within the tolerance of fp64 under the same selection, on sampled query blocks, is reported as wrong and never
 timed. TFLOP/s count computed block pairs. Sink and local blocks are StemConfig's: 4 and 4 under the published schedule,
 1 and 2 with a budget.
 """

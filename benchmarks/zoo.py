@@ -163,7 +163,7 @@ def _compiled(model: Any, given: dict[str, Any], record: dict[str, Any]) -> torc
         rewrites: list[Rewrite] = []
         with backend.listen(rewrites.append):
             compiled = backend.stem(module, example_inputs, options=OPTIONS)
-        found = rewrites[-1].found
+        found = rewrites[-1].attentions
         record["graphs"] += 1
         record["handwritten"] += len(chains)
         record["found"] += len(found)
@@ -227,7 +227,7 @@ def _plain(model: Any, given: dict[str, Any]) -> tuple[int | str, torch.Tensor |
 def compare(
     record: dict[str, Any], ours: torch.Tensor, eager: torch.Tensor, golden: torch.Tensor | None, real: torch.Tensor
 ) -> dict[str, Any]:
-    """Sets verdict, by the error budget of ``stem_compile.testing.numerics`` over the positions that are not
+    """Sets verdict, by the tolerance of ``stem_compile.testing.numerics`` over the positions that are not
     padding."""
     from stem_compile.testing import numerics
 
@@ -238,7 +238,7 @@ def compare(
         record["verdict"] = "eager is not finite"
         return record
     size = numerics.size(reference, valid)
-    allowed = 1e-4 * size if golden is None else numerics.budget(eager, golden, torch.float32, valid)
+    allowed = 1e-4 * size if golden is None else numerics.tolerance(eager, golden, torch.float32, valid)
     gap = numerics.gap(ours, reference, allowed, valid)
     own = float(numerics.errors(eager, reference)[valid].max())
     record["eager_error"], record["stem_error"], record["ratio"] = own / size, gap.error / size, gap.ratio

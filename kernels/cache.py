@@ -70,9 +70,9 @@ def store(kind: str, key: str, value: Any) -> None:
 @TEMPLATES.caches
 @POLICIES.caches
 @functools.cache
-def load(spec: KernelSpec) -> ModuleType:
-    """The generated module of ``spec``, imported once a process."""
-    path = write(codegen.generate(spec), spec.template)
+def load(kernel_spec: KernelSpec) -> ModuleType:
+    """The generated module of ``kernel_spec``, imported once a process."""
+    path = write(codegen.generate(kernel_spec), kernel_spec.template)
     name = f"stem_compile_generated.{path.stem}"
     if name in sys.modules:
         return sys.modules[name]

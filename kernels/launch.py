@@ -119,9 +119,9 @@ def select(
             return tpd.tpd_select(oam.oam_scores(attention), attention.spec, attention.reach, k.shape[1])
         return attention.selection(*_serving(attention).select(attention, kernel))
 
-    chosen = _answered(attention, kernel, fallback, lists, lambda: all_blocks(attention))
-    chosen = selection.announce(selection.Observed(chosen, attention))
-    return chosen.indices, chosen.counts
+    selected = _answered(attention, kernel, fallback, lists, lambda: all_blocks(attention))
+    selected = selection.announce(selection.Observed(selected, attention))
+    return selected.indices, selected.counts
 
 
 def all_blocks(attention: Attention) -> BlockSelection:

@@ -38,32 +38,34 @@ class Written(Unreadable):
 
 
 def analyze_masks(
-    found: list[AttentionSite | Rejected], config: StemConfig | None = None
+    attentions: list[AttentionSite | Rejected], config: StemConfig | None = None
 ) -> list[AttentionSite | Rejected]:
     """Sites with ``mask``, ``score``, ``scale``, ``tensors`` and ``scalars`` set, or rejected. Masks that layers share
     are read once."""
     lengths = tuple(
         {
             str(n): n
-            for hit in found
+            for hit in attentions
             if isinstance(hit, AttentionSite)
             for n in (value(hit.q).shape[2], value(hit.k).shape[2])
         }.values()
     )
-    readers = Interpreter(lengths), Interpreter(lengths, opaque=True)
+    interpreters = Interpreter(lengths), Interpreter(lengths, opaque=True)
     any_order = config is not None and config.takes_any_order
-    return [attempted(hit, "analyze_masks", lambda site: _analyzed(site, readers, any_order)) for hit in found]
+    return [
+        attempted(hit, "analyze_masks", lambda site: _analyzed(site, interpreters, any_order)) for hit in attentions
+    ]
 
 
 def _analyzed(
-    site: AttentionSite, readers: tuple[Interpreter, Interpreter], any_order: bool
+    site: AttentionSite, interpreters: tuple[Interpreter, Interpreter], any_order: bool
 ) -> AttentionSite | Rejected:
     if site.mask_node is None and site.logits is None and site.mods is None:
         site.mask = Causal(0) if site.is_causal else masks.Full()
     elif site.is_causal:
         return Rejected(site.node, Reason.MASK, "is_causal and a mask together")
     else:
-        error = _unread(site, readers)
+        error = _unread(site, interpreters)
         if error is not None:
             return Rejected(site.node, Reason.WRITTEN if isinstance(error, Written) else Reason.MASK, str(error))
     assert site.mask is not None
@@ -85,11 +87,11 @@ def _analyzed(
     return site
 
 
-def _unread(site: AttentionSite, readers: tuple[Interpreter, Interpreter]) -> Exception | None:
+def _unread(site: AttentionSite, interpreters: tuple[Interpreter, Interpreter]) -> Exception | None:
     """Read the site, with the tensors that are not understood as loads where need be. What stopped both; a reader that
     fails is one that has no words for a tensor."""
     error: Exception | None = None
-    for reader in readers:
+    for reader in interpreters:
         try:
             _read(site, reader)
             return None
@@ -97,7 +99,7 @@ def _unread(site: AttentionSite, readers: tuple[Interpreter, Interpreter]) -> Ex
             error = unreadable
         except Exception as failure:
             log.debug("a reader failed on %s", site.node.name, exc_info=True)
-            if reader is readers[-1]:
+            if reader is interpreters[-1]:
                 raise
             error = failure
     return error

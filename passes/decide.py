@@ -17,10 +17,10 @@ from stem_compile.selection import Attention, policies
 from stem_compile.selection.tpd import everything
 
 
-def decide(found: list[AttentionSite | Rejected], config: StemConfig) -> list[AttentionSite | Rejected]:
+def decide(attentions: list[AttentionSite | Rejected], config: StemConfig) -> list[AttentionSite | Rejected]:
     """Apply the user's options and the lengths. Comparing a symbolic length installs a guard: another length compiles
     anew, once."""
-    decided = [attempted(hit, "decide", lambda site: _decided(site, config)) for hit in found]
+    decided = [attempted(hit, "decide", lambda site: _decided(site, config)) for hit in attentions]
     allowed = config.fuel if config.fuel is not None else len(decided)
     for i, hit in enumerate(decided):
         if isinstance(hit, AttentionSite):

@@ -82,11 +82,11 @@ def match(graph: fx.Graph) -> list[AttentionSite | Rejected]:
     pattern knows it."""
     known = patterns()
     hits = (_matched(node, known) for node in graph.nodes)
-    found = [hit for hit in hits if hit is not None]
-    for index, hit in enumerate(found):
+    attentions = [hit for hit in hits if hit is not None]
+    for index, hit in enumerate(attentions):
         if isinstance(hit, AttentionSite):
             hit.index = index
-    return found
+    return attentions
 
 
 def _matched(node: fx.Node, known: tuple[Pattern, ...]) -> AttentionSite | Rejected | None:
@@ -200,16 +200,16 @@ def _peeled(hit: AttentionSite) -> list[fx.Node | View]:
     """q, k and v from as far up as their views and casts lead. Casts stay where the result is wanted in fp32, or where
     not all three have one."""
     drop = value(hit.node).dtype in HALF or _is_narrowed(hit.node)
-    found = [_peel(x, hit.node, drop) for x in (hit.q, hit.k, hit.v)]
-    if len({value(x).dtype for x in found}) > 1:
-        found = [_peel(x, hit.node, False) for x in (hit.q, hit.k, hit.v)]
-    return found
+    views = [_peel(x, hit.node, drop) for x in (hit.q, hit.k, hit.v)]
+    if len({value(x).dtype for x in views}) > 1:
+        views = [_peel(x, hit.node, False) for x in (hit.q, hit.k, hit.v)]
+    return views
 
 
 def _peel(x: fx.Node | View, site: fx.Node, casts: bool) -> fx.Node | View:
     """A view without steps is its node."""
-    found = peel(x, site, casts) if isinstance(x, View) else x
-    return found.node if isinstance(found, View) and not found.steps else found
+    view = peel(x, site, casts) if isinstance(x, View) else x
+    return view.node if isinstance(view, View) and not view.steps else view
 
 
 def _is_narrowed(node: fx.Node) -> bool:

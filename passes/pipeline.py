@@ -38,20 +38,20 @@ Hit = AttentionSite | Rejected
 
 @dataclass
 class Rewrite:
-    """Result of the pipeline. found: every attention in order, those of graphs inside the graph included."""
+    """Result of the pipeline. attentions: every attention in order, those of graphs inside the graph included."""
 
     module: fx.GraphModule
-    found: list[Hit]
+    attentions: list[Hit]
 
     @property
     def sites(self) -> list[AttentionSite]:
         """The attentions that were rewritten."""
-        return [hit for hit in self.found if isinstance(hit, AttentionSite)]
+        return [hit for hit in self.attentions if isinstance(hit, AttentionSite)]
 
     @property
     def rejected(self) -> list[Rejected]:
         """The attentions that stay as they were."""
-        return [hit for hit in self.found if isinstance(hit, Rejected)]
+        return [hit for hit in self.attentions if isinstance(hit, Rejected)]
 
     @property
     def changed(self) -> bool:
@@ -140,14 +140,14 @@ def run(
     """One attempt. A graph without a site is left as it came. Raises SiteFailure for a step after ``decide`` that
     fails; failures: attentions to leave out because one did."""
     plans = [Plan(region) for region in regions(module)]
-    found = _planned(plans, config, numbers or Numbers(), failures or {})
+    attentions = _planned(plans, config, numbers or Numbers(), failures or {})
     for plan in plans:
-        hits = [(place, hit) for place, hit in enumerate(found) if hit.node.graph is plan.region.graph]
+        hits = [(place, hit) for place, hit in enumerate(attentions) if hit.node.graph is plan.region.graph]
         _apply(plan, {place: hit for place, hit in hits if isinstance(hit, AttentionSite)}, config)
-    if any(isinstance(hit, AttentionSite) for hit in found):
+    if any(isinstance(hit, AttentionSite) for hit in attentions):
         module.recompile()
-    log.debug("rewrote %d of %d attentions", sum(isinstance(h, AttentionSite) for h in found), len(found))
-    return Rewrite(module, found)
+    log.debug("rewrote %d of %d attentions", sum(isinstance(h, AttentionSite) for h in attentions), len(attentions))
+    return Rewrite(module, attentions)
 
 
 @dataclass
@@ -181,18 +181,18 @@ def _planned(plans: list[Plan], config: StemConfig, numbers: Numbers, failures: 
         if not plan.region.inline:
             hits = [Rejected(h.node, Reason.REGION, plan.region.operator) for h in hits]
         matched[plan.region.module] = analyze_masks(hits, config)
-    found = _in_order(plans[0].region.module, matched)
-    for place, hit in enumerate(found):
+    attentions = _in_order(plans[0].region.module, matched)
+    for place, hit in enumerate(attentions):
         if isinstance(hit, AttentionSite):
             hit.index = numbers.first + place
         if place in failures:
-            found[place] = failed(hit.node, failures[place].step, failures[place].error)
+            attentions[place] = failed(hit.node, failures[place].step, failures[place].error)
     if config.fuel is not None:
         config = dataclasses.replace(config, fuel=max(0, config.fuel - numbers.used))
-    found = compare(decide(found, config))
+    attentions = compare(decide(attentions, config))
     if config.verify:
-        verify.after_analyze(found)
-    return found
+        verify.after_analyze(attentions)
+    return attentions
 
 
 def _in_order(module: fx.GraphModule, matched: dict[fx.GraphModule, list[Hit]]) -> list[Hit]:

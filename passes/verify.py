@@ -19,14 +19,14 @@ class PassError(AssertionError):
     """A pass left the graph in a state that its successors do not expect."""
 
 
-def after_match(graph: fx.Graph, before: str, found: list[AttentionSite | Rejected]) -> None:
+def after_match(graph: fx.Graph, before: str, attentions: list[AttentionSite | Rejected]) -> None:
     """The graph is untouched."""
     _require(graph.python_code("self").src == before, "match changed the graph")
 
 
-def after_analyze(found: list[AttentionSite | Rejected]) -> None:
+def after_analyze(attentions: list[AttentionSite | Rejected]) -> None:
     """Every site has an understood mask, and as many tensors and scalars as it reads."""
-    for hit in found:
+    for hit in attentions:
         if isinstance(hit, AttentionSite):
             _require(hit.mask is not None, f"{hit.node.name} has no mask")
 

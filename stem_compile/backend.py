@@ -151,7 +151,7 @@ def _by_number(
         asked = config.asks(numbers.first, numbers.used, count)
         if asked not in variants:
             variant = copied(untouched)
-            sites = [running.Site.of(hit) for hit in pipeline.rewrite(variant, config, numbers).found]
+            sites = [running.Site.of(hit) for hit in pipeline.rewrite(variant, config, numbers).attentions]
             inner = variant.forward if config.inner == "eager" else torch.compile(variant, backend=config.inner)
             variants[asked] = inner, sites
         chosen, graph.sites = variants[asked]
@@ -170,7 +170,8 @@ def rewrite(module: fx.GraphModule, config: StemConfig, numbers: Numbers | None 
     if broken:
         places = ", ".join(sorted({module_path(hit.node) for hit in broken}))
         warnings.warn(
-            f"backend 'stem' left {len(broken)} of {len(result.found)} attentions dense ({places}): {broken[0].detail}."
+            f"backend 'stem' left {len(broken)} of {len(result.attentions)} attentions dense ({places}):"
+            f" {broken[0].detail}."
             " Set TORCH_LOGS=+stem_compile for the traceback.",
             StemWarning,
             stacklevel=2,

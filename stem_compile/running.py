@@ -240,7 +240,7 @@ class Model:
         if place.recompilation == "0" and any(graph.frame == place.frame for graph in self.graphs):
             # Dynamo was reset and counts anew.
             self.graphs.clear()
-        self.graphs.append(Graph([Site.of(hit) for hit in result.found], place.frame))
+        self.graphs.append(Graph([Site.of(hit) for hit in result.attentions], place.frame))
         return self.graphs[-1]
 
     def dense(self, long: int) -> str | None:

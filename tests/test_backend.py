@@ -60,7 +60,7 @@ def test_training_goes_on_dense() -> None:
     model, made = Block(), []
     with backend.listen(made.append):
         torch.compile(model, backend="stem", options=OPTIONS, fullgraph=True)(X).sum().backward()
-    assert [h.reason for h in made[0].found] == [Reason.GRADIENT]
+    assert [h.reason for h in made[0].attentions] == [Reason.GRADIENT]
     assert model.qkv.weight.grad is not None
 
 
@@ -83,7 +83,7 @@ def test_our_own_failure_leaves_the_graph_as_it_was(
     assert "planted" in str(told[0].message)
     # The traceback is for those who ask: see the warning.
     assert [r.levelname for r in caplog.records if r.name == "stem_compile.passes.pipeline" and r.exc_info] == ["DEBUG"]
-    assert [h.reason for h in made[0].found] == [Reason.INTERNAL]
+    assert [h.reason for h in made[0].attentions] == [Reason.INTERNAL]
     assert not [n for n in made[0].module.graph.nodes if "stem" in str(n.target)]
 
 
@@ -103,7 +103,7 @@ def test_a_graph_without_attention_is_untouched() -> None:
     with backend.listen(made.append):
         out = torch.compile(linear, backend="stem", options={"inner": "eager"})(X)
     assert torch.equal(out, linear(X))
-    assert made[0].found == []
+    assert made[0].attentions == []
     assert not made[0].changed
 
 
@@ -111,7 +111,7 @@ def test_a_rejected_attention_is_bitwise_what_it_was() -> None:
     model, made = Block(causal=False), []
     with torch.no_grad(), backend.listen(made.append):
         assert torch.equal(torch.compile(model, backend="stem", options=OPTIONS)(X), model(X))
-    assert isinstance(made[0].found[0], Rejected)
+    assert isinstance(made[0].attentions[0], Rejected)
 
 
 def test_fuel_bisects() -> None:

@@ -25,10 +25,6 @@ MACHINE = re.compile(r"(?<![\w.])/(work|root|farm|tmp/w)/|artifactory|--(extra-)
 STILL_LONG: set[str] = {
     "demo", "_read", "examples", "select", "_hopper_peaks", "attend", "markdown", "main",
 }  # fmt: skip
-STILL_BADLY_NAMED: set[str] = {
-    "ready", "announce", "dense_of", "force", "run", "Run", "note", "analyze_masks", "decide", "Rewrite", "after_match",
-    "after_analyze", "sparse_attention", "scores", "compare", "logits",
-}  # fmt: skip
 
 
 def tracked() -> list[Path]:
@@ -93,7 +89,7 @@ def public_names(path: Path) -> Iterator[tuple[str, str]]:
 @pytest.mark.parametrize("path", product(), ids=name)
 def test_public_names_say_what_a_value_is(path: Path) -> None:
     bad = {owner: word for owner, word in public_names(path) if word in HOW_NOT_WHAT}
-    assert set(bad) <= STILL_BADLY_NAMED, f"{name(path)}: {bad}"
+    assert not bad, f"{name(path)}: {bad}"
 
 
 def undocumented(module: object) -> Iterator[str]:

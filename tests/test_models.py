@@ -37,7 +37,7 @@ def compare(name: str, words: str, ids: torch.Tensor, **inputs: Any) -> None:
         with rewrites() as made:
             ours = torch.compile(model, backend="stem", options=OPTIONS, fullgraph=True)(ids, **inputs).logits
     assert len(made) == 1
-    assert [s.words for s in made[0].sites] == [words] * LAYERS == [words] * len(made[0].found)
+    assert [s.words for s in made[0].sites] == [words] * LAYERS == [words] * len(made[0].attentions)
     real = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones(ids.shape, dtype=torch.bool)
     assert not ours.isnan().any()
     assert_within(ours[real], golden[real], eager[real])

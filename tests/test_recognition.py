@@ -192,7 +192,7 @@ def test_models_at_full_budget_equal_eager(name: str) -> None:
     eager = model(ids, **case.inputs(model)).logits
     golden = _golden(case, ids)
     out, rewrite = run(case.build(), case.inputs(case.build()), 1.0)
-    assert not [hit.words for hit in rewrite.found if isinstance(hit, Rejected)]
+    assert not [hit.words for hit in rewrite.attentions if isinstance(hit, Rejected)]
     assert {site.words for site in rewrite.sites} <= set(case.words)
     judged = torch.ones(eager.shape[:2]).bool() if case.everywhere else case.inputs(model)["attention_mask"].bool()
     ours, theirs = ((x.double() - golden)[judged].abs().max() for x in (out, eager))

@@ -248,24 +248,28 @@ def _real(head: str, expr: Any, module: str, comment: str) -> str:
     )
 
 
-def _row_budget(spec: KernelSpec, module: str) -> str:
-    chosen = selection.parse(spec.selection)
-    value = triton_expression(policies.get(chosen.policy).budget(chosen), {ROW: "row", BLOCKS: "blocks"}, module)
+def _row_budget(kernel_spec: KernelSpec, module: str) -> str:
+    spec = selection.parse(kernel_spec.selection)
+    value = triton_expression(policies.get(spec.policy).budget(spec), {ROW: "row", BLOCKS: "blocks"}, module)
     return (
-        f"def row_budget(row, blocks):\n    # policy {chosen.policy}, budget {chosen.budget}, mu {chosen.mu}\n   "
+        f"def row_budget(row, blocks):\n    # policy {spec.policy}, budget {spec.budget}, mu {spec.mu}\n   "
         f" return {value}\n"
     )
 
 
-def constants(spec: KernelSpec) -> dict[str, object]:
+def constants(kernel_spec: KernelSpec) -> dict[str, object]:
     """Values of the constants a template may declare."""
-    mask, chosen, score = decode(spec.mask), selection.parse(spec.selection), decode_score(spec.score)
+    mask, spec, score = (
+        decode(kernel_spec.mask),
+        selection.parse(kernel_spec.selection),
+        decode_score(kernel_spec.score),
+    )
     parts = split(mask)
     return {
-        "HEAD_DIM": spec.head_dim,
-        "VALUE_DIM": spec.value_dim,
-        "BLOCK_Q": spec.block_q,
-        "BLOCK_K": spec.block_k,
+        "HEAD_DIM": kernel_spec.head_dim,
+        "VALUE_DIM": kernel_spec.value_dim,
+        "BLOCK_Q": kernel_spec.block_q,
+        "BLOCK_K": kernel_spec.block_k,
         "CAUSAL": parts.causal is not None,
         "GENERAL": is_general(mask),
         "BANDED": bool(parts.bands),
@@ -273,19 +277,19 @@ def constants(spec: KernelSpec) -> dict[str, object]:
         "MODIFIED": score.modified,
         "SINK": score.sink is not None,
         # Weights have the exponents of float32.
-        "FIXED": spec.dtype != "fp16",
+        "FIXED": kernel_spec.dtype != "fp16",
         # float32 products in three tf32 passes: exact to about 1e-6, on tensor cores.
-        "PRECISION": "tf32x3" if spec.dtype == "fp32" else "tf32",
-        "STRIDE": min(chosen.stride, spec.block_q, spec.block_k),
-        "GROUP_Q": chosen.group_sizes[0],
-        "GROUP_K": chosen.group_sizes[1],
-        "KEPT": chosen.kept_share,
-        "COVERED": chosen.coverage is not None,
-        "COVERAGE": 1.0 if chosen.coverage is None else chosen.coverage,
-        "SINKS": chosen.sinks,
-        "LOCALS": chosen.locals,
-        "SLACK": -(-chosen.block_k // chosen.block_q) + 1,
-        "PROMPT_BLOCKS": -(-chosen.prompt_length // chosen.block_k),
+        "PRECISION": "tf32x3" if kernel_spec.dtype == "fp32" else "tf32",
+        "STRIDE": min(spec.stride, kernel_spec.block_q, kernel_spec.block_k),
+        "GROUP_Q": spec.group_sizes[0],
+        "GROUP_K": spec.group_sizes[1],
+        "KEPT": spec.kept_share,
+        "COVERED": spec.coverage is not None,
+        "COVERAGE": 1.0 if spec.coverage is None else spec.coverage,
+        "SINKS": spec.sinks,
+        "LOCALS": spec.locals,
+        "SLACK": -(-spec.block_k // spec.block_q) + 1,
+        "PROMPT_BLOCKS": -(-spec.prompt_length // spec.block_k),
     }
 
 
@@ -339,17 +343,17 @@ def printed(mask: Mask, score: Score) -> str:
     return source
 
 
-def generate(spec: KernelSpec) -> str:
-    """Source of ``spec``'s module. A pure function of the spec and the template file."""
-    template = TEMPLATES.get(spec.template).source()
+def generate(kernel_spec: KernelSpec) -> str:
+    """Source of ``kernel_spec``'s module. A pure function of the kernel_spec and the template file."""
+    template = TEMPLATES.get(kernel_spec.template).source()
     before, _, rest = template.partition(BEGIN + "\n")
     defaults, found, after = rest.partition(END + "\n")
     if not found:
-        raise ValueError(f"template {spec.template} has no region {BEGIN!r} to {END!r}")
+        raise ValueError(f"template {kernel_spec.template} has no region {BEGIN!r} to {END!r}")
     module, decorator = ("gl", "@gluon.jit") if "import gluon" in before else ("tl", "@triton.jit")
-    mask, score = decode(spec.mask), decode_score(spec.score)
-    values = constants(spec)
-    functions = _functions(mask, score, module) | {"row_budget": lambda: _row_budget(spec, module)}
+    mask, score = decode(kernel_spec.mask), decode_score(kernel_spec.score)
+    values = constants(kernel_spec)
+    functions = _functions(mask, score, module) | {"row_budget": lambda: _row_budget(kernel_spec, module)}
     lines, parts = [], []
     for node in ast.parse(defaults).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
@@ -359,6 +363,6 @@ def generate(spec: KernelSpec) -> str:
             parts.append(functions[node.name]())
     parts = _with_helpers(parts, loads(mask, score), module, decorator)
     body = "\n\n".join(["".join(lines), *parts])
-    source = f"templates/{spec.template}.py"
-    head = f"# Generated by stem_compile/kernels/triton/codegen.py from {source}; do not edit.\n{spec.header}"
+    source = f"templates/{kernel_spec.template}.py"
+    head = f"# Generated by stem_compile/kernels/triton/codegen.py from {source}; do not edit.\n{kernel_spec.header}"
     return f"{head}{before}{BEGIN}\n{body}{END}\n{after}"

@@ -168,7 +168,7 @@ def bench(
             outputs[name] = first_tensor(output).float().cpu()
             densities[name] = statistics.fmean(s.density for s in selections) if selections else None
             if rewrites:
-                refused = Counter(hit.words for r in rewrites for hit in r.found if isinstance(hit, Rejected))
+                refused = Counter(hit.words for r in rewrites for hit in r.attentions if isinstance(hit, Rejected))
             del output, selections, rewrites
         peaks, times = _timed(calls, f"{tokens:,} tokens", repeats, device, doing)
         base, reference = times[entered[0].name], outputs[entered[0].name]

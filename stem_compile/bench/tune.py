@@ -160,10 +160,10 @@ class Tuner:
         seconds = 0.0
         for number, text in enumerate(self.texts):
 
-            def note(made: Observed, number: int = number) -> None:
+            def note(observed: Observed, number: int = number) -> None:
                 # Densities of the first text are enough, and reading them takes time.
                 if number == 0:
-                    selections.append(made.density)
+                    selections.append(observed.density)
 
             with observe(note), torch.inference_mode():
                 milliseconds, out = timed(lambda t=text: function(*t.args, **t.kwargs), self.device)  # type: ignore[misc]

@@ -170,7 +170,7 @@ def table(report: Report) -> Table:
     from stem_compile.bench.terminal import Table
     from stem_compile.testing.report import MARKS
 
-    columns = ("property", "", "examples", "worst/budget", "what it says")
+    columns = ("property", "", "examples", "of tolerance", "what it says")
     rows = []
     for result in report.results:
         remark = f" ({result.remark})" if result.remark and result.verdict != "fail" else ""

@@ -177,10 +177,10 @@ class BlockSelection:
         shape, lists = (*self.counts.shape, self.key_blocks), self.lists
         width = lists.shape[-1]
         listed = torch.arange(width, device=self.counts.device) < self.counts.unsqueeze(-1)
-        chosen = torch.zeros(*shape[:-1], self.key_blocks + 1, dtype=torch.bool, device=self.counts.device)
-        chosen.scatter_(-1, torch.where(listed, lists, self.key_blocks).long(), True)
+        selected = torch.zeros(*shape[:-1], self.key_blocks + 1, dtype=torch.bool, device=self.counts.device)
+        selected.scatter_(-1, torch.where(listed, lists, self.key_blocks).long(), True)
         return torch.where(
-            (self.counts == FULL).unsqueeze(-1), candidates.expand(shape), chosen[..., : self.key_blocks]
+            (self.counts == FULL).unsqueeze(-1), candidates.expand(shape), selected[..., : self.key_blocks]
         )
 
     def density(self, candidates: torch.Tensor) -> float:

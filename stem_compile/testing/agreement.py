@@ -23,24 +23,24 @@ def forced(wanted: Sequence[torch.Tensor], what: str) -> Force:
     """Computes ``wanted`` (bool [B, H, rows, key blocks], one an attention); Violation where the run's own selection
     differs by more than a tie."""
 
-    def force(index: int, seen: Observed) -> BlockSelection | None:
+    def force(index: int, observed: Observed) -> BlockSelection | None:
         if index >= len(wanted):
             raise Violation(f"{what}: {index + 1} selections instead of {len(wanted)}")
-        own, want = seen.selection.dense(seen.candidates), wanted[index]
+        own, want = observed.selection.dense(observed.candidates), wanted[index]
         if own.shape != want.shape:
             raise Violation(
                 f"{what}: attention {index} selects from {tuple(own.shape)} blocks instead of {tuple(want.shape)}"
             )
         if bool((own == want).all()):
             return None
-        place = _beyond_a_tie(seen, own, want)
+        place = _beyond_a_tie(observed, own, want)
         if place is not None:
             b, h, r = place
             lists = f"{_listed(own[b, h, r])} instead of {_listed(want[b, h, r])}"
             raise Violation(
                 f"{what}: attention {index} selects other blocks at (batch, head, query block) = {place}: {lists}"
             )
-        return packed(want, seen)
+        return packed(want, observed)
 
     return force
 
@@ -49,11 +49,11 @@ def _listed(row: torch.Tensor) -> list[int]:
     return [int(i) for i in row.nonzero()[:, 0]]
 
 
-def _beyond_a_tie(seen: Observed, own: torch.Tensor, want: torch.Tensor) -> tuple[int, ...] | None:
+def _beyond_a_tie(observed: Observed, own: torch.Tensor, want: torch.Tensor) -> tuple[int, ...] | None:
     """First row that differs by more than blocks whose scores rounding cannot tell apart; None without one."""
-    q, k, scores = seen.attention.q, seen.attention.k, oam_scores(seen.attention)
+    q, k, scores = observed.attention.q, observed.attention.k, oam_scores(observed.attention)
     # No score exceeds the product of the norms (Cauchy-Schwarz), which is what rounding is relative to.
-    largest = seen.attention.scale * float(
+    largest = observed.attention.scale * float(
         torch.linalg.vector_norm(q.double(), dim=-1).max() * torch.linalg.vector_norm(k.double(), dim=-1).max()
     )
     noise = MODEL.factor * torch.finfo(q.dtype).eps * largest
@@ -66,18 +66,18 @@ def _beyond_a_tie(seen: Observed, own: torch.Tensor, want: torch.Tensor) -> tupl
 
 def packed(dense: torch.Tensor, like: Observed) -> BlockSelection:
     """Block lists of a dense selection, in the shapes of the one observed."""
-    made = like.selection
-    columns, width = made.key_blocks, made.lists.shape[-1]
+    selection = like.selection
+    columns, width = selection.key_blocks, selection.lists.shape[-1]
     counts = dense.sum(-1)
     every = (dense == like.candidates.expand(dense.shape)).all(-1)
     order = torch.where(dense, torch.arange(columns, device=dense.device), columns).sort(-1).values[..., :width]
-    full = every & ((made.counts == FULL) | (counts > width))
+    full = every & ((selection.counts == FULL) | (counts > width))
     indices, counts = order.clamp(max=columns - 1).int(), torch.where(full, FULL, counts).int()
-    if made.indices.dim() == 3:
-        indices = end_to_end(indices, counts, made.indices.shape[-1] // counts.shape[1])
-    return BlockSelection(indices, counts, made.block_q, made.block_k, columns)
+    if selection.indices.dim() == 3:
+        indices = end_to_end(indices, counts, selection.indices.shape[-1] // counts.shape[1])
+    return BlockSelection(indices, counts, selection.block_q, selection.block_k, columns)
 
 
-def dense_of(made: Sequence[Observed]) -> list[torch.Tensor]:
+def dense_of(selections: Sequence[Observed]) -> list[torch.Tensor]:
     """What a run computed, one bool [B, H, rows, key blocks] an attention."""
-    return [seen.selection.dense(seen.candidates) for seen in made]
+    return [observed.selection.dense(observed.candidates) for observed in selections]

@@ -64,30 +64,22 @@ def check_model(
     profile, MissingPackage. Dynamo is reset before and after.
     """
     need("hypothesis")
-    chosen = [catalogue.get(name) for name in properties] if properties is not None else list(catalogue.every())
+    modules = [catalogue.get(name) for name in properties] if properties is not None else list(catalogue.every())
     if profile not in PROFILES:
         raise ValueError(f"unknown profile {profile!r}; profiles: {', '.join(PROFILES)}")
     subject = Subject(model, make_inputs, options, expected, text, bounds, as_deployed)
-    given = {
-        "make_inputs": make_inputs is not None,
-        "text": text is not None,
-        "expected": expected,
-        "bounds": bounds and dict(bounds),
-    }
+    given: dict[str, Any] = {"make_inputs": make_inputs is not None, "text": text is not None, "expected": expected}
+    given["bounds"] = bounds and dict(bounds)
     report = Report(_settings(subject, seed) | given | {"max_examples": max_examples, "profile": profile})
     more = PROFILES[profile]
     if subject.large:
         max_examples, seconds = max_examples or FEW * more, SECONDS * more if seconds is None else seconds
     begun, kept = time.monotonic(), Database(database, report.settings)
     torch._dynamo.reset()
-    for number, module in enumerate(chosen):
-        examples = (
-            min(module.EXAMPLES, max_examples)
-            if max_examples is not None and module.EXAMPLES <= 2
-            else max_examples or (module.EXAMPLES if module.EXAMPLES <= 2 else module.EXAMPLES * more)
-        )
+    for number, module in enumerate(modules):
+        examples = _examples(module.EXAMPLES, max_examples, more)
         # What a property leaves of its share goes to the others.
-        share = None if seconds is None else (begun + seconds - time.monotonic()) / (len(chosen) - number)
+        share = None if seconds is None else (begun + seconds - time.monotonic()) / (len(modules) - number)
         last = kept.last(module.NAME)
         result = search(subject, module, examples, seed, progress, seconds=share, first=last)
         kept.keep(module.NAME, None if result.failure is None else result.failure.case)
@@ -95,6 +87,14 @@ def check_model(
     torch._dynamo.reset()
     report.settings["seconds"] = round(time.monotonic() - begun, 1)
     return report
+
+
+def _examples(own: int, most: int | None, more: int) -> int:
+    """Examples of a property. own: its own number; one that asks for one or two is expensive and never gets more. most:
+    the user's number. more: factor of a profile."""
+    if own <= 2:
+        return own if most is None else min(own, most)
+    return most or own * more
 
 
 def check_case(

@@ -61,8 +61,8 @@ def assert_equivalent(
 
 def _compare(subject: Subject, inputs: Inputs) -> _Compared:
     run = subject.run(inputs)
-    if not run.made:
-        reasons = "".join(f"\n  {module_path(hit.node)}: {hit.words}" for hit in run.found)
+    if not run.selections:
+        reasons = "".join(f"\n  {module_path(hit.node)}: {hit.words}" for hit in run.attentions)
         raise Violation(f"no attention was rewritten, so there is nothing to compare{reasons or ': none was found'}")
     subject.run_eager(inputs)  # a model that fails by itself says so in its own words
     try:
@@ -80,18 +80,18 @@ def _compare(subject: Subject, inputs: Inputs) -> _Compared:
 
 
 def _witnessed(subject: Subject, inputs: Inputs, run: Run) -> _Compared:
-    own, own_taps = subject.oracle.run(inputs, run.made, subject.config, exact=False)
-    golden, golden_taps = subject.oracle.run(inputs, run.made, subject.config, exact=True)
-    full = all(bool((m.selection.dense(m.candidates) == m.candidates).all()) for m in run.made)
+    own, own_taps = subject.oracle.run(inputs, run.selections, subject.config, exact=False)
+    golden, golden_taps = subject.oracle.run(inputs, run.selections, subject.config, exact=True)
+    full = all(bool((m.selection.dense(m.candidates) == m.candidates).all()) for m in run.selections)
     if full:
         # Nothing is left out: the model itself, uncompiled, is the better witness.
         golden, own = subject.golden_of(inputs), subject.run_eager(inputs)
-    return _Compared(run, golden, numerics.budget(own, golden, subject.dtype, inputs.valid), own_taps, golden_taps)
+    return _Compared(run, golden, numerics.tolerance(own, golden, subject.dtype, inputs.valid), own_taps, golden_taps)
 
 
 def _explained(subject: Subject, inputs: Inputs, compared: _Compared, found: numerics.Gap) -> list[str]:
     """The failure, line by line."""
-    sites = [hit for hit in compared.run.found if isinstance(hit, AttentionSite)]
+    sites = [hit for hit in compared.run.attentions if isinstance(hit, AttentionSite)]
     lines = [
         "the compiled model is not equivalent",
         f"  output: {found.words}, worst at {named(found.where)}",
@@ -112,12 +112,12 @@ def _first(subject: Subject, inputs: Inputs, compared: _Compared, sites: list[At
     position = f"  first position: {named(seen)}" if seen else ""
     rows = None if inputs.valid is None else inputs.valid[:, None]
     for index, (made, site, own, golden) in enumerate(
-        zip(compared.run.made, sites, compared.own_taps, compared.golden_taps)
+        zip(compared.run.selections, sites, compared.own_taps, compared.golden_taps)
     ):
         args = SparseAttentionArgs.for_(made.attention, made.selection, site.kernel)
         out = torch.ops.stem.sparse_attention(*args)
         valid = None if rows is None or rows.shape[-1] != out.shape[2] else rows.expand(out.shape[:3])
-        allowed = numerics.budget(own, golden, out.dtype, valid)
+        allowed = numerics.tolerance(own, golden, out.dtype, valid)
         place = numerics.first_beyond(out, golden, allowed, valid)
         if place is not None:
             error = float(numerics.errors(out, golden)[place])

@@ -54,20 +54,20 @@ def source_of(model: torch.nn.Module, given: Any = None) -> Source:
 
 
 def _of_function(given: Callable[[int, int, int], Any]) -> Source:
-    made = Source(
+    source = Source(
         lambda case: _inputs(given(case.batch, case.length, case.seed)),
         frozenset({"batch", "length"}),
         words="made by make_inputs",
     )
-    return _padded(made, Case(batch=2))
+    return _padded(source, Case(batch=2))
 
 
 def _padded(source: Source, probe: Case) -> Source:
     """The same, with padding in the inputs' own ``attention_mask`` where they have one of shape [batch, length]. A mask
     that already hides tokens is the user's and stays."""
 
-    def mask_of(made: Inputs, case: Case) -> torch.Tensor | None:
-        mask = made.kwargs.get("attention_mask")
+    def mask_of(inputs: Inputs, case: Case) -> torch.Tensor | None:
+        mask = inputs.kwargs.get("attention_mask")
         if not isinstance(mask, torch.Tensor) or mask.shape != (case.batch, case.length) or mask.is_floating_point():
             return None
         return mask
@@ -81,15 +81,15 @@ def _padded(source: Source, probe: Case) -> Source:
         return source
 
     def make(case: Case) -> Inputs:
-        made = source.make(case)
-        mask = mask_of(made, case)
+        inputs = source.make(case)
+        mask = mask_of(inputs, case)
         if mask is None:
-            return made
+            return inputs
         if case.pad and bool(mask.all()):
             mask = mask.clone()
             mask[-1, slice(0, case.pad) if case.side == "left" else slice(case.length - case.pad, None)] = 0
         valid = None if bool(mask.all()) else mask.bool()
-        return Inputs(made.args, made.kwargs | {"attention_mask": mask}, valid)
+        return Inputs(inputs.args, inputs.kwargs | {"attention_mask": mask}, valid)
 
     can = source.can | ({"padding"} if bool(mask.all()) else set())
     return dataclasses.replace(source, make=make, can=can)

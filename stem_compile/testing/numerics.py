@@ -1,4 +1,4 @@
-"""When two results are equal: an error budget measured on the model itself, never a tolerance picked by hand.
+"""When two results are equal: a tolerance measured on the model itself, never picked by hand.
 
 The golden result is the model in fp64. The model in its own dtype is off from it by its rounding; a rewrite may be off
 by a small factor of that, since it rounds in another order, plus some units in the last place of the result's own size,
@@ -25,27 +25,27 @@ class Undefined(ArithmeticError):
 
 @dataclass(frozen=True)
 class Gap:
-    """The worst position. error, budget: root mean square over the last dimension; ratio: error over budget; where:
-    indices of the position."""
+    """The worst position. error, allowed: root mean square over the last dimension; ratio: error over what is allowed;
+    where: indices of the position."""
 
     error: float
-    budget: float
+    allowed: float
     where: tuple[int, ...]
 
     @property
     def ratio(self) -> float:
-        """Error over budget; infinite where there is no budget."""
-        return self.error / self.budget if self.budget else float("inf")
+        """Error over what is allowed; infinite where nothing is."""
+        return self.error / self.allowed if self.allowed else float("inf")
 
     @property
     def ok(self) -> bool:
-        """Whether the error is within the budget."""
+        """Whether the error is allowed."""
         return self.ratio <= 1
 
     @property
     def words(self) -> str:
         """Both numbers and their ratio, for people."""
-        return f"error {self.error:.2e}, budget {self.budget:.2e} ({self.ratio:.3g} times the budget)"
+        return f"error {self.error:.2e}, tolerance {self.allowed:.2e} ({self.ratio:.3g} times the tolerance)"
 
 
 def errors(actual: torch.Tensor, golden: torch.Tensor) -> torch.Tensor:
@@ -63,7 +63,9 @@ def size(golden: torch.Tensor, valid: torch.Tensor | None = None) -> float:
     return float(kept.mean().sqrt()) if kept.numel() else 0.0
 
 
-def budget(eager: torch.Tensor, golden: torch.Tensor, dtype: torch.dtype, valid: torch.Tensor | None = None) -> float:
+def tolerance(
+    eager: torch.Tensor, golden: torch.Tensor, dtype: torch.dtype, valid: torch.Tensor | None = None
+) -> float:
     """Allowed error of a position: from the model's own, at its worst position. Raises Undefined."""
     lost = golden.isnan().any(-1)
     lost = lost & valid if valid is not None and valid.shape == lost.shape else lost
@@ -93,7 +95,7 @@ def gap(actual: torch.Tensor, golden: torch.Tensor, allowed: float, valid: torch
 def first_beyond(
     actual: torch.Tensor, golden: torch.Tensor, allowed: float, valid: torch.Tensor | None = None
 ) -> tuple[int, ...] | None:
-    """Indices of the earliest position (smallest along the second dimension) whose error is beyond the budget."""
+    """Indices of the earliest position (smallest along the second dimension) whose error is beyond the tolerance."""
     beyond = errors(actual, golden) > allowed
     if valid is not None and valid.shape == beyond.shape:
         beyond &= valid

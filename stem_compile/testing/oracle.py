@@ -48,23 +48,23 @@ def restricted(
     q_len, kv_len = q.shape[2], k.shape[2]
     group = q.shape[1] // k.shape[1]
     bias = mask if mask is not None and mask.is_floating_point() else None
-    seen = torch.ones(1, 1, q_len, kv_len, dtype=torch.bool, device=q.device)
+    visible = torch.ones(1, 1, q_len, kv_len, dtype=torch.bool, device=q.device)
     if causal:
-        seen = seen.tril()
+        visible = visible.tril()
     if bias is not None:
-        seen = seen & _scored(bias)
+        visible = visible & _scored(bias)
     elif mask is not None:
-        seen = seen & mask.bool()
-    blind = None if bias is None else _blind(seen, bias)
+        visible = visible & mask.bool()
+    blind = None if bias is None else _blind(visible, bias)
     if blocks is not None:
-        seen = seen & _tokens(blocks, size, q_len, kv_len)
+        visible = visible & _tokens(blocks, size, q_len, kv_len)
     if blind is not None:
-        seen = seen | blind
-    shown = seen if bias is None else bias.masked_fill(~seen, -torch.inf)
+        visible = visible | blind
+    shown = visible if bias is None else bias.masked_fill(~visible, -torch.inf)
     out = F.scaled_dot_product_attention(
         q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), attn_mask=shown, scale=scale
     )
-    out = torch.where(seen.any(-1, keepdim=True), out, 0)
+    out = torch.where(visible.any(-1, keepdim=True), out, 0)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -87,14 +87,14 @@ def weighted(
         if logits.dim() == 4
         else logits.reshape(batch, heads, q_len, columns)
     )
-    seen = _scored(logits[..., :kv_len])
-    blind = _blind(seen, logits[..., :kv_len])
+    visible = _scored(logits[..., :kv_len])
+    blind = _blind(visible, logits[..., :kv_len])
     if blocks is not None:
-        seen = seen & _tokens(blocks, size, q_len, kv_len)
+        visible = visible & _tokens(blocks, size, q_len, kv_len)
     if not cleared:
-        seen = seen | blind
-    logits = torch.cat([logits[..., :kv_len].masked_fill(~seen, -torch.inf), logits[..., kv_len:]], -1)
-    weights = logits.softmax(-1)[..., :kv_len].masked_fill(~seen, 0)
+        visible = visible | blind
+    logits = torch.cat([logits[..., :kv_len].masked_fill(~visible, -torch.inf), logits[..., kv_len:]], -1)
+    weights = logits.softmax(-1)[..., :kv_len].masked_fill(~visible, 0)
     return weights.to(v.dtype) @ v.repeat_interleave(heads // v.shape[1], 1)
 
 
@@ -103,9 +103,9 @@ def _scored(bias: torch.Tensor) -> torch.Tensor:
     return bias > torch.finfo(torch.float16).min
 
 
-def _blind(seen: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+def _blind(visible: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     """Rows in which no key is seen, but some have a finite score: [.., q_len, 1]."""
-    return ~seen.any(-1, keepdim=True) & (scores > -torch.inf).any(-1, keepdim=True)
+    return ~visible.any(-1, keepdim=True) & (scores > -torch.inf).any(-1, keepdim=True)
 
 
 def _tokens(blocks: torch.Tensor, size: tuple[int, int], q_len: int, kv_len: int) -> torch.Tensor:
@@ -170,16 +170,16 @@ class Oracle:
         self._positions = Positions()
 
     def run(
-        self, inputs: Inputs, made: Sequence[Observed] | None, config: StemConfig, exact: bool
+        self, inputs: Inputs, selections: Sequence[Observed] | None, config: StemConfig, exact: bool
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """(output, each attention's output [B, H, q_len, dv]). made: the captured selections, None for all blocks;
+        """(output, each attention's output [B, H, q_len, dv]). selections: those captured, None for all blocks;
         exact: in fp64, at the positions of the last run that was not (``exact.Positions``). Raises Mismatch."""
-        self._taps, self._next = [], iter(made or ())
+        self._taps, self._next = [], iter(selections or ())
         if exact:
             self._positions.rewind()
         else:
             self._positions = Positions()
-        self._dense, self._exact = made is None, exact
+        self._dense, self._exact = selections is None, exact
         build = functools.partial(self._build, config=config)
         key = ("oracle", config)
         try:
@@ -188,16 +188,17 @@ class Oracle:
             # fx adds the node and its stack to the message, which say nothing here.
             raise Mismatch(str(error).splitlines()[0]) from None
         if next(self._next, None) is not None:
-            raise Mismatch(f"{len(made or ())} selections were made for {len(self._taps)} attentions")
+            raise Mismatch(f"{len(selections or ())} selections were captured for {len(self._taps)} attentions")
         return primary(result), self._taps
 
     def _attend(self, site: AttentionSite, value: Callable[[Any], Any]) -> torch.Tensor:
         blocks, size = None, (1, 1)
         if not self._dense:
-            seen = next(self._next, None)
-            if seen is None:
+            observed = next(self._next, None)
+            if observed is None:
                 raise Mismatch(f"a selection is missing for attention {len(self._taps)}")
-            blocks, size = seen.selection.dense(seen.candidates), (seen.selection.block_q, seen.selection.block_k)
+            blocks = observed.selection.dense(observed.candidates)
+            size = (observed.selection.block_q, observed.selection.block_k)
         q, k, v = value(site.q), value(site.k), value(site.v)
         if site.logits is not None:
             out = weighted(value(site.logits), v, q.shape[1], blocks, size, site.cleared)
@@ -210,8 +211,8 @@ class Oracle:
         return out
 
     def _build(self, module: fx.GraphModule, examples: list[Any], config: StemConfig) -> Callable[..., Any]:
-        found = pipeline.analyze(module, config)
-        sites = {hit.node: hit for hit in found if isinstance(hit, AttentionSite)}
+        attentions = pipeline.analyze(module, config)
+        sites = {hit.node: hit for hit in attentions if isinstance(hit, AttentionSite)}
 
         def call(*args: Any) -> Any:
             replay = _Replay(module, sites, self._attend)

@@ -34,7 +34,7 @@ class Failure:
 
 @dataclass
 class Result:
-    """One property. worst: largest error relative to its budget. facts: means over the examples. verdict: a key of
+    """One property. worst: largest error relative to its tolerance. facts: means over the examples. verdict: a key of
     ``MARKS``.
 
     note: what else its facts need to be understood. wanted: examples that would have been tried with more time; 0 where
@@ -155,7 +155,7 @@ class Report:
         return f"{head}check_case(\n    {self.model},\n    {result.name!r},\n    {case!r},\n    {last},\n)"
 
     def __str__(self) -> str:
-        columns = ("property", "", "examples", "worst/budget", "what it says")
+        columns = ("property", "", "examples", "of tolerance", "what it says")
         rows = [
             columns,
             *((r.name, MARKS[r.verdict], r.tried, f"{r.worst:.2f}" if r.worst else "-", r.title) for r in self.results),

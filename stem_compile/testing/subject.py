@@ -51,12 +51,12 @@ Force = Callable[[int, Observed], BlockSelection | None]
 
 @dataclass(frozen=True)
 class Run:
-    """One compiled call. output: [batch, length, ...]; made: the selections, in order; found: every attention of the
-    graphs that ran."""
+    """One compiled call. output: [batch, length, ...]; selections: in order; attentions: all of the graphs that
+    ran."""
 
     output: torch.Tensor
-    made: list[Observed]
-    found: list[AttentionSite | Rejected]
+    selections: list[Observed]
+    attentions: list[AttentionSite | Rejected]
     result: Any
 
 
@@ -197,24 +197,24 @@ class Subject:
         rounds = self.options["inner"] == "eager" or self.dtype == torch.float32
         return primary(exactly(self.model, given.args, given.kwargs, self._twin(), rounds))
 
-    def budget(self, case: Case) -> float:
+    def tolerance(self, case: Case) -> float:
         """Error a position of this case's output may have: see ``numerics``."""
-        return numerics.budget(self.eager(case), self.golden(case), self.dtype, self.inputs(case).valid)
+        return numerics.tolerance(self.eager(case), self.golden(case), self.dtype, self.inputs(case).valid)
 
     def run(self, given: Case | Inputs, force: Force | None = None, **changes: Any) -> Run:
         """The compiled model. changes: options other than the subject's own."""
         inputs = self.inputs(given) if isinstance(given, Case) else given
         options = self.options | changes
-        made: list[Observed] = []
+        selections: list[Observed] = []
         ran: list[AttentionSite | Rejected] = []
 
-        def note(seen: Observed) -> BlockSelection | None:
-            made.append(seen)
-            return force(len(made) - 1, seen) if force else None
+        def note(observed: Observed) -> BlockSelection | None:
+            selections.append(observed)
+            return force(len(selections) - 1, observed) if force else None
 
         with observe(note), torch.no_grad():
             result = self._call(options, ran, inputs)
-        return Run(primary(result), made, ran, result)
+        return Run(primary(result), selections, ran, result)
 
     @contextlib.contextmanager
     def within(self, around: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
@@ -244,12 +244,12 @@ class Subject:
 
     def _built(self, module: fx.GraphModule, examples: list[Any], options: dict[str, Any]) -> Callable[..., Any]:
         """Backend "stem" under ``options``; the result tells which attentions it holds whenever it runs."""
-        found: list[AttentionSite | Rejected] = []
-        with backend.listen(lambda rewrite: found.extend(rewrite.found)):
+        attentions: list[AttentionSite | Rejected] = []
+        with backend.listen(lambda rewrite: attentions.extend(rewrite.attentions)):
             compiled = backend.stem(module, examples, options=options)
 
         def call(*args: Any) -> Any:
-            self._ran.extend(found)
+            self._ran.extend(attentions)
             # A kernel that fails is a fault, though dense attention would answer in its place.
             with self._around(), warnings.catch_warnings():
                 warnings.simplefilter("error", KernelWarning)

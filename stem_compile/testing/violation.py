@@ -24,7 +24,7 @@ class Inapplicable(Exception):
 
 @dataclass
 class Measure:
-    """What an example that holds showed. worst: largest error over its budget (0 where a property has none); facts:
+    """What an example that holds showed. worst: largest error over its tolerance (0 where a property has none); facts:
     numbers for the report."""
 
     worst: float = 0.0
@@ -32,7 +32,7 @@ class Measure:
 
 
 def require(gap: Gap, what: str, place: str = "") -> Measure:
-    """A measure of ``gap``, or Violation when it is beyond its budget."""
+    """A measure of ``gap``, or Violation when it is beyond its tolerance."""
     if not gap.ok:
         where = f" at {named(gap.where)}" if gap.where else ""
         raise Violation(f"{what}: {gap.words}{where}{'; ' + place if place else ''}", gap)

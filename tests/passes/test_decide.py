@@ -56,7 +56,7 @@ def test_chunks_of_whole_blocks_select_as_one_shot_does(cuts: tuple[int, ...], p
 def test_a_chunk_that_cuts_a_block_is_refused(begin: int, end: int, detail: str) -> None:
     x = torch.randn(1, 2, end, 16)
     result, out, lists = run(x, begin)
-    (hit,) = result.found
+    (hit,) = result.attentions
     assert isinstance(hit, Rejected) and hit.reason is Reason.CHUNK
     assert detail in hit.words and "multiple of block_size" in hit.words
     assert not lists
@@ -85,7 +85,7 @@ def test_a_place_known_at_run_time_only_is_refused() -> None:
 
     x = torch.randn(1, 2, 1024, 16)
     result, _ = rewritten(after, (x, torch.tensor(512)), budget=0.25, block_size=BLOCK, prompt_length=LENGTH)
-    assert [hit.reason for hit in result.found] == [Reason.CHUNK]
+    assert [hit.reason for hit in result.attentions] == [Reason.CHUNK]
     result, _ = rewritten(after, (x, torch.tensor(512)), budget=0.25, block_size=BLOCK)
     assert len(result.sites) == 1
 

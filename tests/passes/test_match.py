@@ -30,7 +30,7 @@ NEAR_MISSES = [(kind, name, *case) for kind, p in matching.PATTERNS.members() fo
 )
 def test_examples_are_rewritten_and_right(pattern: str, name: str, function: Callable[..., Any], inputs: Any) -> None:
     result, out = rewritten(function, inputs)
-    assert len(result.sites) == len(result.found) == 1
+    assert len(result.sites) == len(result.attentions) == 1
     assert_close(out, function(*inputs))
 
 
@@ -43,8 +43,8 @@ def test_near_misses_are_rejected_and_untouched(
     module = graph_of(function, inputs)
     before = module.graph.python_code("self").src
     result = pipeline.run(module, StemConfig(min_length=0, verify=True))
-    assert [h.reason for h in result.found if isinstance(h, Rejected)] == [reason]
-    assert reason.remedy in result.found[0].words  # type: ignore[union-attr]
+    assert [h.reason for h in result.attentions if isinstance(h, Rejected)] == [reason]
+    assert reason.remedy in result.attentions[0].words  # type: ignore[union-attr]
     assert module.graph.python_code("self").src == before
 
 
@@ -173,7 +173,7 @@ def test_gradients_are_those_of_the_result(name: str) -> None:
         assert len(result.sites) == 1
         assert not out.requires_grad
     else:
-        assert [h.reason for h in result.found if isinstance(h, Rejected)] == [Reason.GRADIENT]
+        assert [h.reason for h in result.attentions if isinstance(h, Rejected)] == [Reason.GRADIENT]
         assert out.requires_grad
 
 
@@ -199,7 +199,7 @@ def test_gradients_are_refused_and_flow() -> None:
 def test_what_no_kernel_takes_is_refused(shape: tuple[int, ...], dtype: torch.dtype, reason: Reason) -> None:
     x = torch.randn(shape, dtype=dtype)
     result, _ = rewritten(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), (x, x, x))
-    assert [h.reason for h in result.found if isinstance(h, Rejected)] == [reason]
+    assert [h.reason for h in result.attentions if isinstance(h, Rejected)] == [reason]
 
 
 @pytest.mark.parametrize(
@@ -214,13 +214,13 @@ def test_what_no_kernel_takes_is_refused(shape: tuple[int, ...], dtype: torch.dt
 def test_options_keep_attentions_dense(options: dict[str, Any], reason: Reason) -> None:
     x = torch.randn(1, 2, 40, 16)
     result, _ = rewritten(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), (x, x, x), **options)
-    assert [h.reason for h in result.found if isinstance(h, Rejected)] == [reason]
+    assert [h.reason for h in result.attentions if isinstance(h, Rejected)] == [reason]
 
 
 def test_a_prompt_without_tokens_stays_as_it_is() -> None:
     x = torch.randn(1, 2, 0, 16)
     result, out = rewritten(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), (x, x, x))
-    assert [h.reason for h in result.found if isinstance(h, Rejected)] == [Reason.SHORT]
+    assert [h.reason for h in result.attentions if isinstance(h, Rejected)] == [Reason.SHORT]
     assert out.shape == x.shape
 
 
@@ -233,7 +233,7 @@ def test_decoding_is_refused() -> None:
         )
 
     result, _ = rewritten(model, (q, k, k))
-    assert [h.reason for h in result.found if isinstance(h, Rejected)] == [Reason.DECODE]
+    assert [h.reason for h in result.attentions if isinstance(h, Rejected)] == [Reason.DECODE]
 
 
 SPELLINGS: dict[str, Callable[..., Any]] = {
@@ -259,5 +259,5 @@ def test_sites_are_numbered_in_order() -> None:
         return x
 
     result, _ = rewritten(model, (torch.randn(1, 2, 40, 16),), fuel=2)
-    assert [type(h) for h in result.found] == [AttentionSite, AttentionSite, Rejected]
+    assert [type(h) for h in result.attentions] == [AttentionSite, AttentionSite, Rejected]
     assert [s.index for s in result.sites] == [0, 1]

@@ -135,7 +135,7 @@ def test_a_failure_costs_one_attention(
 ) -> None:
     plant(monkeypatch)
     _, rewrite, told = compiled(three, torch.randn(1, 2, N, 16), verify=verify)
-    assert [getattr(hit, "reason", None) for hit in rewrite.found] == [None, Reason.INTERNAL, None]
+    assert [getattr(hit, "reason", None) for hit in rewrite.attentions] == [None, Reason.INTERNAL, None]
     assert len(told) == 1
     assert "ZeroDivisionError: planted" in told[0]
     assert "1 of 3" in told[0]
@@ -173,7 +173,7 @@ def test_a_failing_reader_costs_one_tensor(monkeypatch: pytest.MonkeyPatch) -> N
         )
 
     _, rewrite, _ = compiled(mixed, x)
-    assert isinstance(rewrite.found[1], AttentionSite)
+    assert isinstance(rewrite.attentions[1], AttentionSite)
 
 
 def causal(x: torch.Tensor) -> torch.Tensor:
@@ -188,7 +188,7 @@ def by_hand(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("attend", [causal, by_hand])
 def test_vmap_stays_dense(attend: Callable[..., Any]) -> None:
     _, rewrite, told = compiled(lambda x: torch.vmap(attend)(x) + attend(x[0]), torch.randn(3, 1, 2, N, 16))
-    assert [getattr(hit, "reason", None) for hit in rewrite.found] == [Reason.TRANSFORM, None]
+    assert [getattr(hit, "reason", None) for hit in rewrite.attentions] == [Reason.TRANSFORM, None]
     assert not told
 
 
@@ -206,7 +206,7 @@ def test_a_checkpointed_block_is_rewritten(attend: Callable[..., Any]) -> None:
         return attend(x) + checkpoint(lambda y: attend(y) + 1, x, use_reentrant=False)
 
     _, rewrite, _ = compiled(model, torch.randn(1, 2, N, 16), verify=True)
-    assert [type(hit) for hit in rewrite.found] == [AttentionSite] * 2
+    assert [type(hit) for hit in rewrite.attentions] == [AttentionSite] * 2
 
 
 def test_attention_inside_cond_is_refused_with_a_reason() -> None:

@@ -34,8 +34,8 @@ def test_a_published_module_is_rewritten_or_refused_and_equal_to_eager(name: str
     if not entry.everywhere:
         out, expected = (x[inputs[1].bool()] for x in (out, expected))
     assert_close(out, expected)
-    reasons = [hit.reason if isinstance(hit, Rejected) else None for hit in result.found]
-    assert reasons == [entry.reason], [hit.words for hit in result.found]
+    reasons = [hit.reason if isinstance(hit, Rejected) else None for hit in result.attentions]
+    assert reasons == [entry.reason], [hit.words for hit in result.attentions]
 
 
 def test_nearly_all_causal_modules_are_rewritten() -> None:

@@ -34,7 +34,7 @@ def test_an_encoder_is_rewritten_for_who_asks(budget: float) -> None:
 
 def test_an_encoder_stays_dense_by_default() -> None:
     result, _ = rewritten(F.scaled_dot_product_attention, _qkv())
-    assert [h.reason for h in result.found if isinstance(h, Rejected)] == [Reason.BIDIRECTIONAL]
+    assert [h.reason for h in result.attentions if isinstance(h, Rejected)] == [Reason.BIDIRECTIONAL]
 
 
 def test_every_long_row_has_the_same_budget() -> None:

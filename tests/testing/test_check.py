@@ -97,7 +97,7 @@ def test_a_failure_is_readable_and_its_snippet_fails_again(failing: Report) -> N
         failing.raise_for_failures()
     message = str(caught.value)
     assert "kernel-exactness does not hold (equals dense attention under the selected blocks)" in message
-    assert "times the budget) at batch row 0, position" in message
+    assert "times the tolerance) at batch row 0, position" in message
     assert "seed 0" in message
     (result,) = failing.failures
     snippet = failing.snippet(result)

@@ -70,7 +70,7 @@ def test_a_wrong_result_is_seen(fault: str, trial: Trial) -> None:
     with planted.planted():
         outcome = run(trial)
     assert outcome.verdict == "wrong", outcome
-    assert "times the budget" in outcome.detail
+    assert "times the tolerance" in outcome.detail
 
 
 def test_a_failure_of_a_pass_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ _flash: Callable[..., Part] = torch.ops.aten._scaled_dot_product_flash_attention
 
 
 @dataclass(frozen=True)
-class Run:
+class Span:
     """Consecutive query row blocks of query heads that share a key head. ``count``: length of their lists, None for all
     visible keys.
 
@@ -94,27 +94,27 @@ def dense(x: torch.Tensor, dtype: torch.dtype, width: int, length: int | None = 
     return made
 
 
-def attend(p: Problem, run: Run) -> None:
+def attend(p: Problem, span: Span) -> None:
     """Write the run's rows of ``p.out``."""
-    tokens = slice(run.rows.start * p.block_q, min(run.rows.stop * p.block_q, p.q.shape[2]))
-    heads = slice(run.heads.start, run.heads.stop)
+    tokens = slice(span.rows.start * p.block_q, min(span.rows.stop * p.block_q, p.q.shape[2]))
+    heads = slice(span.heads.start, span.heads.stop)
 
     def rows_of(x: torch.Tensor) -> torch.Tensor:
         # [rows, heads, tokens, ...]: heads beside tokens, so that calls on shared keys see one tall query. Full rows
         # are one.
-        rows = 1 if run.count is None else len(run.rows)
-        part: torch.Tensor = x[run.batch, heads, tokens]
+        rows = 1 if span.count is None else len(span.rows)
+        part: torch.Tensor = x[span.batch, heads, tokens]
         return part.view(len(part), rows, -1, *part.shape[2:]).transpose(0, 1)
 
     q = dense(rows_of(p.q), p.keys.dtype, p.keys.shape[-1])
     out, lse = rows_of(p.out), None if p.lse is None else rows_of(p.lse)
     done: Part | None = None
-    for part in _full(p, run, q) if run.count is None else _shared_lists(p, run, q):
+    for part in _full(p, span, q) if span.count is None else _shared_lists(p, span, q):
         done = part if done is None else (_mix(done, part), torch.logaddexp(done[1], part[1]))
-    if run.count is None or run.prefix + run.window == run.count:
+    if span.count is None or span.prefix + span.window == span.count:
         _write(out, lse, done)
         return
-    for some, part in _gathered(p, run, q):
+    for some, part in _gathered(p, span, q):
         _write(
             out[some],
             None if lse is None else lse[some],
@@ -141,92 +141,96 @@ def _write(out: torch.Tensor, lse: torch.Tensor | None, a: Part | None, b: Part 
         lse.copy_(torch.full((), -torch.inf) if a is None else a[1] if b is None else torch.logaddexp(a[1], b[1]))
 
 
-def _full(p: Problem, run: Run, q: torch.Tensor) -> Iterator[Part]:
+def _full(p: Problem, span: Span, q: torch.Tensor) -> Iterator[Part]:
     """All visible keys: those before the run's diagonal in one piece, then the triangle."""
-    start = p.first[run.batch] * p.block_k
-    middle = max(start, p.columns(run.rows[0])[0] * p.block_k)
-    end = p.limits(run.rows[-1])[1]
+    start = p.first[span.batch] * p.block_k
+    middle = max(start, p.columns(span.rows[0])[0] * p.block_k)
+    end = p.limits(span.rows[-1])[1]
     if start < middle:
-        yield _shared(p, run, q, start, middle)
+        yield _shared(p, span, q, start, middle)
     if middle < end:
-        yield _triangle(p, run, q, middle, end)
+        yield _triangle(p, span, q, middle, end)
 
 
-def _triangle(p: Problem, run: Run, q: torch.Tensor, start: int, end: int) -> Part:
+def _triangle(p: Problem, span: Span, q: torch.Tensor, start: int, end: int) -> Part:
     """Full rows against the keys [start, end) around their diagonal: without a bias where key ``start`` is the first
     query's own."""
-    tokens, first = q.shape[2], run.rows.start * p.block_q
+    tokens, first = q.shape[2], span.rows.start * p.block_q
     # The call masks before it scales, which only a positive scale survives.
     if (
         p.scale <= 0
         or p.offset is None
         or start != first + p.offset
         or end != start + tokens
-        or _cut(p, run, start, end)
+        or _cut(p, span, start, end)
     ):
-        return _shared(p, run, q, start, end, diagonal=True)
+        return _shared(p, span, q, start, end, diagonal=True)
     keys, values = (
-        x[run.batch, _key_head(p, run), None, None, start:end].expand(1, q.shape[1], -1, -1) for x in (p.keys, p.values)
+        x[span.batch, _key_head(p, span), None, None, start:end].expand(1, q.shape[1], -1, -1)
+        for x in (p.keys, p.values)
     )
     return _flash(q, keys, values, 0.0, True, scale=p.scale)
 
 
-def _shared_lists(p: Problem, run: Run, q: torch.Tensor) -> Iterator[Part]:
+def _shared_lists(p: Problem, span: Span, q: torch.Tensor) -> Iterator[Part]:
     """What the lists hold that needs no gathering."""
-    if run.prefix:
-        start = p.first[run.batch] * p.block_k
-        yield _shared(p, run, q, start, start + run.prefix * p.block_k)
-    if run.window:
-        yield _window(p, run, q)
+    if span.prefix:
+        start = p.first[span.batch] * p.block_k
+        yield _shared(p, span, q, start, start + span.prefix * p.block_k)
+    if span.window:
+        yield _window(p, span, q)
 
 
-def _shared(p: Problem, run: Run, q: torch.Tensor, start: int, end: int, diagonal: bool = False) -> Part:
+def _shared(p: Problem, span: Span, q: torch.Tensor, start: int, end: int, diagonal: bool = False) -> Part:
     """All rows and heads of the run against the same keys [start, end)."""
-    keys, values = (x[run.batch, _key_head(p, run), None, None, start:end] for x in (p.keys, p.values))
-    bias, blind = _diagonal(p, run.rows.start * p.block_q, q.shape[:3], start, end) if diagonal else (None, None)
-    if _cut(p, run, start, end):
+    keys, values = (x[span.batch, _key_head(p, span), None, None, start:end] for x in (p.keys, p.values))
+    bias, blind = _diagonal(p, span.rows.start * p.block_q, q.shape[:3], start, end) if diagonal else (None, None)
+    if _cut(p, span, start, end):
         assert p.bias is not None
-        hidden = p.bias[run.batch, None, None, None, start:end]
+        hidden = p.bias[span.batch, None, None, None, start:end]
         bias = hidden if bias is None else bias + hidden
         blind = blind_to(bias)
     return _part(p, q, (1, 1, -1), keys, values, bias, blind)
 
 
-def _window(p: Problem, run: Run, q: torch.Tensor) -> Part:
+def _window(p: Problem, span: Span, q: torch.Tensor) -> Part:
     """Each row block against its last key blocks: overlapping views of the keys, one diagonal for all rows."""
     rows, group, height, _ = q.shape
-    size = run.window * p.block_k
-    start = p.columns(run.rows[0])[1] * p.block_k - size
+    size = span.window * p.block_k
+    start = p.columns(span.rows[0])[1] * p.block_k - size
     keys, values = (
-        _sliding(x[run.batch, _key_head(p, run)], start, rows, size, p.block_q)[:, None] for x in (p.keys, p.values)
+        _sliding(x[span.batch, _key_head(p, span)], start, rows, size, p.block_q)[:, None] for x in (p.keys, p.values)
     )
-    bias, blind = _diagonal(p, run.rows.start * p.block_q, torch.Size((1, group, height)), start, start + size)
+    bias, blind = _diagonal(p, span.rows.start * p.block_q, torch.Size((1, group, height)), start, start + size)
     if p.bias is not None:
-        bias = bias + _sliding(p.bias[run.batch, :, None], start, rows, size, p.block_q).transpose(1, 2)[:, None]
+        bias = bias + _sliding(p.bias[span.batch, :, None], start, rows, size, p.block_q).transpose(1, 2)[:, None]
         blind = blind_to(bias)
     return _part(p, q, (rows, 1, -1), keys, values, bias, blind)
 
 
-def _gathered(p: Problem, run: Run, q: torch.Tensor) -> Iterator[tuple[slice, Part]]:
+def _gathered(p: Problem, span: Span, q: torch.Tensor) -> Iterator[tuple[slice, Part]]:
     """What the lists hold between prefix and window, for some of the run's rows at a time. Without a window this may
     reach over the diagonal."""
     rows, group, height, width = q.shape
-    assert run.count is not None
+    assert span.count is not None
     listed = p.indices[
-        run.batch, run.heads.start : run.heads.stop, run.rows.start : run.rows.stop, run.prefix : run.count - run.window
+        span.batch,
+        span.heads.start : span.heads.stop,
+        span.rows.start : span.rows.stop,
+        span.prefix : span.count - span.window,
     ].transpose(0, 1)
     bias = None
     if p.bias is not None:
-        bias = p.bias[run.batch].view(-1, p.block_k).index_select(0, listed.reshape(-1)).view(rows, group, 1, -1)
-    if not run.window and int(listed.max()) >= p.columns(run.rows[0])[0]:
+        bias = p.bias[span.batch].view(-1, p.block_k).index_select(0, listed.reshape(-1)).view(rows, group, 1, -1)
+    if not span.window and int(listed.max()) >= p.columns(span.rows[0])[0]:
         late = _late(
             p,
-            run.rows.start * p.block_q,
+            span.rows.start * p.block_q,
             rows * height,
             (listed.unsqueeze(-1) * p.block_k + torch.arange(p.block_k)).view(rows, group, 1, -1),
         )
         bias = late if bias is None else bias + late
-    keys, values = (x[run.batch, _key_head(p, run)].view(-1, p.block_k * width) for x in (p.keys, p.values))
+    keys, values = (x[span.batch, _key_head(p, span)].view(-1, p.block_k * width) for x in (p.keys, p.values))
     step = max(1, GATHERED // (2 * group * listed.shape[-1] * p.block_k * width * q.element_size()))
     for start in range(0, rows, step):
         some = slice(start, min(start + step, rows))
@@ -309,13 +313,13 @@ def blind_to(bias: torch.Tensor) -> torch.Tensor:
     return (bias == -torch.inf).all(-1)
 
 
-def _cut(p: Problem, run: Run, start: int, end: int) -> bool:
+def _cut(p: Problem, span: Span, start: int, end: int) -> bool:
     """Whether a key of the blocks of [start, end) is hidden."""
-    return p.bias is not None and p.cut[run.batch][-(-end // p.block_k)] > p.cut[run.batch][start // p.block_k]
+    return p.bias is not None and p.cut[span.batch][-(-end // p.block_k)] > p.cut[span.batch][start // p.block_k]
 
 
-def _key_head(p: Problem, run: Run) -> int:
-    return run.heads.start // (p.q.shape[1] // p.keys.shape[1])
+def _key_head(p: Problem, span: Span) -> int:
+    return span.heads.start // (p.q.shape[1] // p.keys.shape[1])
 
 
 def _sliding(x: torch.Tensor, start: int, rows: int, size: int, step: int) -> torch.Tensor:

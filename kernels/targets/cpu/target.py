@@ -14,7 +14,7 @@ from stem_compile.algebra.blocks import cdiv
 from stem_compile.algebra.masks import decode
 from stem_compile.kernels.contract import Kernels, Stopwatch
 from stem_compile.kernels.targets.cpu import masses, pooling, rowwise, workers
-from stem_compile.kernels.targets.cpu.gather import Problem, Run, dense
+from stem_compile.kernels.targets.cpu.gather import Problem, Span, dense
 from stem_compile.kernels.targets.cpu.gather import attend as attend_run
 from stem_compile.reasons import Reason
 from stem_compile.selection import FULL, Attention, BlockSelection, SelectionSpec
@@ -23,7 +23,7 @@ from stem_compile.selection.tpd import everything, row_counts
 LARGEST_HEAD = 1024
 """Head dims beyond are no attention that anybody has tried here."""
 TALL = 1536
-"""Queries of a run, all heads together. PyTorch's flash attention takes its largest tile from 768 on."""
+"""Queries of a span, all heads together. PyTorch's flash attention takes its largest tile from 768 on."""
 NATIVE_BF16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()
 """Whether bf16 products are faster than fp32 ones here. Elsewhere everything is computed in fp32, which is exacter too.
 """
@@ -100,11 +100,13 @@ def attend(
         rowwise.attend(_problem(attention, selection, out, lse, plain=True), selection.counts, attention)
     else:
 
-        def pieces() -> Iterator[tuple[Problem, Run]]:
+        def pieces() -> Iterator[tuple[Problem, Span]]:
             # Lazy, so that a worker plans: its small calls run alone instead of waiting for torch's other threads.
             problem = _problem(attention, selection, out, lse)
-            for run in sorted(_runs(problem, selection.counts, attention.spec), key=lambda run: run.count is not None):
-                yield problem, run
+            for span in sorted(
+                _spans(problem, selection.counts, attention.spec), key=lambda span: span.count is not None
+            ):
+                yield problem, span
 
         workers.run(lambda piece: attend_run(*piece), pieces())
     return out if lse is None or attention.score.sink is None else _with_sink(out, lse, attention)
@@ -155,7 +157,7 @@ def _problem(
     return problem
 
 
-def _runs(p: Problem, counts: torch.Tensor, spec: SelectionSpec) -> Iterator[Run]:
+def _spans(p: Problem, counts: torch.Tensor, spec: SelectionSpec) -> Iterator[Span]:
     """Cover all rows and heads by runs: heads of one key head together where their lists have one length."""
     batch, heads, rows = counts.shape
     group = heads // p.keys.shape[1]
@@ -183,7 +185,7 @@ def _runs(p: Problem, counts: torch.Tensor, spec: SelectionSpec) -> Iterator[Run
                     while stop < min(rows, row + chunk) and shapes[stop] == shapes[row]:
                         stop += 1
                     count, prefix, window, _ = shapes[row]
-                    yield Run(
+                    yield Span(
                         b,
                         some,
                         range(row, stop),

@@ -41,8 +41,10 @@ def attention_spec(template: str, attention: Attention) -> KernelSpec:
 
 
 @functools.lru_cache(maxsize=1024)
-def _spec(template: str, dtype: str, head_dim: int, value_dim: int, mask: str, spec: str, score: str) -> KernelSpec:
-    parsed = parse(spec)
+def _spec(
+    template: str, dtype: str, head_dim: int, value_dim: int, mask: str, spec_text: str, score: str
+) -> KernelSpec:
+    parsed = parse(spec_text)
     return KernelSpec(template, dtype, int(head_dim), int(value_dim), parsed.block_q, parsed.block_k, mask, score=score)
 
 
@@ -50,7 +52,7 @@ class Launch(NamedTuple):
     """What every attention kernel takes, in its order: queries, keys and values as they are given to it, the result,
     the lists, and what a kernel knows only at run time. lse: fp32 [B, H, q_len] to fill, contiguous, or None."""
 
-    spec: KernelSpec
+    kernel_spec: KernelSpec
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
@@ -68,7 +70,7 @@ class Launch(NamedTuple):
     @property
     def rows(self) -> int:
         """Query blocks."""
-        return int(cdiv(self.q.shape[2], self.spec.block_q))
+        return int(cdiv(self.q.shape[2], self.kernel_spec.block_q))
 
 
 def attend(
@@ -107,16 +109,20 @@ def attend(
 
 
 def _launch_hopper(launch: Launch) -> None:
-    spec, q, k, v, counts = launch.spec, launch.q, launch.k, launch.v, launch.counts
-    config = hopper_config(spec)
-    assert config is not None, f"no hopper configuration for {spec}"
+    kernel_spec, q, k, v, counts = launch.kernel_spec, launch.q, launch.k, launch.v, launch.counts
+    config = hopper_config(kernel_spec)
+    assert config is not None, f"no hopper configuration for {kernel_spec}"
     batch, heads = q.shape[:2]
     # Uninitialised: the kernel writes every mark, or none is read.
-    marks = counts.new_empty(batch, heads, launch.rows, spec.block_q // MARKED_ROWS)
+    marks = counts.new_empty(batch, heads, launch.rows, kernel_spec.block_q // MARKED_ROWS)
     # A tile of several blocks comes in boxes as wide as one swizzle.
-    side_by_side = spec.block_k < config.tile
-    box = (spec.block_k, min(64, padded(spec.head_dim), padded(spec.value_dim))) if side_by_side else (config.tile, 0)
-    module: Any = cache.load(spec)
+    side_by_side = kernel_spec.block_k < config.tile
+    box = (
+        (kernel_spec.block_k, min(64, padded(kernel_spec.head_dim), padded(kernel_spec.value_dim)))
+        if side_by_side
+        else (config.tile, 0)
+    )
+    module: Any = cache.load(kernel_spec)
     module.attend[(launch.rows * batch * heads,)](
         descriptors.boxes(q, 64),
         descriptors.boxes(k, *box),
@@ -136,13 +142,13 @@ def _launch_hopper(launch: Launch) -> None:
         num_warps=config.warps,
     )
     if module.FIXED.value:
-        again = _as_portable(spec)
+        again = _as_portable(kernel_spec)
         attend_marked(marks, again, Tiles(launch, marked_config(again), bulk=True))
 
 
 @functools.lru_cache(maxsize=1024)
-def _as_portable(spec: KernelSpec) -> KernelSpec:
-    return replace(spec, template="portable")
+def _as_portable(kernel_spec: KernelSpec) -> KernelSpec:
+    return replace(kernel_spec, template="portable")
 
 
 class Tiles:
@@ -170,10 +176,10 @@ _fitting: dict[tuple[KernelSpec, torch.device, bool], int] = {}
 def _launch_portable(launch: Launch) -> None:
     """Launch with the best configuration that the device's shared memory holds; which one that is, is found once a
     machine."""
-    spec, q, k, v = launch.spec, launch.q, launch.k, launch.v
-    configs = portable_configs(spec)
-    question = (spec, q.device, launch.lse is not None)
-    key = f"{device.machine(q.device)} {spec} {launch.lse is not None}" if q.is_cuda else ""
+    kernel_spec, q, k, v = launch.kernel_spec, launch.q, launch.k, launch.v
+    configs = portable_configs(kernel_spec)
+    question = (kernel_spec, q.device, launch.lse is not None)
+    key = f"{device.machine(q.device)} {kernel_spec} {launch.lse is not None}" if q.is_cuda else ""
     if question not in _fitting and (known := cache.recall("fitting", key)) is not None:
         _fitting[question] = int(known)
     bulk = device.capability(q.device)[0] >= 9 and descriptors.addressable(k) and descriptors.addressable(v)
@@ -192,19 +198,19 @@ def _launch_portable(launch: Launch) -> None:
 
 
 def _portable(launch: Launch, config: Config, bulk: bool) -> None:
-    q, parts = launch.q, launch.spec.block_q // config.rows
+    q, parts = launch.q, launch.kernel_spec.block_q // config.rows
     marks = launch.counts.new_empty(*q.shape[:2], launch.rows, parts)
-    module: Any = cache.load(launch.spec)
+    module: Any = cache.load(launch.kernel_spec)
     tiles = Tiles(launch, config, bulk)
     module.attend[(launch.rows * parts, q.shape[0] * q.shape[1])](marks, *tiles.operands, **tiles.constants)
     if module.FIXED.value:
-        attend_marked(marks, launch.spec, tiles)
+        attend_marked(marks, launch.kernel_spec, tiles)
 
 
-def attend_marked(marks: torch.Tensor, spec: KernelSpec, tiles: Tiles) -> None:
+def attend_marked(marks: torch.Tensor, kernel_spec: KernelSpec, tiles: Tiles) -> None:
     """Compute the marked rows of the result and of ``lse`` again. marks: int32 [B, H, query blocks, parts of ``ROWS``
-    queries]. spec: of the portable template."""
-    module: Any = cache.load(spec)
+    queries]. kernel_spec: of the portable template."""
+    module: Any = cache.load(kernel_spec)
     module.attend_marked[(cdiv(marks.numel(), SHARE),)](
         marks, marks.numel(), *tiles.operands, SHARE=SHARE, **tiles.constants
     )

@@ -40,30 +40,30 @@ def padded(dim: int) -> int:
 
 
 @functools.cache
-def hopper_config(spec: KernelSpec) -> Config | None:
+def hopper_config(kernel_spec: KernelSpec) -> Config | None:
     """Tile and ring depth of the Hopper template; None where it does not fit."""
-    d, dv = padded(spec.head_dim), padded(spec.value_dim)
+    d, dv = padded(kernel_spec.head_dim), padded(kernel_spec.value_dim)
     if (
-        spec.dtype == "fp32"
-        or spec.block_q not in (64, 128)
+        kernel_spec.dtype == "fp32"
+        or kernel_spec.block_q not in (64, 128)
         or max(d, dv) > 256
-        or spec.head_dim % 8
-        or spec.value_dim % 8
-        or spec.block_k < 32
+        or kernel_spec.head_dim % 8
+        or kernel_spec.value_dim % 8
+        or kernel_spec.block_k < 32
     ):
         return None
     tile = 128 if max(d, dv) <= 128 else 64  # several blocks side by side where they are smaller
     # Beside the tiles: barriers, and scratch in which a consumer turns its output into rows.
-    free = SHARED_BYTES - 1024 - max(1 << 14, 64 * dv * 2) - spec.block_q * d * 2
+    free = SHARED_BYTES - 1024 - max(1 << 14, 64 * dv * 2) - kernel_spec.block_q * d * 2
     stages = min(4, free // (tile * (d + dv) * 2))
     return Config(tile, stages, 4) if stages >= 2 else None
 
 
-def shared_bytes(spec: KernelSpec, config: Config) -> int:
+def shared_bytes(kernel_spec: KernelSpec, config: Config) -> int:
     """Shared memory of the portable template, from above: queries, the ring, and for float32 the second part of each
     operand's tf32 split."""
-    d, dv = padded(spec.head_dim), padded(spec.value_dim)
-    if spec.dtype == "fp32":
+    d, dv = padded(kernel_spec.head_dim), padded(kernel_spec.value_dim)
+    if kernel_spec.dtype == "fp32":
         return 8 * (config.rows * d + config.tile * (d + dv)) + 4 * (
             config.rows * config.tile + (config.stages - 1) * config.tile * (d + dv)
         )
@@ -71,26 +71,26 @@ def shared_bytes(spec: KernelSpec, config: Config) -> int:
 
 
 @functools.cache
-def portable_configs(spec: KernelSpec) -> tuple[Config, ...]:
+def portable_configs(kernel_spec: KernelSpec) -> tuple[Config, ...]:
     """Configurations of the portable template, best first; later ones need less shared memory."""
-    size = 4 if spec.dtype == "fp32" else 2
-    row = size * max(padded(spec.head_dim), padded(spec.value_dim))
-    tile = min(spec.block_k, 128 if row <= 256 else 64 if size == 2 else 32)
+    size = 4 if kernel_spec.dtype == "fp32" else 2
+    row = size * max(padded(kernel_spec.head_dim), padded(kernel_spec.value_dim))
+    tile = min(kernel_spec.block_k, 128 if row <= 256 else 64 if size == 2 else 32)
     stages = 2 if tile * row >= 1 << 15 else 3
     ladder: list[Config] = []
-    rows = spec.block_q
+    rows = kernel_spec.block_q
     while not ladder or rows >= 16:
         warps = 8 if rows >= 128 else 4
         ladder += [Config(tile, s, warps, rows, size == 2) for s in range(stages, 0, -1)]
         ladder += [Config(t, s, warps, rows, size == 2) for t in (tile // 2, tile // 4) if t >= 16 for s in (2, 1)]
         rows //= 2
-    return tuple(sorted(ladder, key=lambda c: shared_bytes(spec, c) > SHARED_BYTES))
+    return tuple(sorted(ladder, key=lambda c: shared_bytes(kernel_spec, c) > SHARED_BYTES))
 
 
-def marked_config(spec: KernelSpec) -> Config:
+def marked_config(kernel_spec: KernelSpec) -> Config:
     """Configuration for rows that the Hopper template marked. Small: it rarely runs, and is never short of
     registers."""
-    tile = min(64 if padded(max(spec.head_dim, spec.value_dim)) <= 128 else 32, spec.block_k)
+    tile = min(64 if padded(max(kernel_spec.head_dim, kernel_spec.value_dim)) <= 128 else 32, kernel_spec.block_k)
     return Config(tile, 2, 8, MARKED_ROWS, bulk=True)
 
 

@@ -104,7 +104,7 @@ class Tally:
             "attentions": dict(self.decisions.most_common()),
             "inner": dict(self.inner),
             "rewritten share": round(self.share, 4),
-            "worst error of its budget": round(self.worst, 3),
+            "worst error of its tolerance": round(self.worst, 3),
             "bad": self.bad,
             "failures": self.failures,
             "void": dict(self.voids.most_common(20)),
@@ -283,7 +283,7 @@ def table(tally: Tally, plan: Plan, machine: str) -> str:
         *((name, str(tally.verdicts[name])) for name in DEFECTS),
         ("attentions", f"{sum(tally.decisions.values())}, {tally.share:.1%} rewritten"),
         *((f"  {name}", str(count)) for name, count in tally.decisions.most_common()),
-        ("worst error", f"{tally.worst:.2f} of its budget"),
+        ("worst error", f"{tally.worst:.2f} of its tolerance"),
     ]
     width = max(len(name) for name, _ in rows)
     lines = [f"stem-compile fuzz, {machine}", *(f"{name.ljust(width)}  {value}" for name, value in rows)]

@@ -37,7 +37,7 @@ Inputs = Callable[[int], Given]
 @dataclass(frozen=True)
 class Outcome:
     """verdict: see ``BAD``. detail: what differs, or the exception. decisions: of every attention of the script, one of
-    "rewritten", "unrecognised" or the name of a reason. ratio: largest error over its budget."""
+    "rewritten", "unrecognised" or the name of a reason. ratio: largest error over its tolerance."""
 
     verdict: str
     detail: str = ""
@@ -51,15 +51,15 @@ class Outcome:
 
     def __str__(self) -> str:
         counted = ", ".join(self.decisions) or "no attention"
-        return f"{self.verdict}: {self.detail or counted} (worst error {self.ratio:.2f} of its budget)"
+        return f"{self.verdict}: {self.detail or counted} (worst error {self.ratio:.2f} of its tolerance)"
 
 
 @dataclass
 class _Call:
-    """One compiled call. made: its selections, in order."""
+    """One compiled call. selections: in order."""
 
     outputs: list[torch.Tensor] = field(default_factory=list)
-    made: list[Observed] = field(default_factory=list)
+    selections: list[Observed] = field(default_factory=list)
 
 
 class _Bad(Exception):
@@ -173,9 +173,9 @@ class _Subject:
             )
         done = _Call()
 
-        def note(seen: Observed) -> Any:
-            done.made.append(seen)
-            return force(len(done.made) - 1, seen) if force else None
+        def note(observed: Observed) -> Any:
+            done.selections.append(observed)
+            return force(len(done.selections) - 1, observed) if force else None
 
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -197,7 +197,7 @@ class _Subject:
 
     def _backend(self, options: dict[str, Any]) -> Callable[..., Any]:
         def compiled(module: Any, examples: Any) -> Any:
-            with backend.listen(lambda rewrite: self._found.append(list(rewrite.found))):
+            with backend.listen(lambda rewrite: self._found.append(list(rewrite.attentions))):
                 return backend.stem(module, examples, options=options)
 
         return compiled
@@ -228,7 +228,7 @@ def _compared(
     rows: torch.Tensor,
     what: str,
 ) -> float:
-    """Largest error over its budget. Raises _Bad beyond it."""
+    """Largest error over its tolerance. Raises _Bad beyond it."""
     worst = 0.0
     for number, (a, g, most) in enumerate(zip(actual, golden, allowed, strict=True)):
         if a.shape != g.shape:
@@ -253,7 +253,7 @@ def _budgets(own: Sequence[torch.Tensor], golden: Sequence[torch.Tensor], rows: 
         if not bool(valid.any()):
             raise _Void("no row has a number")
         allowed.append(
-            numerics.budget(
+            numerics.tolerance(
                 mine.masked_fill(~valid[..., None], 0), exact.masked_fill(~valid[..., None], 0), mine.dtype, valid
             )
         )
@@ -283,14 +283,14 @@ def _selection(subject: _Subject, length: int) -> float:
         return 0.0
     if "unrecognised" in subject.decisions:
         raise _Void("which selection belongs to which attention is not known")
-    selected = _selected(subject, given, call.made)
+    selected = _selected(subject, given, call.selections)
     own, golden = subject.own(given, selected), subject.golden(given, selected)
     return _compared(call.outputs, golden, _budgets(own, golden, rows), rows, "under the selected blocks")
 
 
-def _selected(subject: _Subject, given: Given, made: Sequence[Observed]) -> list[torch.Tensor]:
+def _selected(subject: _Subject, given: Given, selections: Sequence[Observed]) -> list[torch.Tensor]:
     """What every attention of the script computed, bool [b, h, n, m]."""
-    selected, queue = [], list(made)
+    selected, queue = [], list(selections)
     count = subject.decisions.count("rewritten")
     if len(queue) != count:
         raise _Bad("wrong", f"{count} attentions were rewritten and {len(queue)} selected blocks when they ran")
@@ -339,10 +339,10 @@ def _pair(
     try:
         return _compared(second.outputs, expected, allowed, counted, what)
     except _Bad:
-        if wanted is None or len(second.made) != len(first.made):
+        if wanted is None or len(second.selections) != len(first.selections):
             raise
         # Rounding may have told two equal blocks apart: compute what the first run did, if that was a tie.
-        force = forced([wanted(d) for d in dense_of(first.made)], what)
+        force = forced([wanted(d) for d in dense_of(first.selections)], what)
         again = subject.call(changed, force, model=model, **changes)
         return _compared(again.outputs, expected, allowed, counted, what)
 

@@ -46,7 +46,7 @@ def check(subject: Subject, case: Case) -> Measure:
     """Whether the property holds on one example: how close it came to failing. Raises Violation where it does not."""
     inputs = subject.inputs(case)
     run = subject.run_of(case)
-    dense, allowed, worst = dense_of(run.made), subject.budget(case), 0.0
+    dense, allowed, worst = dense_of(run.selections), subject.tolerance(case), 0.0
     for index in {0} if subject.large else {0, case.batch - 1}:
         row = inputs.row(index, case.batch)
         if subject.large:

@@ -39,14 +39,14 @@ def cases(subject: Subject) -> Any:
 def check(subject: Subject, case: Case) -> Measure:
     """Whether the property holds on one example: how close it came to failing. Raises Violation where it does not."""
     run = subject.run_of(case)
-    if not run.made:
+    if not run.selections:
         raise Inapplicable("no attention was rewritten")
     golden, valid = subject.golden(case), subject.inputs(case).valid
-    numerics.budget(golden, golden, subject.dtype, valid)  # NaN has no scores to rank blocks by
-    for index, seen in enumerate(run.made):
+    numerics.tolerance(golden, golden, subject.dtype, valid)  # NaN has no scores to rank blocks by
+    for index, seen in enumerate(run.selections):
         _well_formed(index, seen)
     budget = subject.options["budget"]
-    facts: dict[str, Any] = {"density": sum(m.density for m in run.made) / len(run.made)}
+    facts: dict[str, Any] = {"density": sum(m.density for m in run.selections) / len(run.selections)}
     if budget is not None and budget < 1:
         for part in (budget / 2, budget, (1 + budget) / 2):
             output = run.output if part == budget else subject.run(case, budget=part).output

@@ -48,7 +48,7 @@ def check(subject: Subject, case: Case) -> Measure:
     here = subject.inputs(whole)
     other = subject.inputs(Case(case.length, case.batch, case.seed + 1000, style=case.style))
     changed = here.spliced(other, case.cut, case.length)
-    allowed = subject.budget(whole)
+    allowed = subject.tolerance(whole)
     own_holds(subject, here, changed, lambda x: x[:, : case.cut], lambda x: x[:, : case.cut], allowed)
     first, second = subject.run_of(whole).output, subject.run(changed).output
     found = numerics.gap(second[:, : case.cut], first[:, : case.cut], allowed)

@@ -34,15 +34,15 @@ def cases(subject: Subject) -> Any:
 def check(subject: Subject, case: Case) -> Measure:
     """Whether the property holds on one example: how close it came to failing. Raises Violation where it does not."""
     run = subject.run_of(case)
-    sites = [hit for hit in run.found if isinstance(hit, AttentionSite)]
+    sites = [hit for hit in run.attentions if isinstance(hit, AttentionSite)]
     asked = (
         (*BENIGN, Reason.GRADIENT)
         if subject.options["min_length"]
         else tuple(r for r in BENIGN if r is not Reason.SHORT)
     )
-    refused = [hit for hit in run.found if isinstance(hit, Rejected) and hit.reason not in asked]
+    refused = [hit for hit in run.attentions if isinstance(hit, Rejected) and hit.reason not in asked]
     expected = subject.expected
-    if expected is None and not run.found:
+    if expected is None and not run.attentions:
         raise Violation(
             "no attention was found: the model has none in its compiled graphs, or its spelling is not recognised;"
             " expected=0 if that is meant"
@@ -52,8 +52,10 @@ def check(subject: Subject, case: Case) -> Measure:
         reasons = "".join(f"\n  {module_path(hit.node)}: {hit.words}" for hit in refused[:8])
         meant = f"\n  expected={len(sites)} if that is meant" if expected is None else ""
         raise Violation(
-            f"{len(sites)} of {len(run.found)} attentions were rewritten, expected {wanted}{reasons}{meant}"
+            f"{len(sites)} of {len(run.attentions)} attentions were rewritten, expected {wanted}{reasons}{meant}"
         )
-    if len(run.made) != len(sites):
-        raise Violation(f"{len(sites)} attentions were rewritten and {len(run.made)} selected blocks when they ran")
-    return Measure(facts={"rewritten": len(sites), "found": len(run.found)})
+    if len(run.selections) != len(sites):
+        raise Violation(
+            f"{len(sites)} attentions were rewritten and {len(run.selections)} selected blocks when they ran"
+        )
+    return Measure(facts={"rewritten": len(sites), "found": len(run.attentions)})

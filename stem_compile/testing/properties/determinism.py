@@ -49,7 +49,7 @@ def check(subject: Subject, case: Case) -> Measure:
     # Around the graph, not around Dynamo, which would trace anew under the switch.
     with subject.within(lambda: _poisoned(subject.device)):
         second = subject.run(case)
-    for index, (a, b) in enumerate(zip(dense_of(first.made), dense_of(second.made))):
+    for index, (a, b) in enumerate(zip(dense_of(first.selections), dense_of(second.selections))):
         if not torch.equal(a, b):
             place = (a != b).any(-1).nonzero()[0].tolist()
             raise Violation(

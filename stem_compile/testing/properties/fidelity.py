@@ -48,7 +48,7 @@ def check(subject: Subject, case: Case) -> Measure:
         raise Inapplicable("the output is no distribution over the next token")
     run = subject.run_of(case) if subject.text is None else subject.run(given)
     facts = distance(dense, run.output, ids)
-    facts["density"] = sum(m.density for m in run.made) / len(run.made) if run.made else 1.0
+    facts["density"] = sum(m.density for m in run.selections) / len(run.selections) if run.selections else 1.0
     for name, bound in subject.bounds.items():
         if name not in facts:
             raise Violation(f"no measure is called {name!r}; measures: {', '.join(facts)}")

@@ -42,12 +42,12 @@ def cases(subject: Subject) -> Any:
 def check(subject: Subject, case: Case) -> Measure:
     """Whether the property holds on one example: how close it came to failing. Raises Violation where it does not."""
     run = subject.run_of(case)
-    sites = [hit for hit in run.found if isinstance(hit, AttentionSite)]
-    if not run.made:
+    sites = [hit for hit in run.attentions if isinstance(hit, AttentionSite)]
+    if not run.selections:
         raise Inapplicable("no attention was rewritten")
     measures = [
         _changed(index, seen, site.kernel)
-        for index, (seen, site) in enumerate(zip(run.made, sites, strict=False))
+        for index, (seen, site) in enumerate(zip(run.selections, sites, strict=False))
         if bool(_hidden(seen.attention).any())
     ]
     if not measures:
@@ -86,5 +86,5 @@ def _changed(index: int, seen: Observed, kernel: str) -> Measure:
         for a in (attention, again)
     ]
     visible = attention.mask.dense().any(-1).expand(outputs[0].shape[:3])
-    allowed = numerics.budget(outputs[0], outputs[0].double(), outputs[0].dtype, visible)
+    allowed = numerics.tolerance(outputs[0], outputs[0].double(), outputs[0].dtype, visible)
     return require(numerics.gap(outputs[1], outputs[0], allowed, visible), f"attention {index} reads hidden keys")

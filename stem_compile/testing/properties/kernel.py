@@ -2,7 +2,7 @@
 selected.
 
 The selections of the compiled run are captured and the model's own graph is run in fp64 with dense attention restricted
-to them. So a difference is a fault of a kernel (or of how it is called), never the approximation. The error budget is
+to them. So a difference is a fault of a kernel (or of how it is called), never the approximation. The tolerance is
 that of the same restricted run in the model's dtype. One attention an example is also computed with its queries scaled
 until scores reach ``PEAK``, where a softmax without its maximum overflows; models rarely reach that by themselves.
 """
@@ -43,41 +43,41 @@ def cases(subject: Subject) -> Any:
 def check(subject: Subject, case: Case) -> Measure:
     """Whether the property holds on one example: how close it came to failing. Raises Violation where it does not."""
     run, inputs = subject.run_of(case), subject.inputs(case)
-    if not run.made:
+    if not run.selections:
         raise Inapplicable("no attention was rewritten")
     try:
-        own, _ = subject.oracle.run(inputs, run.made, subject.config, exact=False)
-        golden, _ = subject.oracle.run(inputs, run.made, subject.config, exact=True)
+        own, _ = subject.oracle.run(inputs, run.selections, subject.config, exact=False)
+        golden, _ = subject.oracle.run(inputs, run.selections, subject.config, exact=True)
     except Mismatch as error:
         raise Violation(str(error)) from None
-    allowed = numerics.budget(own, golden, subject.dtype, inputs.valid)
+    allowed = numerics.tolerance(own, golden, subject.dtype, inputs.valid)
     measure = require(
         numerics.gap(run.output, golden, allowed, inputs.valid), "the output is not that of the selected blocks"
     )
-    sites = [hit for hit in run.found if isinstance(hit, AttentionSite)]
-    index = case.seed % len(run.made)
-    stressed = _stressed(run.made[index], sites[index].kernel)
-    return Measure(max(measure.worst, stressed.worst), {"density": run.made[index].density})
+    sites = [hit for hit in run.attentions if isinstance(hit, AttentionSite)]
+    index = case.seed % len(run.selections)
+    stressed = _stressed(run.selections[index], sites[index].kernel)
+    return Measure(max(measure.worst, stressed.worst), {"density": run.selections[index].density})
 
 
 def _stressed(seen: Observed, kernel: str) -> Measure:
     """The kernel alone, on scores that reach ``PEAK``."""
-    attention, chosen = seen.attention, seen.selection
+    attention, selection = seen.attention, seen.selection
     q, k, v = (x.detach() for x in (attention.q, attention.k, attention.v))
     products = q.double() @ k.double().repeat_interleave(attention.group, 1).transpose(-1, -2)
     peak = attention.scale * float(products.abs().max())
     q = (q * (PEAK / max(peak, 1e-3))).to(q.dtype)
     attention = replace(attention, q=q, k=k, v=v)
-    args = SparseAttentionArgs.for_(attention, chosen, kernel)
+    args = SparseAttentionArgs.for_(attention, selection, kernel)
     out = torch.ops.stem.sparse_attention(*args)
     if attention.score_text:
         # The definition that kernels are held to; SDPA has no such scores.
-        golden, own = sparse_attention(attention.to(torch.float64), chosen), sparse_attention(attention, chosen)
+        golden, own = sparse_attention(attention.to(torch.float64), selection), sparse_attention(attention, selection)
     else:
-        computed, size = chosen.dense(seen.candidates), (chosen.block_q, chosen.block_k)
+        computed, size = selection.dense(seen.candidates), (selection.block_q, selection.block_k)
         rest = (attention.mask.dense(), False, attention.scale, computed, size)
         golden, own = restricted(q.double(), k.double(), v.double(), *rest), restricted(q, k, v, *rest)
     return require(
-        numerics.gap(out, golden, numerics.budget(own, golden, q.dtype)),
+        numerics.gap(out, golden, numerics.tolerance(own, golden, q.dtype)),
         f"kernel {kernel!r} is off for scores up to {PEAK:g}",
     )

@@ -66,7 +66,7 @@ def check(subject: Subject, case: Case) -> Measure:
     padded = subject.inputs(case)
     single = alone(padded, case)
     kept = slice(case.pad, None) if case.side == "left" else slice(0, case.length - case.pad)
-    allowed = subject.budget(case)
+    allowed = subject.tolerance(case)
 
     def last(x: torch.Tensor) -> torch.Tensor:
         return x[-1:, kept]
@@ -75,7 +75,7 @@ def check(subject: Subject, case: Case) -> Measure:
     on_grid = case.side == "right" or case.pad % subject.block == 0
     changes: dict[str, Any] = {} if on_grid else {"budget": 1.0}
     run = subject.run(padded, **changes) if changes else subject.run_of(case)
-    wanted = [_cut(dense, subject, case) for dense in dense_of(run.made)] if on_grid else []
+    wanted = [_cut(dense, subject, case) for dense in dense_of(run.selections)] if on_grid else []
     what = f"the row with {case.pad} pads on the {case.side}, alone"
     lone = subject.run(single, forced(wanted, what) if on_grid else None, **changes)
     return require(

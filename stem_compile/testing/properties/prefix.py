@@ -78,12 +78,12 @@ def _chunked_golden(subject: Subject, inputs: Inputs, case: Case) -> torch.Tenso
 def check(subject: Subject, case: Case) -> Measure:
     """Whether the property holds on one example: how close it came to failing. Raises Violation where it does not."""
     whole = dataclasses.replace(case, cut=0)
-    inputs, allowed = subject.inputs(whole), subject.budget(whole)
+    inputs, allowed = subject.inputs(whole), subject.tolerance(whole)
     own = numerics.gap(_chunked_golden(subject, inputs, case), subject.eager(whole), allowed)
     if not own.ok:
         raise Inapplicable(f"the model itself does not have this property ({own.words})")
     one = subject.run(inputs, prompt_length=case.length)
-    dense, cache, worst = dense_of(one.made), None, 0.0
+    dense, cache, worst = dense_of(one.selections), None, 0.0
     for start in range(0, case.length, case.cut):
         stop = min(start + case.cut, case.length)
         rows = slice(start // subject.block, -(-stop // subject.block))

@@ -72,7 +72,7 @@ def check(subject: Subject, case: Case) -> Measure:
                 raise Violation(
                     f"length {length} raises {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                 ) from error
-            found = numerics.gap(output, subject.golden(here), subject.budget(here), given.valid)
+            found = numerics.gap(output, subject.golden(here), subject.tolerance(here), given.valid)
             if not found.ok:
                 raise Violation(f"length {length}: {found.words} at {named(found.where)}", found)
             worst = max(worst, found.ratio)

@@ -91,7 +91,7 @@ def _right(model: Callable[..., Tensor]) -> list[Any]:
     inputs = tuple(torch.randn(2, 4, N, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
     result, out = rewritten(model, tuple(x.clone() for x in inputs))
     assert_close(out, model(*(x.clone() for x in inputs)))
-    return result.found
+    return result.attentions
 
 
 def test_a_write_is_told_with_a_way_out() -> None:
@@ -159,7 +159,7 @@ def test_a_mask_that_any_operator_writes_is_not_believed(name: str) -> None:
 
     inputs = tuple(torch.randn(1, 2, 40, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
     result, out = rewritten(model, inputs)
-    assert [h.reason for h in result.found if isinstance(h, Rejected)] == [Reason.WRITTEN]
+    assert [h.reason for h in result.attentions if isinstance(h, Rejected)] == [Reason.WRITTEN]
     torch.testing.assert_close(out, model(*inputs))
 
 

@@ -174,7 +174,7 @@ SPELLINGS: dict[str, tuple[Model, tuple[torch.Tensor, ...]]] = {
 def test_a_spelling_is_rewritten_and_equal_to_eager(name: str) -> None:
     model, inputs = SPELLINGS[name]
     result, out = rewritten(model, inputs)
-    assert len(result.sites) == 1, [hit.words for hit in result.found]
+    assert len(result.sites) == 1, [hit.words for hit in result.attentions]
     assert_close(out, model(*inputs))
 
 
@@ -228,7 +228,7 @@ REFUSED: dict[str, tuple[Model, Reason]] = {
 def test_what_is_refused_says_why(name: str) -> None:
     model, reason = REFUSED[name]
     result, out = rewritten(model, QKV)
-    assert [h.reason for h in result.found if isinstance(h, Rejected)] == [reason]
+    assert [h.reason for h in result.attentions if isinstance(h, Rejected)] == [reason]
     assert_close(out, model(*QKV))
 
 

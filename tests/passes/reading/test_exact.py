@@ -77,7 +77,7 @@ def test_masks_are_what_the_dtypes_make_of_them(name: str, dynamic: bool) -> Non
 
     inputs = tuple(randn(1, 2, N, 16, seed=seed) for seed in range(3))
     result, out = rewritten(model, inputs, dynamic=dynamic)
-    assert len(result.found) == 1
+    assert len(result.attentions) == 1
     assert_close(out, model(*inputs))
 
 

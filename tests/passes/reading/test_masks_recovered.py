@@ -23,7 +23,7 @@ def _agrees(program: Program, dynamic: bool | None) -> AttentionSite | Rejected:
     result, out = rewritten(program, inputs, dynamic=dynamic)
     expected = program(*inputs)
     assert_close(out, expected)
-    return result.found[0]
+    return result.attentions[0]
 
 
 @settings(max_examples=40)
@@ -43,7 +43,7 @@ def test_wider_masks_are_right_and_leave_no_square(program: Program) -> None:
     is a Boolean mask."""
     inputs = program.inputs()
     result, out = rewritten(program, inputs, dynamic=False)
-    hit = result.found[0]
+    hit = result.attentions[0]
     assert isinstance(hit, AttentionSite), f"{program}: {hit.words}"
     assert not any(sum(n > 1 for n in value(t).shape[1:]) > 1 for t in hit.tensors), hit.words
     assert_close(out, program(*inputs))
@@ -55,7 +55,7 @@ def test_wider_masks_are_right_for_symbolic_sizes(program: Program) -> None:
     inputs = program.inputs()
     result, out = rewritten(program, inputs, dynamic=True)
     assert_close(out, program(*inputs))
-    assert isinstance(result.found[0], AttentionSite) or result.found[0].reason is Reason.MASK
+    assert isinstance(result.attentions[0], AttentionSite) or result.attentions[0].reason is Reason.MASK
 
 
 @settings(max_examples=15)
@@ -135,7 +135,7 @@ def test_ids_are_compared_as_numbers_of_any_dtype(name: str, dtype: torch.dtype)
     ]
     inputs = (*_qkv(), ids)
     result, out = rewritten(model, inputs)
-    assert len(result.found) == 1
+    assert len(result.attentions) == 1
     assert_close(out, model(*inputs))
 
 
@@ -143,7 +143,7 @@ def test_positions_that_half_precision_rounds_are_not_believed() -> None:
     model = _unread(lambda q, k: (k * 11).to(torch.bfloat16) <= (q * 11).to(torch.bfloat16))
     inputs = _qkv()
     result, out = rewritten(model, inputs)
-    assert [h.reason for h in result.found if isinstance(h, Rejected)] == [Reason.MASK]
+    assert [h.reason for h in result.attentions if isinstance(h, Rejected)] == [Reason.MASK]
     torch.testing.assert_close(out, model(*inputs))
 
 
@@ -164,7 +164,7 @@ def test_a_mask_written_in_place_is_not_believed() -> None:
 
     inputs = _qkv()
     result, out = rewritten(model, inputs)
-    assert isinstance(result.found[0], Rejected)
+    assert isinstance(result.attentions[0], Rejected)
     torch.testing.assert_close(out, model(*inputs))
 
 
@@ -177,7 +177,7 @@ def test_a_padding_mask_written_in_place_is_not_believed() -> None:
 
     inputs = (*_qkv(), torch.arange(40)[None, :] > 9)
     result, out = rewritten(model, inputs)
-    assert isinstance(result.found[0], Rejected)
+    assert isinstance(result.attentions[0], Rejected)
     torch.testing.assert_close(out, model(*inputs))
 
 

@@ -96,7 +96,7 @@ class Spelling:
 def _same(spelling: Spelling, dynamic: bool | None) -> None:
     inputs = tuple(torch.randn(2, 3, 40, d, generator=torch.Generator().manual_seed(d)) for d in (16, 16, 24))
     result, out = rewritten(spelling, inputs, dynamic=dynamic)
-    assert [(s.mask, s.score.text) for s in result.sites] == [(Causal(0), "")], [hit.words for hit in result.found]
+    assert [(s.mask, s.score.text) for s in result.sites] == [(Causal(0), "")], [hit.words for hit in result.attentions]
     assert abs(result.sites[0].scale - SCALE) < 1e-6
     expected = F.scaled_dot_product_attention(*inputs, is_causal=True, scale=SCALE)
     assert_close(out, expected)

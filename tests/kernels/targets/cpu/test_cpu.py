@@ -235,7 +235,7 @@ def test_runs_cover_every_row_once(case: Case) -> None:
     chosen = case.random_selection(attention)
     problem = cpu._problem(attention, chosen, ops.attention_output(attention.q, attention.v), None)
     times = torch.zeros(chosen.counts.shape, dtype=torch.int)
-    for run in cpu._runs(problem, chosen.counts, case.spec):
+    for run in cpu._spans(problem, chosen.counts, case.spec):
         times[run.batch, run.heads.start : run.heads.stop, run.rows.start : run.rows.stop] += 1
     assert (times == 1).all()
 
@@ -247,7 +247,7 @@ def test_forced_blocks_are_not_gathered() -> None:
     attention = Attention(q, k, v, CAUSAL, 0.25, spec.text())
     chosen = select(attention)
     problem = cpu._problem(attention, chosen, ops.attention_output(q, v), None)
-    runs = list(cpu._runs(problem, chosen.counts, spec))
+    runs = list(cpu._spans(problem, chosen.counts, spec))
     listed = [run for run in runs if run.count is not None]
     assert {(run.prefix, run.window, len(run.heads)) for run in listed} == {(spec.sinks, spec.locals, 3)}
     assert len(runs) < 0.7 * chosen.counts.shape[2]
