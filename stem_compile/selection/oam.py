@@ -35,7 +35,7 @@ def oam_scores(attention: Attention) -> torch.Tensor:
     rows, columns = attention.blocks
     if hides_pairs(attention):
         pieces = (slice(start, start + CELL_ROWS) for start in range(0, rows, CELL_ROWS))
-        scores = torch.cat([scores_of_pairs(attention, piece, columns) for piece in pieces], 2)
+        scores = torch.cat([scores_of_pairs(attention, piece, slice(0, columns)) for piece in pieces], 2)
         return scores.masked_fill_(~attention.candidates, -torch.inf)
     q, k, v, spec = attention.q, attention.k, attention.v, attention.spec
     visible, dtype = attention.mask.visible, _dtype(attention)
@@ -57,35 +57,39 @@ def hides_pairs(attention: Attention) -> bool:
     return bool(parts.others or (parts.bands and (attention.spec.sinks == 0 or parts.causal is None)))
 
 
-def positioned(attention: Attention, pooled: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
-    """Pooled, scaled products [B, H, rows, columns] of the first ``columns`` key blocks, with a score that depends on
-    positions applied."""
+def positioned(
+    attention: Attention, pooled: torch.Tensor, rows: slice = slice(None), columns: slice = slice(None)
+) -> torch.Tensor:
+    """Pooled, scaled products [B, H, rows, columns] of some blocks, with a score that depends on positions applied."""
     if not attention.score.positional:
         return pooled
     spec = attention.spec
     places = block_positions(*attention.blocks, attention.shape, spec.block_q, spec.block_k, attention.device)
-    places = places | {Q: places[Q][:, :, rows], KV: places[KV][..., : pooled.shape[-1]]}
+    places = places | {Q: places[Q][:, :, rows], KV: places[KV][..., columns]}
     return attention.score.apply(pooled, attention.mask.environment | places)
 
 
-def scores_of_pairs(attention: Attention, rows: slice, columns: int) -> torch.Tensor:
-    """``oam_scores`` of some rows and the first ``columns`` key blocks where single pairs are hidden: [B, H, rows,
-    columns], finite also where no pair is visible. One product and one look at the mask for each token of a group."""
+def scores_of_pairs(attention: Attention, rows: slice, columns: slice) -> torch.Tensor:
+    """``oam_scores`` of some rows and key blocks, which hold all that the rows see, where single pairs are hidden: [B,
+    H, rows, columns], finite also where no pair is visible. One product and one look at the mask for each token of a
+    group."""
     q, spec, dtype = attention.q, attention.spec, _dtype(attention)
     stride = min(spec.stride, spec.block_q, spec.block_k)
     cells_q, cells_k = spec.block_q // stride, spec.block_k // stride
     first, stop = rows.start * spec.block_q, min(rows.stop, attention.blocks[0]) * spec.block_q
     queries = F.pad(q[:, :, first:stop], (0, 0, 0, max(0, stop - q.shape[2])))
-    end = columns * spec.block_k
-    keys, norms = attention.k[:, :, :end], torch.linalg.vector_norm(attention.v[:, :, :end], dim=-1, dtype=dtype)
-    missing = end - keys.shape[2]
+    begin, end = columns.start * spec.block_k, columns.stop * spec.block_k
+    keys, values = attention.k[:, :, begin:end], attention.v[:, :, begin:end]
+    norms, missing = torch.linalg.vector_norm(values, dim=-1, dtype=dtype), end - begin - keys.shape[2]
     keys, norms = F.pad(keys, (0, 0, 0, missing)), F.pad(norms, (0, missing)).repeat_interleave(attention.group, 1)
     total: torch.Tensor | float = 0.0
     count: torch.Tensor | int = 0
     largest: torch.Tensor | None = None
     for slot in range(stride):
         other = stride - 1 - slot
-        row, key = (torch.arange(a, b, stride, device=q.device) for a, b in ((first + slot, stop), (other, end)))
+        row, key = (
+            torch.arange(a, b, stride, device=q.device) for a, b in ((first + slot, stop), (begin + other, end))
+        )
         visible = attention.mask.at(row, key)
         product = _grouped_product(queries[:, :, slot::stride].to(dtype), keys[:, :, other::stride].to(dtype))
         # Not by a factor of 0: what is hidden may be NaN.
@@ -101,7 +105,7 @@ def scores_of_pairs(attention: Attention, rows: slice, columns: int) -> torch.Te
     else:
         cells = (total / count.clamp(min=1)).masked_fill_(count == 0, -torch.inf)
         pooled = _blocks_of(cells, cells_q, cells_k).amax((3, 5)).nan_to_num_(neginf=0.0)
-    scores: torch.Tensor = positioned(attention, pooled * attention.scale, rows)
+    scores: torch.Tensor = positioned(attention, pooled * attention.scale, rows, columns)
     return scores.add(value_term(largest, spec.metric), alpha=spec.beta)
 
 

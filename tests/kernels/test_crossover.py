@@ -99,3 +99,18 @@ def test_a_symbolic_length_is_compared_once(monkeypatch: pytest.MonkeyPatch) -> 
         for length in (2200, 2300, 2900, 100, 3072, 3500, 3333, 2500):
             compiled(torch.randn(1, 1, length, 16))
     assert [len(g.sites) for g in graphs] == [0, 1]
+
+
+def test_any_device_that_can_be_timed_is_raced() -> None:
+    """The race knows no device: it asks the target for kernels and the stopwatch for times."""
+    raced: list[int] = []
+
+    def milliseconds(dense: Any, selecting: Any) -> tuple[float, float]:
+        dense(), selecting()
+        raced.append(1)
+        return 4.0, 1.0
+
+    for masked in (False, True):
+        question = Question(torch.device("cpu"), torch.float32, 2, 1, 16, 16, "budget=0.25,pooling=max", masked, 2048)
+        assert crossover._race(question, Stopwatch("a machine", milliseconds)) == {2048: (4.0, 1.0)}
+    assert len(raced) == 2

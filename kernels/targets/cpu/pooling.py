@@ -81,8 +81,7 @@ def ranked(attention: Attention, counts: torch.Tensor, width: int) -> torch.Tens
 def _ranked_by_pairs(attention: Attention, counts: torch.Tensor, width: int) -> torch.Tensor:
     """``ranked`` where single pairs are hidden: some rows of all heads at a time."""
     (batch, heads, _, kv_len), spec = attention.shape, attention.spec
-    rows, columns = attention.blocks
-    candidates = attention.candidates
+    rows, candidates = attention.blocks[0], attention.candidates
     indices = attention.q.new_zeros(batch, heads, rows, width, dtype=torch.int32)
     stride = min(spec.stride, spec.block_q, spec.block_k)
     step = max(1, PAIRS // (batch * heads * (spec.block_q // stride) * cdiv(kv_len, stride)))
@@ -90,9 +89,10 @@ def _ranked_by_pairs(attention: Attention, counts: torch.Tensor, width: int) -> 
     def rank(piece: slice) -> None:
         kept, possible = counts[:, :, piece], candidates[:, :, piece]
         if int(kept.max()) > 0:
-            reach = int((possible.flatten(0, 2).any(0) * torch.arange(1, columns + 1)).max())
-            scores = scores_of_pairs(attention, piece, reach)
-            indices[:, :, piece] = best_blocks(scores, possible[..., :reach], kept, width, spec)
+            shown = possible.flatten(0, 2).any(0).nonzero()[:, 0]
+            part = slice(int(shown[0]), int(shown[-1]) + 1)
+            scores = scores_of_pairs(attention, piece, part)
+            indices[:, :, piece] = best_blocks(scores, possible[..., part], kept, width, spec) + part.start
 
     workers.run(rank, [slice(start, min(start + step, rows)) for start in range(0, rows, step)][::-1])
     return indices
