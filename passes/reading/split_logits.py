@@ -14,6 +14,7 @@ from typing import Any
 import sympy
 
 from stem_compile.algebra import symbolic
+from stem_compile.algebra.distance import by_distance
 from stem_compile.algebra.scores import Score
 from stem_compile.algebra.symbolic import KV, SCORE, Q, Where
 
@@ -48,7 +49,7 @@ def split_logits(expr: Any, row_maximum: RowMaximum = lambda load: None) -> tupl
     return (
         in_floats(visible),
         scale,
-        Score(in_floats(_settled(expr.subs(SCORE, SCORE / sympy.Rational(scale))), LARGEST)),
+        Score(in_floats(by_distance(_settled(expr.subs(SCORE, SCORE / sympy.Rational(scale)))), LARGEST)),
     )
 
 

@@ -96,6 +96,19 @@ class Where(sympy.Function):  # type: ignore[misc]
         return True if self.args[1].is_integer and self.args[2].is_integer else None
 
 
+class Distance(sympy.Function):  # type: ignore[misc]
+    """``a - b`` of whole numbers, which nothing multiplies out (``distance.py``)."""
+
+    nargs = (2,)
+
+    @classmethod
+    def eval(cls, a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
+        return a - b if (a - b).is_number else None
+
+    def _eval_is_integer(self) -> bool:
+        return True
+
+
 def expand(expr: Any) -> Any:
     """Multiply sums out, with every other function as an atom.
 
@@ -363,6 +376,8 @@ for _row in (
     Function("log", sympy.log, (REAL,), REAL, _log, _bounded_log, lambda c: f"{c.module}.log({c.real(0)})",
              domain=((_TINY, math.inf),)),
     Function("tanh", sympy.tanh, (REAL,), REAL, _tanh, intervals.monotone(_tanh), lambda c: f"tanh({c.real(0)})"),
+    Function("distance", Distance, (INTEGER, INTEGER), INTEGER, operator.sub, intervals.subtract,
+             "({0} - {1})"),
     _rounding("fp32", rounding.Float32, _print_float32),
     _rounding("bf16", rounding.BFloat16, lambda c: f"to_bfloat16({c.real(0)})"),
     _rounding("fp16", rounding.Float16, _print_float16),

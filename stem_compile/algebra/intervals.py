@@ -86,6 +86,11 @@ def add(*terms: Interval) -> Interval:
     return widened((low, high), functools.reduce(operator.add, (maximum(abs(a), abs(b)) for a, b in terms)))
 
 
+def subtract(a: Interval, b: Interval) -> Interval:
+    """Difference of intervals."""
+    return add(a, (-b[1], -b[0]))
+
+
 def multiply(*factors: Interval) -> Interval:
     """Product of intervals."""
     return functools.reduce(_times, factors)
