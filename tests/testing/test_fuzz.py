@@ -45,6 +45,33 @@ def test_a_right_program_holds(relation: str) -> None:
     assert outcome.decisions == ("rewritten",)
 
 
+def _one(*words: Any, **changes: Any) -> Program:
+    return Program((Attention(*words, **changes),))
+
+
+REGRESSIONS = {
+    "where as a method": Trial(_one(terms=("row flags by where",))),
+    "a dynamic length halved": Trial(_one(terms=("half",)), dynamic=True),
+    "part of a length as a whole number": Trial(_one("matmul", terms=("part",)), length=193, again=100),
+    "root of a length as a whole number": Trial(_one("matmul", terms=("root",)), length=127, again=63),
+    "fractional positions in a bias": Trial(_one("sdpa with a bias", causal="fractions"), length=100),
+    "a chunk that cuts a block of queries": Trial(Program(cache="prefix", past=7), relation="chunks", length=230),
+    "an exclusive or": Trial(_one(causal="xor", join="xor", terms=("window",))),
+    "a finite bias on padding": Trial(_one("nn.MultiheadAttention", mask_in_float=True, fill="not equal")),
+    "unequal key and value heads": Trial(Program(heads=4, key_heads=1, value_heads=4)),
+    "a decay that is multiplied": Trial(_one("matmul", scores=("decay multiplied",)), length=257),
+    "positions in bf16": Trial(_one(terms=("window in bf16",), width=70), length=300),
+    "hidden contents of a static cache": Trial(Program(cache="static", past=33), relation="hidden", length=300),
+}
+"""What the fuzzer, or people, once found, as small as it became."""
+
+
+@pytest.mark.parametrize("name", REGRESSIONS)
+def test_what_was_found_once_stays_away(name: str) -> None:
+    outcome = run(REGRESSIONS[name])
+    assert outcome.verdict in ("rewritten", "refused"), outcome
+
+
 def test_chunks_of_whole_blocks_hold() -> None:
     assert run(Trial(Program(cache="prefix", past=128), relation="chunks", length=257)).verdict == "rewritten"
 

@@ -209,7 +209,7 @@ def _saved(plan: Plan, number: int, detail: str, trial: Any = None) -> str:
 
     trial = drawn(plan.seed, number, plan.inner_of(number)) if trial is None else trial
     path = Path(plan.out) / f"seed{plan.seed}-{number}.py"
-    title = f"Trial {number} of seed {plan.seed}.\n\n{detail}\n"
+    title = f"Trial {number} of seed {plan.seed}, made smaller:\n{trial!r}\n\n{detail}\n"
     path.write_text(script(trial, title.replace("\\", "/").replace('"""', "'''")))
     return str(path)
 
