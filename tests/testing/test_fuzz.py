@@ -114,7 +114,8 @@ def test_a_failure_at_run_time_is_seen() -> None:
     planted = next(f for f in FAULTS if f.name == "a length one beyond a block fails")
     with planted.planted():
         outcome = run(Trial(length=129))
-    assert outcome.bad, outcome
+    assert outcome.verdict == "raised", outcome
+    assert "planted" in outcome.detail
 
 
 def test_a_script_that_fails_by_itself_says_nothing() -> None:

@@ -16,7 +16,7 @@ import torch
 
 from stem_compile import backend
 from stem_compile.passes.graph.values import module_path
-from stem_compile.reasons import Reason, StemWarning
+from stem_compile.reasons import KernelWarning, Reason, StemWarning
 from stem_compile.selection import Observed, observe
 from stem_compile.testing import numerics
 from stem_compile.testing.agreement import dense_of, forced
@@ -181,6 +181,8 @@ class _Subject:
 
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
+            # A kernel that fails is answered by dense attention, which would hide it.
+            warnings.simplefilter("error", KernelWarning)
             try:
                 with observe(note), torch.no_grad():
                     done.outputs = _listed(self._compiled[key](**given))
