@@ -13,7 +13,7 @@ SITE := $(VENV)/.site
 # A GPU build of torch on the machine is kept: the environment sees the machine's packages and pins nothing.
 GPU_BUILD := import torch, sys; sys.exit(not (torch.version.cuda or torch.version.hip))
 
-.PHONY: demo test lint types format docs versions clean
+.PHONY: demo test wheel lint types format docs versions clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -21,6 +21,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+
+# The wheel in empty environments, alone and with each extra: minutes, and gigabytes of a temporary folder.
+wheel: $(READY)
+	STEM_COMPILE_FULL=1 $(BIN)/python -m pytest tests/test_wheel.py $(ARGS)
 
 lint: $(LINTERS)
 	$(BIN)/ruff check .

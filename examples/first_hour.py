@@ -61,13 +61,16 @@ def shell(*arguments: str) -> int:
 
 def serve(options: dict[str, Any]) -> None:
     """Four threads call one compiled model with prompts of many lengths; every answer is that of one thread alone."""
-    fast = torch.compile(decoder(), backend="stem", options=options, dynamic=True)
+    # Without min_length there is one graph for all lengths, which threads can share (docs/serve.md).
+    fast = torch.compile(decoder(), backend="stem", options=options | {"min_length": 0}, dynamic=True)
     lengths = torch.randint(256, 3000, (4 * SERVED,)).tolist()
     prompts = [torch.randint(0, 512, (1, n)) for n in lengths]
+    # Warm up before there are threads. The tensors are made like the prompts, outside inference mode: those made in it
+    # are of another kind, for which Dynamo compiles anew.
+    warm_up = [torch.zeros(1, n, dtype=torch.int64) for n in (300, 2900)]
     with torch.inference_mode():
-        # Warm up on both sides of the length from which attention is sparse, before there are threads.
-        for n in (300, 700, 2500, 2900):
-            fast(torch.zeros(1, n, dtype=torch.int64))
+        for prompt in warm_up:
+            fast(prompt)
         alone = [fast(prompt)[0, -1] for prompt in prompts]
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     answers: dict[int, torch.Tensor] = {}

@@ -251,11 +251,20 @@ def _joined(mask: Any, mask_dtype: torch.dtype, padding: Any, padding_dtype: tor
     return torch.where(mask, padding, float("-inf")) if mask_dtype == torch.bool else mask + padding
 
 
+def _traced(function: Callable[..., Any], inputs: int) -> fx.Graph:
+    """Graph of a function of tensors. Not by ``symbolic_trace``, which replaces ``nn.Module.__call__`` for the whole
+    process meanwhile and so breaks models that run in other threads."""
+    graph = fx.Graph()
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    result = function(*(fx.Proxy(graph.placeholder(f"x{i}"), tracer) for i in range(inputs)))
+    graph.output(fx.node.map_aggregate(result, lambda x: x.node if isinstance(x, fx.Proxy) else x))
+    return graph
+
+
 def _splice(graph: fx.Graph, node: fx.Node, function: Callable[..., Any], inputs: list[fx.Node]) -> None:
     """Replace ``node`` by the operations of ``function`` of ``inputs``, with example values."""
-    parameters = ", ".join(f"x{i}" for i in range(len(inputs)))
-    traced = fx.symbolic_trace(eval(f"lambda {parameters}: function({parameters})", {"function": function}))
-    made: dict[fx.Node, Any] = dict(zip((n for n in traced.graph.nodes if n.op == "placeholder"), inputs))
+    traced = _traced(function, len(inputs))
+    made: dict[fx.Node, Any] = dict(zip((n for n in traced.nodes if n.op == "placeholder"), inputs))
     mode = value(inputs[0]).fake_mode
     results = value(node)
     needs_grad = any(
@@ -263,7 +272,7 @@ def _splice(graph: fx.Graph, node: fx.Node, function: Callable[..., Any], inputs
         for t in (results if isinstance(results, tuple | list) else (results,))
     )
     with graph.inserting_before(node):
-        for inner in traced.graph.nodes:
+        for inner in traced.nodes:
             if inner.op == "placeholder":
                 continue
             if inner.op == "output":
