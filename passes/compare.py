@@ -26,7 +26,7 @@ from stem_compile.algebra.masks import Mask, environment
 from stem_compile.algebra.symbolic import KV, B, H, Q
 from stem_compile.kernels.triton import codegen
 from stem_compile.passes.graph import normalize
-from stem_compile.passes.graph.example import Example, NotShown
+from stem_compile.passes.graph.example import LARGEST, Example, NotShown
 from stem_compile.passes.graph.sites import AttentionSite, Rejected, attempted
 from stem_compile.passes.graph.values import View, value
 from stem_compile.reasons import Reason
@@ -208,11 +208,11 @@ class _Site:
 
 def _agree_on_mask(site: AttentionSite, given: torch.Tensor, read: _Site) -> None:
     """A mask tensor beside q, k and v. Batch and heads that it does not tell apart are looked at once."""
-    names = site.mask.predicate.free_symbols if site.mask is not None else set()
+    names = read.mask.predicate.free_symbols | read.score.expr.free_symbols
     own = (1,) * (4 - given.dim()) + tuple(given.shape)
-    tells = [own[0] > 1 or B in names or bool(read.tensors), own[1] > 1 or H in names or bool(read.tensors)]
-    shape = (read.shape[0] if tells[0] else 1, read.shape[1] if tells[1] else 1, read.shape[2], read.shape[3])
-    if math.prod(shape) > 1 << 24:
+    batch, heads = (n if d > 1 or s in names else 1 for n, d, s in zip(read.shape, own, (B, H), strict=False))
+    shape = (batch, heads, read.shape[2], read.shape[3])
+    if math.prod(shape) > LARGEST:
         raise NotShown("too many scores")
     seen = read.visible(shape)
     if given.dtype == torch.bool:
@@ -311,7 +311,10 @@ def _signature(site: AttentionSite) -> Any:
     for node in sorted(between):
         called = node.op.startswith("call")
         arguments = str(fx.node.map_arg((node.args, node.kwargs), places.__getitem__)) if called else ""
-        order.append(f"{node.target if called else node.name}{arguments} {_sizes_of(value(node))}")
+        # Under dynamic=True each layer's float attributes are inputs of their own, as symbols and as 0-d tensors.
+        known = value(node)
+        number = isinstance(known, torch.SymFloat) or (isinstance(known, torch.Tensor) and not known.dim())
+        order.append(f"{node.target if called else '' if number else node.name}{arguments} {_sizes_of(known)}")
         places[node] = f"#{len(order)}"
     shapes = [_sizes_of(value(x)) for x in (site.q, site.k)]
     texts = (str(site.mask.predicate) if site.mask is not None else "", site.score.text, site.scale, site.cleared)
@@ -319,4 +322,6 @@ def _signature(site: AttentionSite) -> Any:
 
 
 def _sizes_of(known: Any) -> str:
+    if isinstance(known, torch.SymFloat):
+        return f"{known.node.hint}"
     return str(tuple(map(str, known.shape))) if isinstance(known, torch.Tensor) else str(known)

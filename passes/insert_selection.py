@@ -13,6 +13,7 @@ from stem_compile.algebra import masks
 from stem_compile.passes.graph.average_blind import average_blind
 from stem_compile.passes.graph.call import call
 from stem_compile.passes.graph.layout import is_layout_visible, layout_steps
+from stem_compile.passes.graph.memory import Memory
 from stem_compile.passes.graph.sites import AttentionSite
 from stem_compile.passes.graph.values import View, value
 
@@ -21,10 +22,11 @@ from stem_compile.passes.graph.values import View, value
 class Insertion:
     """What the attentions of one graph share while they are rewritten. spec: the selection as text; fallback: what
     happens when a kernel fails; replaced: former attention -> its result; blind: rows that earlier layers asked for, by
-    what they asked."""
+    what they asked; writes: memory that the graph writes in place."""
 
     spec: str
     fallback: str = "dense"
+    writes: Memory = frozenset()
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
     blind: dict[str, fx.Node] = field(default_factory=dict)
 
@@ -59,7 +61,7 @@ def insert_selection(graph: fx.Graph, site: AttentionSite, state: Insertion) -> 
         attention = call(graph, ops.SPARSE_ATTENTION, arguments, site.node)
         whole = attention if site.average is None else average_blind(attention, site, state.blind)
         result = View(whole, site.result).emit(graph)
-        if is_layout_visible(site.node, value(result)):
+        if is_layout_visible(site.node, value(result), state.writes):
             result = View(result, layout_steps(value(result), value(site.node))).emit(graph)
     site.node.replace_all_uses_with(result)
     graph.erase_node(site.node)

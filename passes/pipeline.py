@@ -24,6 +24,7 @@ from stem_compile.passes.cleanup import cleanup
 from stem_compile.passes.compare import compare
 from stem_compile.passes.decide import decide
 from stem_compile.passes.expand import bound, expand, overwritten
+from stem_compile.passes.graph.memory import all_written
 from stem_compile.passes.graph.regions import Region, bodies, regions
 from stem_compile.passes.graph.sites import AttentionSite, Rejected, failed
 from stem_compile.passes.insert_selection import Insertion, insert_selection
@@ -66,6 +67,10 @@ class Numbers:
 
     first: int = 0
     used: int = 0
+
+
+ATTEMPTS = 8
+"""Attentions that may fail, each in its turn, before the whole graph is left as it came."""
 
 
 class SiteFailure(Exception):
@@ -122,7 +127,7 @@ def rewrite(module: fx.GraphModule, config: StemConfig, numbers: Numbers | None 
         except SiteFailure as failure:
             log.debug("a step failed on one attention", exc_info=True)
             _restore(pristine)
-            if failure.place in failures:
+            if failure.place in failures or len(failures) == ATTEMPTS:
                 return _dense(module, failure.step, failure.error)
             failures[failure.place] = failure
         except Exception as error:
@@ -218,7 +223,7 @@ def _apply(plan: Plan, sites: dict[int, AttentionSite], config: StemConfig) -> N
         return
     replaced = {site.node for site in sites.values()}
     roots = {place: [n for n in site.node.all_input_nodes if n not in replaced] for place, site in sites.items()}
-    state = Insertion(config.selection.text(), config.fallback)
+    state = Insertion(config.selection.text(), config.fallback, all_written(graph))
     for place, site in sites.items():
         state.spec = config.selection_of(site.index).text()
         with _blamed(place, "insert_selection"):

@@ -11,7 +11,7 @@ from torch import fx
 from stem_compile.passes.graph import memory
 from stem_compile.passes.graph.values import value
 
-LARGEST = 1 << 24
+LARGEST = 1 << 22
 """Elements of the largest tensor that is made up or computed."""
 
 

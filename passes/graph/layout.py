@@ -18,12 +18,12 @@ _LAYOUT_QUESTIONS = ("stride", "is_contiguous", "storage_offset", "data_ptr", "a
 """Operations whose answer is the layout itself."""
 
 
-def is_layout_visible(node: fx.Node, laid_out: torch.Tensor) -> bool:
+def is_layout_visible(node: fx.Node, laid_out: torch.Tensor, writes: memory.Memory) -> bool:
     """Whether what follows in the graph tells ``laid_out``, an example value with the elements of ``node``, from it:
-    by strides that reach its end, a view that fails, memory that is shared or written otherwise."""
+    by strides that reach its end, a view that fails, memory that is shared or written otherwise. writes: memory that is
+    written anywhere in the graph."""
     now: dict[fx.Node, Any] = {node: laid_out}
     frontier = [] if same_layout(value(node), laid_out) else [node]
-    writes = {m for n in memory.writers(node.graph) for target in memory.written(n) for m in memory.memory(target)}
     if frontier and memory.memory(node) & writes:
         return True
     while frontier:

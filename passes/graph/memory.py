@@ -100,6 +100,11 @@ def _inplace_flag(function: Any) -> int | None:
         return None
 
 
+def all_written(graph: fx.Graph) -> Memory:
+    """Memory that is written anywhere in a graph."""
+    return frozenset(m for node in writers(graph) for target in written(node) for m in memory(target))
+
+
 def mutates(node: fx.Node) -> bool:
     """Whether the node writes into something that it was given."""
     return bool(written(node))
