@@ -12,7 +12,7 @@ from stem_compile.algebra import masks, scores
 from stem_compile.algebra.blocks import Shape, cdiv
 from stem_compile.algebra.bound import BoundMask
 from stem_compile.algebra.scores import Score
-from stem_compile.selection.spec import BlockSelection, SelectionSpec, parse
+from stem_compile.selection.spec import ALL, BlockSelection, SelectionSpec, parse
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -103,6 +103,25 @@ class Attention:
 
     @property
     def reach(self) -> torch.Tensor | None:
-        """Candidates of each row without the mask's far edges, [B or 1, H or 1, query blocks]; None where it has
-        none."""
-        return self.mask.reach(self.spec.block_q, self.spec.block_k)
+        """Candidates of each row without the mask's far edges, [B or 1, H or 1, query blocks], ``ALL`` for one that is
+        to compute all it sees; None where each row's candidates say it."""
+        near = self.mask.reach(self.spec.block_q, self.spec.block_k)
+        unordered = self._unordered_rows
+        if unordered is None:
+            return near
+        return torch.where(unordered, ALL, self.candidates.sum(-1) if near is None else near)
+
+    @property
+    def _unordered_rows(self) -> torch.Tensor | None:
+        """Bool [B or 1, H or 1, query blocks]: rows of blocks that see past their own place, under a policy that counts
+        on an order of positions; None where the mask rules them out. Among them are queries of padding that a model
+        lets see everything: their block's last candidates are not where its other queries look."""
+        from stem_compile.selection import policies
+
+        parts = self.mask.parts
+        if not parts.others or parts.causal is not None or policies.get(self.spec.policy).ANY_ORDER:
+            return None
+        (rows, columns), (_, _, q_len, kv_len) = self.blocks, self.shape
+        ends = (torch.arange(1, rows + 1, device=self.device) * self.spec.block_q).clamp(max=q_len) + kv_len - q_len
+        beyond = torch.arange(columns, device=self.device) * self.spec.block_k >= ends[:, None]
+        return (self.candidates & beyond).any(-1)

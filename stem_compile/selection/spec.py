@@ -21,6 +21,8 @@ POINT = 1 << 10
 
 FULL = -1
 """Count of a row that computes every block of its candidates."""
+ALL = -1
+"""Reach of a row that is to compute every block of its candidates, whatever its budget."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from stem_compile.algebra.symbolic import BLOCKS, ROW
 from stem_compile.selection import FULL, BlockSelection, SelectionSpec, packed, policies
 from stem_compile.selection.policies import POLICIES
 from stem_compile.selection.sharing import divided
+from stem_compile.selection.spec import ALL
 
 
 def list_width(spec: SelectionSpec, key_blocks: Any) -> Any:
@@ -134,5 +135,5 @@ def full_rows(
     ends = (before < reach) & (after <= reach) & (reach >= cdiv(spec.prompt_length, spec.block_k))
     # Where coverage decides, the budget is but its bound: only rows that are all forced are known to be full.
     enough = limit if spec.coverage is None else spec.sinks + spec.locals
-    full: torch.Tensor = ((enough >= visible) | ends) & (visible > 0)
+    full: torch.Tensor = ((enough >= visible) | ends | (reach == ALL)) & (visible > 0)
     return full

@@ -195,3 +195,23 @@ def test_padding_may_hold_anything(poison: float) -> None:
             compiled = torch.compile(masked, backend="stem", options={**options, "budget": budget}, fullgraph=True)
             out, again = compiled(x, real), compiled(spoilt, real)
             torch.testing.assert_close(again[1, :, 100:], out[1, :, 100:])
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+@pytest.mark.parametrize("pad", [100, 600, 611])
+def test_padding_that_may_look_everywhere_leaves_its_neighbours_theirs(pad: int, pooling: str) -> None:
+    """A mask of N x N whose fully hidden rows were opened, as models do to spare a softmax of nothing."""
+    length = 1600
+    keep = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+    keep = keep & (torch.arange(length) >= pad)
+    keep = keep | ~keep.any(-1, keepdim=True)
+    q, x = torch.randn(1, 2, length, 16), torch.randn(1, 2, length, 16)
+    options = {"budget": 0.25, "block_size": 64, "min_length": 1, "inner": "eager", "pooling": pooling}
+    torch._dynamo.reset()
+    with torch.no_grad():
+        out = torch.compile(padded, backend="stem", options={**options, "fallback": "error"})(q, x, keep)
+    expected = padded(q, x, keep)
+    block = slice(pad, -(-pad // 64) * 64)  # real rows in a block that padding shares
+    torch.testing.assert_close(out[:, :, block], expected[:, :, block])
+    assert not (out == 0).all(-1).any(), "a row that sees keys computes some"
+    assert not torch.equal(out, expected), "nothing was left out"
