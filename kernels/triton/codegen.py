@@ -54,6 +54,13 @@ _HELPERS = {
     return {tl}.where(rest < 0, rest + b, rest)
 """
     ),
+    "long": (
+        """def long(x):
+    if x.dtype.is_int():
+        x = {tl}.cast(x, {tl}.int64)
+    return x
+"""
+    ),
     # To nearest, ties to even, in whole numbers: the same on every device, and nothing that a compiler fuses.
     "to_bfloat16": (
         """def to_bfloat16(x):

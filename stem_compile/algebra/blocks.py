@@ -83,9 +83,10 @@ def key_visible(
         return None
     env = environment(shape, tensors, scalars)
     env |= {B: torch.arange(shape[0], device=device)[:, None], KV: torch.arange(shape[3], device=device)[None, :]}
-    return symbolic.as_tensor(symbolic.evaluate(sympy.And(*(t.predicate for t in keys)), env), device).expand(
-        -1, shape[3]
-    )
+    visible = symbolic.as_tensor(symbolic.evaluate(sympy.And(*(t.predicate for t in keys)), env), device)
+    # A condition of lengths alone has no dimensions.
+    expanded: torch.Tensor = torch.atleast_2d(visible).expand(-1, shape[3])
+    return expanded
 
 
 def first_visible(visible: torch.Tensor | None, kv_len: int, block_k: int, device: torch.device) -> torch.Tensor:

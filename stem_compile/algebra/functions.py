@@ -26,6 +26,7 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
 from sympy.core.relational import (
     Equality,
     GreaterThan,
@@ -38,6 +39,7 @@ from sympy.core.relational import (
 
 from stem_compile.algebra import intervals, rounding
 from stem_compile.algebra.intervals import Interval, as_tensor
+from stem_compile.algebra.symbols import SCORE, load_index
 
 
 class Sort(enum.Enum):
@@ -110,12 +112,23 @@ class Distance(sympy.Function):  # type: ignore[misc]
 
 
 def expand(expr: Any) -> Any:
-    """Multiply sums out, with every other function as an atom.
+    """Multiply sums out, with every real function as an atom.
 
     sympy's own ``expand`` would split ``exp(a + b)`` into ``exp(a)*exp(b)``, which in floating point may be infinity
-    times zero.
+    times zero, and multiply out what is rounded to a dtype.
     """
-    return sympy.expand(expr, power_exp=False, power_base=False, log=False, basic=False)
+    opaque: dict[Any, Any] = {f: sympy.Dummy(real=True) for f in _real_functions(sympy.sympify(expr))}
+    inside = expr.xreplace(opaque) if opaque else expr
+    expanded = sympy.expand(inside, power_exp=False, power_base=False, log=False, basic=False)
+    return expanded.xreplace({dummy: f for f, dummy in opaque.items()}) if opaque else expanded
+
+
+def _real_functions(expr: Any) -> set[Any]:
+    """The outermost calls of rows whose result is real, beside powers."""
+    row = row_of(expr)
+    if row is not None and row.gives is REAL and not isinstance(expr, sympy.Pow):
+        return {expr}
+    return set().union(*(_real_functions(a) for a in expr.args)) if expr.args else set()
 
 
 @dataclass(frozen=True)
@@ -166,9 +179,37 @@ class Call:
 
     def real(self, place: int) -> str:
         """An argument as a floating-point number: Triton's real functions take no integers."""
-        known = self.operands[place].is_integer
         text = self.arguments[place]
-        return f"({text} * 1.0)" if known or known is None else text
+        return text if _is_floating(self.operands[place]) else f"({text} * 1.0)"
+
+    def widest_first(self) -> tuple[str, ...]:
+        """The arguments; where whole numbers beyond int32 may arise, one in 64 bits comes first and makes the others
+        so. A load is widened where it is of integers: slopes and biases stay what they are."""
+        if not self.wide:
+            return self.arguments
+        read = next((n for n, a in enumerate(self.operands) if _reads(a)), None)
+        whole = next((n for n, a in enumerate(self.operands) if a.is_integer and not a.is_number), None)
+        if read is None and whole is None:
+            return self.arguments
+        first = whole if read is None else read
+        assert first is not None
+        text = self.arguments[first]
+        wide = f"long({text})" if read is not None else f"{self.module}.cast({text}, {self.module}.int64)"
+        return wide, *self.arguments[:first], *self.arguments[first + 1 :]
+
+
+def _is_floating(expr: Any) -> bool:
+    """Whether an expression surely is a floating-point number where it is computed."""
+    if expr.is_Float or expr == SCORE:
+        return True
+    if isinstance(expr, sympy.Add | sympy.Mul):
+        return any(_is_floating(a) for a in expr.args)
+    row = row_of(expr)
+    return row is not None and row.gives is REAL and not (isinstance(expr, sympy.Pow) and expr.exp.is_Integer)
+
+
+def _reads(expr: Any) -> bool:
+    return any(load_index(f) is not None for f in expr.atoms(AppliedUndef))
 
 
 _TABLE: dict[type[sympy.Basic], Function] = {}
@@ -209,19 +250,8 @@ def _fold(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
 
 
 def _infix(sign: str) -> Callable[[Call], str]:
-    """Source of an operator between any number of arguments, in 64 bits where 32 may not do."""
-
-    def printed(call: Call) -> str:
-        arguments = list(call.arguments)
-        if call.wide:
-            # A load may be of floating-point numbers, which a cast would cut.
-            first = next((n for n, a in enumerate(call.operands) if a.is_integer and not a.is_number), None)
-            if first is None:
-                return "(" + f" {sign} ".join(arguments) + ")"
-            arguments.insert(0, f"{call.module}.cast({arguments.pop(first)}, {call.module}.int64)")
-        return "(" + f" {sign} ".join(arguments) + ")"
-
-    return printed
+    """Source of an operator between any number of arguments."""
+    return lambda call: "(" + f" {sign} ".join(call.widest_first()) + ")"
 
 
 def _nested(name: str) -> Callable[[Call], str]:
@@ -292,10 +322,7 @@ def _print_power(call: Call) -> str:
     size = abs(exponent)
     if size.is_Integer and size <= 64:
         base = call.arguments[0]
-        first = (
-            f"{call.module}.cast({base}, {call.module}.int64)" if call.wide and call.operands[0].is_integer else base
-        )
-        value = "(" + " * ".join([first] + [base] * (int(size) - 1)) + ")"
+        value = "(" + " * ".join([call.widest_first()[0] if size > 1 else base, *[base] * (int(size) - 1)]) + ")"
     elif size == sympy.Rational(1, 2):
         value = f"{call.module}.sqrt({call.real(0)})"
     else:

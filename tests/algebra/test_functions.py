@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from stem_compile.algebra import functions, masks, symbolic, text
-from stem_compile.algebra.functions import BOOLEAN, INTEGER, NUMBER, REAL, Function, Sort
+from stem_compile.algebra.functions import BOOLEAN, INTEGER, NUMBER, REAL, Distance, Function, Sort
 from stem_compile.algebra.masks import environment
 from stem_compile.algebra.rounding import BFloat16, Float16, Float32, Int32
 from stem_compile.algebra.symbolic import KV, KV_LEN, Q_LEN, SCORE, B, H, Q
@@ -346,11 +346,27 @@ def test_rounding_what_is_rounded_changes_nothing(expr: Any, same: Any) -> None:
     assert expr == same
 
 
-def test_numbers_beyond_int32_are_computed_in_64_bits() -> None:
-    source = codegen.triton_expression(Q * 1000 * KV, {Q: "q", KV: "kv"})
-    assert source == "(tl.cast(kv, tl.int64) * 1000 * q)" or "int64" in source
-    assert "int64" not in codegen.triton_expression(Q * 100 + KV, {Q: "q", KV: "kv"})
-    assert "int64" not in codegen.triton_expression(Q - symbolic.scalar(0), {Q: "q", symbolic.scalar(0): "s"})
+@pytest.mark.parametrize(
+    ("expr", "source"),
+    [
+        (Q * 1000 * KV, "(tl.cast(kv, tl.int64) * 1000 * q)"),
+        (Q * 100 + KV, "(kv + (100 * q))"),
+        (Q - symbolic.scalar(0), "(((-1) * S) + q)"),
+        (Q + symbolic.tensor(0)(), "(long(load0(tensors, layouts)) + q)"),
+        (Distance(KV, Q) * symbolic.tensor(0)(H), "(long(load0(h, tensors, layouts)) * (kv - q))"),
+        (Distance(KV, Q) ** 2, "(tl.cast((kv - q), tl.int64) * (kv - q))"),
+        (sympy.tanh(SCORE / 5), "tanh((0.2 * s))"),
+        (sympy.exp(KV - Q), "tl.exp(((kv + ((-1) * q)) * 1.0))"),
+    ],
+)
+def test_whole_numbers_are_as_wide_as_they_must_be(expr: Any, source: str) -> None:
+    names = {Q: "q", KV: "kv", H: "h", SCORE: "s", symbolic.scalar(0): "S"}
+    assert codegen.triton_expression(expr, names) == source
+
+
+def test_expanding_leaves_what_is_rounded_alone() -> None:
+    rounded = Float32(SCORE * (Q + KV))
+    assert symbolic.expand(2 * rounded * (Q + 1)) == 2 * Q * rounded + 2 * rounded
 
 
 def test_a_scalar_too_large_for_positions_is_refused() -> None:

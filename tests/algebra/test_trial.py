@@ -58,6 +58,8 @@ def test_scores_of_kernels_pass(kind: str) -> None:
         "(kv <= q) & (fp32(fp32(0.019999999552965164*q) - fp32(0.019999999552965164*kv)) <= 0.5)",
         "(kv <= q) & (i32(q*100000000 + kv) > 0)",
         "FloorDiv(q, 16) >= FloorDiv(kv, 16)",
+        "(kv <= q) & (q_len > 25)",
+        "(kv <= q) & (h < 1)",
     ],
 )
 def test_masks_in_lengths_pass(mask: str) -> None:
