@@ -108,11 +108,11 @@ def weighted_values(last: fx.Node, weights: fx.Node, heads: Any) -> tuple[View, 
     native = [c for c in outer if c in form.right.letters]
     values = arranged(form.right, [*native, column, *width])
     back = permutation([*outer, row, *width], form.out)
-    seen = None if values is None or back is None else _in_four(values, outer, native, heads, 1)
-    if seen is None or back is None:
+    wide = None if values is None or back is None else _in_four(values, outer, native, heads, 1)
+    if wide is None or back is None:
         return None
     last_step: Steps = () if back == tuple(range(len(back))) else (("permute", (back,)),)
-    return seen, _from_four(last, outer, form.out, heads) + last_step
+    return wide, _from_four(last, outer, form.out, heads) + last_step
 
 
 def arranged(side: Factor, order: Sequence[str]) -> View | None:

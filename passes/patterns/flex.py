@@ -40,12 +40,12 @@ def match(node: fx.Node) -> AttentionSite | Rejected | None:
 
 def _module(node: fx.Node, function: Any) -> fx.GraphModule | None:
     owner = node.graph.owning_module
-    found = (
+    module = (
         owner.get_submodule(str(function.target))
         if isinstance(function, fx.Node) and function.op == "get_attr" and owner is not None
         else None
     )
-    return found if isinstance(found, fx.GraphModule) else None
+    return module if isinstance(module, fx.GraphModule) else None
 
 
 def _qkv(heads: int = 2) -> tuple[torch.Tensor, ...]:

@@ -95,13 +95,16 @@ def loads(expr: Any) -> bool:
 
 
 def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, with whatever sympy raises on expressions it cannot order or compare as Unreadable."""
+    """The function, with whatever it raises as Unreadable: sympy raises many things on expressions that it cannot order
+    or compare, and a reader that fails has no words for a tensor."""
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
         try:
             return function(*arguments)
-        except (TypeError, ValueError, ArithmeticError, NotImplementedError, AttributeError, RecursionError) as error:
+        except Unreadable:
+            raise
+        except Exception as error:
             raise Unreadable(f"{type(error).__name__}: {error}") from error
 
     return call

@@ -144,16 +144,16 @@ def _ways(choice: Any) -> Iterator[Hide]:
         yield _hide(choice, True)
         return
     condition, *branches = choice.args
-    for branch, shown in ((branches[1], condition), (branches[0], sympy.Not(condition))):
+    for branch, visible in ((branches[1], condition), (branches[0], sympy.Not(condition))):
         # The value of hidden keys is a tensor's: whether it hides is decided where it is read.
         if symbolic.load_index(branch) is not None and not branch.free_symbols:
-            yield Hide(sympy.Or(shown, sympy.Gt(branch, DEEP)), load=branch)
+            yield Hide(sympy.Or(visible, sympy.Gt(branch, DEEP)), load=branch)
     yield from (_hide(condition, shows) for shows in (True, False))
     for place, taken in enumerate((condition, sympy.Not(condition))):
         for inner in _choices(branches[place]):
-            for hidden, shown in ((1, 2), (2, 1)):
+            for hidden, visible in ((1, 2), (2, 1)):
                 reached = sympy.And(taken, inner.args[0] if hidden == 1 else sympy.Not(inner.args[0]))
-                kept = [b.xreplace({inner: inner.args[shown]}) if n == place else b for n, b in enumerate(branches)]
+                kept = [b.xreplace({inner: inner.args[visible]}) if n == place else b for n, b in enumerate(branches)]
                 yield Hide(
                     sympy.Not(reached),
                     {choice: kept[0] if kept[0] == kept[1] else Where(condition, *kept)},
@@ -173,8 +173,8 @@ def _hide(condition: Any, shows: bool) -> Hide:
 def is_deep(expr: Any, beside: Any = 0, level: float = DEEP) -> bool:
     """Whether a logit is that of a hidden key whatever the product is, since a softmax only sees differences: far below
     ``beside``, the logit of a visible one."""
-    shown = _highest(symbolic.expand(beside))
-    return _highest(symbolic.expand(expr)) <= level + (min(shown, 0.0) if shown != float("inf") else 0.0)
+    top = _highest(symbolic.expand(beside))
+    return _highest(symbolic.expand(expr)) <= level + (min(top, 0.0) if top != float("inf") else 0.0)
 
 
 def _highest(expr: Any) -> float:

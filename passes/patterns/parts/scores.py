@@ -50,7 +50,7 @@ def score_products(logits: fx.Node) -> list[fx.Node]:
 def unread_between(logits: fx.Node) -> fx.Node | None:
     """An operation without a reader between logits and a product that they are computed from; None where no product is
     behind it within a few steps."""
-    seen = {logits}
+    known = {logits}
     frontier: list[tuple[fx.Node, fx.Node | None]] = [(logits, None)]
     while frontier:
         node, unread = frontier.pop(0)
@@ -58,9 +58,9 @@ def unread_between(logits: fx.Node) -> fx.Node | None:
             return unread
         op = normalize.read(node) or functional(node)
         stop = unread if op is not None and op.name in readers() else unread or node
-        sources = [n for n in node.all_input_nodes if n not in seen and isinstance(value(n), torch.Tensor)]
+        sources = [n for n in node.all_input_nodes if n not in known and isinstance(value(n), torch.Tensor)]
         square = [n for n in sources if value(n).dim() > 1 and keeps_scores(n, logits)]
-        seen.update(square)
+        known.update(square)
         frontier += [(n, stop) for n in square]
     return None
 

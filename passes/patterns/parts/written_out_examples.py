@@ -111,8 +111,8 @@ def near_misses() -> dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...
         return weights @ v, weights
 
     def scores_used(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        made = scores(q, k)
-        return made.softmax(-1) @ v, made.sum()
+        logits = scores(q, k)
+        return logits.softmax(-1) @ v, logits.sum()
 
     def changed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return (scores(q, k).softmax(-1) * 0.5) @ v
@@ -123,8 +123,8 @@ def near_misses() -> dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...
         return weights @ v
 
     def threshold(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        made = scores(q, k)
-        return made.masked_fill(made < -0.5, -torch.inf).softmax(-1) @ v
+        logits = scores(q, k)
+        return logits.masked_fill(logits < -0.5, -torch.inf).softmax(-1) @ v
 
     def buckets(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         rows = torch.arange(q.shape[2])
