@@ -254,7 +254,8 @@ def _agree_on_logits(site: AttentionSite, example: Example, leaves: dict[fx.Node
         logits = torch.cat([logits, ran[site.gate].double().expand(logits.shape[:3])[..., None]], -1)
     seen = read.visible(read.shape)
     have = read.logits(products, site.scale, seen)
-    _same_weights(have, logits, value(site.logits).dtype, read.shape[3], site.cleared)
+    coarse = max((known.dtype, value(site.logits).dtype), key=lambda d: torch.finfo(d).eps)
+    _same_weights(have, logits, coarse, read.shape[3], site.cleared)
 
 
 def _products(shape: Shape) -> torch.Tensor:

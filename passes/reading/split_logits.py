@@ -90,10 +90,11 @@ def hidden_conditions(
                 break
         else:
             kept.update(choices)
-    for term in sympy.Add.make_args(symbolic.expand(expr)):
-        factor, rest = term.as_coeff_Mul()
-        if factor > 0 and symbolic.load_index(rest) is not None and {Q, KV} <= rest.free_symbols:
-            hides.append(_hidden_by_entries(rest, factor, row_maximum(rest)))
+    terms = (term.as_coeff_Mul() for term in sympy.Add.make_args(symbolic.expand(expr)))
+    biases = [(f, b) for f, b in terms if f > 0 and symbolic.load_index(b) is not None and {Q, KV} <= b.free_symbols]
+    # The greatest entry of a row is that of a visible key only where nothing else hides keys.
+    alone = len(biases) == 1 and not hides
+    hides += [_hidden_by_entries(bias, factor, row_maximum(bias) if alone else None) for factor, bias in biases]
     return hides, expr
 
 

@@ -73,6 +73,7 @@ def _masks(join: Callable[..., torch.Tensor]) -> Model:
 
 QKV = tuple(randn(*FOUR, seed=seed) for seed in range(3))
 ONE = tuple(x[0, 0] for x in QKV)
+ODD = (torch.arange(N) % 2).float().expand(N, N)
 SPELLINGS: dict[str, tuple[Model, tuple[torch.Tensor, ...]]] = {
     "einsum with a shared key": (
         lambda q, k, v: torch.einsum(
@@ -162,6 +163,14 @@ SPELLINGS: dict[str, tuple[Model, tuple[torch.Tensor, ...]]] = {
     "given, visible at -9000": (
         lambda q, k, v, m: (_product(q, k) + m).softmax(-1) @ v,
         (*QKV, torch.where(torch.ones(N, N).tril() > 0, -9000.0, -1e9)),
+    ),
+    "given, lowest where it is visible": (
+        lambda q, k, v, m: _causal(_product(q, k) + m).softmax(-1) @ v,
+        (*QKV, torch.where(torch.ones(N, N).tril() > 0, -9000.0, 0.0)),
+    ),
+    "given twice, each the other's complement": (
+        lambda q, k, v, a, b: (_product(q, k) + a + b).softmax(-1) @ v,
+        (*QKV, -9000.0 * ODD, -9000.0 * (1 - ODD)),
     ),
     "given, visible at -9000 here and there": (
         lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m),
