@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from stem_compile.config import cache_folder
 from stem_compile.kernels.spec import KernelSpec
 from stem_compile.kernels.triton import codegen
 from stem_compile.kernels.triton.template import TEMPLATES
@@ -23,7 +24,7 @@ from stem_compile.selection.policies import POLICIES
 
 def directory() -> Path:
     """Where generated modules live: $STEM_COMPILE_CACHE, else ~/.cache/stem_compile."""
-    return Path(os.environ.get("STEM_COMPILE_CACHE") or Path.home() / ".cache" / "stem_compile")
+    return cache_folder()
 
 
 def write(source: str, stem: str) -> Path:

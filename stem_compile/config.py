@@ -1,4 +1,5 @@
-"""StemConfig: every option of the backend, validated where it enters. The only reader of options and environment."""
+"""StemConfig: every option of the backend, validated where it enters. The only reader of options and of the project's own
+environment variables."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import difflib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from stem_compile.registry import RegistryError
@@ -25,6 +27,11 @@ STRIDES = (4, 8, 16, 32)
 SCORE_DTYPES = ("native", "fp8")
 QUERY_BLOCKS = (64, 128)
 KEY_BLOCKS = (32, 64, 128)
+
+
+def cache_folder() -> Path:
+    """Where generated kernels and measured choices live: $STEM_COMPILE_CACHE, else ~/.cache/stem_compile."""
+    return Path(os.environ.get("STEM_COMPILE_CACHE") or Path.home() / ".cache" / "stem_compile")
 
 
 class OptionError(ValueError):

@@ -116,3 +116,15 @@ def test_public_names_stay_callable_whatever_is_imported() -> None:
         " callable(stem_compile.explain)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_the_projects_own_environment_is_read_in_one_file() -> None:
+    readers = {
+        path.relative_to(ROOT).as_posix()
+        for _, path in modules()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call | ast.Subscript)
+        and "environ" in ast.unparse(node.func if isinstance(node, ast.Call) else node.value)
+        and "STEM_COMPILE_" in ast.unparse(node)
+    }
+    assert readers == {"stem_compile/config.py"}

@@ -90,7 +90,9 @@ def _matters(variable: str) -> bool:
 
 def _cache() -> str:
     """Where generated kernels and measurements lie, with their number."""
-    folder = Path(os.environ.get("STEM_COMPILE_CACHE") or Path.home() / ".cache" / "stem_compile")
+    from stem_compile.config import cache_folder
+
+    folder = cache_folder()
     return f"{folder} ({sum(1 for _ in folder.iterdir())} files)" if folder.is_dir() else f"{folder} (empty)"
 
 
