@@ -1,5 +1,5 @@
-"""StemConfig: every option of the backend, validated where it enters. The only reader of options and of the project's own
-environment variables."""
+"""StemConfig: every option of the backend, validated where it enters. The only reader of options and of the project's
+own environment variables."""
 
 from __future__ import annotations
 

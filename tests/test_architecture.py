@@ -33,7 +33,11 @@ LAYERS = (
 
 def modules() -> list[tuple[str, Path]]:
     """(layer, file) of every product module; a layer is a room of ``stem_compile`` or a module at its top."""
-    top = [p for p in sorted((ROOT / "stem_compile").rglob("*.py")) if not {"passes", "kernels"} & set(p.parts[-4:])]
+    top = [
+        p
+        for p in sorted((ROOT / "stem_compile").rglob("*.py"))
+        if not {"passes", "kernels"} & set(p.relative_to(ROOT).parts)
+    ]
     layers = [(p.relative_to(ROOT / "stem_compile").parts[0].removesuffix(".py"), p) for p in top]
     return layers + [(folder, p) for folder in ("passes", "kernels") for p in sorted((ROOT / folder).rglob("*.py"))]
 
