@@ -14,8 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-
-from examples.first_hour import decoder
+from first_hour import decoder
 
 THREADS = 4
 SHORTEST, LONGEST = 16, 1024

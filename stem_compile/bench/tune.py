@@ -22,6 +22,7 @@ from stem_compile.bench.samples import Sample
 from stem_compile.bench.target import Target
 from stem_compile.config import OptionError, StemConfig
 from stem_compile.selection import Observed, observe
+from stem_compile.selection.density import causal_density
 from stem_compile.timing import in_turns, timed
 
 BUDGETS = (0.03125, 0.0442, 0.0625, 0.0884, 0.125, 0.177, 0.25, 0.354, 0.5, 0.707)
@@ -39,6 +40,8 @@ FAMILIES: tuple[dict[str, Any], ...] = (
 )
 """Selection options that are compared, in the order in which they are tried. Those that this version or the user's own
 options do not allow are left out."""
+SAME = 0.02
+"""Part by which densities differ at least to count as different."""
 FINALISTS = 2
 """Families whose least budget is searched."""
 
@@ -132,12 +135,26 @@ def families(options: Mapping[str, Any]) -> list[dict[str, Any]]:
     return out
 
 
+def distinct_budgets(family: Mapping[str, Any], tokens: int) -> list[float]:
+    """Those of ``BUDGETS`` that compute something else at ``tokens`` tokens than the next larger one, ascending; all
+    for 0 tokens. Where forced blocks are all there is, a smaller budget would be chosen without having been tried."""
+    kept: list[float] = []
+    last = float("inf")
+    for budget in reversed(BUDGETS):
+        spec = StemConfig.from_options({**family, "budget": budget}).selection
+        density = causal_density(spec, tokens) if tokens else budget
+        if density < (1 - SAME) * last:
+            kept.append(budget)
+            last = density
+    return kept[::-1]
+
+
 class Tuner:
     """Runs trials on one model and its texts. device: where both are."""
 
     def __init__(self, target: Target, texts: Sequence[Sample], bound: Bound, device: str) -> None:
         self.reader, self.texts, self.bound, self.device = Reader.of(target), texts, bound, device
-        self.search = Search()
+        self.search, self.tokens = Search(), texts[0].tokens
         self._references: dict[str, torch.Tensor] = {}
 
     def reference(self) -> None:
@@ -182,14 +199,15 @@ class Tuner:
         return made
 
     def least_budget(self, family: Mapping[str, Any], doing: Callable[[str], None]) -> Iterator[Trial]:
-        """Trials of a bisection for the least of ``BUDGETS`` within the bound."""
-        low, high = 0, len(BUDGETS)
+        """Trials of a bisection for the least budget within the bound."""
+        budgets = distinct_budgets(family, self.tokens)
+        low, high = 0, len(budgets)
         while low < high:
             middle = (low + high) // 2
-            if self.search.trials and low == 0 and high == len(BUDGETS):
-                middle = BUDGETS.index(FIRST_BUDGET)
-            doing(f"budget {BUDGETS[middle]:g}")
-            trial = self.trial({**family, "budget": BUDGETS[middle]})
+            if low == 0 and high == len(budgets) and FIRST_BUDGET in budgets:
+                middle = budgets.index(FIRST_BUDGET)
+            doing(f"budget {budgets[middle]:g}")
+            trial = self.trial({**family, "budget": budgets[middle]})
             yield trial
             if trial.within:
                 high = middle

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from stem_compile.bench import tune as tuning
-from stem_compile.bench.tune import BUDGETS, Bound, Search, Trial, Tuner, families
+from stem_compile.bench.tune import BUDGETS, Bound, Search, Trial, Tuner, distinct_budgets, families
 from stem_compile.commands.arguments import backend_options
 from stem_compile.config import StemConfig
 from stem_compile.packages import UserError
@@ -25,6 +25,7 @@ class Known(Tuner):
 
     def __init__(self, bound: Bound) -> None:
         self.bound, self.search, self.device = bound, Search(dense_seconds=2.0), "cpu"
+        self.tokens = 0
         self.asked: list[float] = []
 
     def trial(self, options: Mapping[str, Any]) -> Trial:
@@ -60,6 +61,14 @@ def test_dense_is_the_answer_where_nothing_is_faster_or_within() -> None:
     timed = Trial({"budget": 0.25}, 0.9, {"a": {"kl": 0.0}}, 1.0, 0.3, final_seconds=1.5)
     assert Search([inside, timed], 2.0, eager_seconds=2.0, inductor_seconds=1.6).best is timed
     assert Search([inside, timed], 2.0, eager_seconds=2.0, inductor_seconds=1.4).best is None
+
+
+def test_budgets_that_compute_the_same_are_not_told_apart() -> None:
+    assert distinct_budgets({}, 0) == list(BUDGETS)
+    assert distinct_budgets({}, 131072) == list(BUDGETS)
+    # 16 rows of blocks: three forced ones a row are 42.6% of the pairs, which is what 0.25 and all below it compute.
+    assert distinct_budgets({}, 2048)[0] >= 0.25
+    assert set(distinct_budgets({}, 2048)) < set(BUDGETS)
 
 
 def test_families_are_valid_different_and_hold_the_users_options() -> None:
