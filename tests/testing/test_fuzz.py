@@ -4,6 +4,7 @@ them."""
 from __future__ import annotations
 
 import json
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 from stem_compile.passes import pipeline
 from stem_compile.testing.fuzz import Attention, Program, Trial, judge, script
-from stem_compile.testing.fuzz.campaign import Plan, campaign
+from stem_compile.testing.fuzz.campaign import Plan, Tally, campaign
 from stem_compile.testing.fuzz.one import drawn, run, smaller
 from tests.testing.faults import FAULTS
 
@@ -61,6 +62,8 @@ REGRESSIONS = {
     "unequal key and value heads": Trial(Program(heads=4, key_heads=1, value_heads=4)),
     "a decay that is multiplied": Trial(_one("matmul", scores=("decay multiplied",)), length=257),
     "positions in bf16": Trial(_one(terms=("window in bf16",), width=70), length=300),
+    "a static cache written in place": Trial(Program(cache="static in place", past=33)),
+    "squares of a distance": Trial(_one("matmul", scores=("gaussian",)), relation="selection", length=230),
     "hidden contents of a static cache": Trial(Program(cache="static", past=33), relation="hidden", length=300),
 }
 """What the fuzzer, or people, once found, as small as it became."""
@@ -143,6 +146,23 @@ def test_a_campaign_counts(tmp_path: Path) -> None:
     assert not tally.verdicts["crashed"]
     again = campaign(Plan(seed=1, programs=1, first=1, inner="eager", out=str(tmp_path)))
     assert again.programs == 1
+
+
+def test_a_process_that_dies_costs_one_program(tmp_path: Path) -> None:
+    killed: list[int] = []
+
+    def kill(tally: Tally) -> None:
+        if tally.programs and not killed:
+            child = multiprocessing.active_children()[0]
+            killed.append(child.pid or 0)
+            child.kill()
+
+    tally = campaign(Plan(seed=1, programs=5, inner="eager", jobs=2, out=str(tmp_path)), kill)
+    assert killed
+    assert tally.verdicts["crashed"] == 1
+    assert tally.programs == 5
+    (failure,) = (f for f in tally.failures if f["verdict"] == "crashed")
+    assert Path(failure["file"]).exists()
 
 
 def test_the_command_ends_in_time(tmp_path: Path) -> None:

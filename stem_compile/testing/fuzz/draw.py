@@ -106,7 +106,7 @@ def _heads(draw: Any, relation: str) -> tuple[int, int, int]:
 def _cache(draw: Any, relation: str, flat: bool) -> str:
     if flat or relation in ("groups", "heads"):
         return "none"
-    return "prefix" if relation == "chunks" else str(draw(st.sampled_from(("none", "none", "prefix", "static"))))
+    return "prefix" if relation == "chunks" else str(draw(st.sampled_from(("none", "none", "none", *words.CACHES[1:]))))
 
 
 @st.composite

@@ -230,7 +230,7 @@ SPELLINGS = (
     *("sdpa", "sdpa with a bias", "matmul", "@", "permute", "einsum", "einsum of other letters", "einsum with dots"),
     *("bmm", "baddbmm", "grouped einsum", "shared key", "flex", "nn.MultiheadAttention"),
 )
-CACHES = ("none", "prefix", "static")
+CACHES = ("none", "prefix", "static", "static in place")
 LAYOUTS = ("bhnd", "bnhd", "fused", "three dimensions")
 RESULTS = ("heads", "merged")
 RELATIONS = ("dense", "selection", "heads", "batch", "groups", "hidden", "shift", "chunks")

@@ -88,7 +88,9 @@ def _initial(trial: Trial, writers: list[_Attention]) -> list[str]:
 
 def _parameters(program: Program) -> list[str]:
     first = ["x"] if program.layout == "fused" else ["q", "k", "v"]
-    return first + {"none": [], "prefix": ["past_k", "past_v"], "static": ["cache_k", "cache_v"]}[program.cache]
+    if program.cache == "none":
+        return first
+    return first + (["past_k", "past_v"] if program.cache == "prefix" else ["cache_k", "cache_v"])
 
 
 def _forward(program: Program, writers: list[_Attention], needed: list[str], shifted: bool) -> list[str]:
@@ -107,10 +109,11 @@ def _forward(program: Program, writers: list[_Attention], needed: list[str], shi
         body.append("q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)")
     if program.cache == "prefix":
         body.append("k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)")
-    elif program.cache == "static":
+    elif program.cache != "none":
         body.append(f"places = torch.arange({program.past}, {program.past} + q.shape[2], device=q.device)")
-        body.append("k, v = cache_k.index_copy(2, places, k), cache_v.index_copy(2, places, v)")
-    start = {"none": "0", "prefix": "past_k.shape[2]", "static": str(program.past)}[program.cache]
+        copied = "index_copy_" if program.cache == "static in place" else "index_copy"
+        body.append(f"k, v = cache_k.{copied}(2, places, k), cache_v.{copied}(2, places, v)")
+    start = {"none": "0", "prefix": "past_k.shape[2]"}.get(program.cache, str(program.past))
     rows, keys = words.GRIDS[program.grid]
     if program.layout == "three dimensions":
         body += ["b, n, d = q.shape", "h, m = 1, k.shape[1]"]
@@ -344,7 +347,7 @@ def _reads(text: str, name: str) -> bool:
 
 def _inputs(program: Program, needed: list[str], seed: int) -> list[str]:
     p = program
-    keys = {"none": "n", "prefix": f"n + {p.past}", "static": f"n + {p.past + 13}"}[p.cache]
+    keys = {"none": "n", "prefix": f"n + {p.past}"}.get(p.cache, f"n + {p.past + 13}")
     lines = [
         f"def inputs(n, seed={seed}):",
         "    g = torch.Generator().manual_seed(seed)",
@@ -362,9 +365,8 @@ def _inputs(program: Program, needed: list[str], seed: int) -> list[str]:
         given["x"] = f"torch.randn(b, n, {sum(h * d for _, h, d in sizes)}, generator=g){cast}"
     else:
         given |= {x: f"torch.randn({shapes[p.layout].format(h=h, d=d)}, generator=g){cast}" for x, h, d in sizes}
-    cached = {"prefix": ("past", p.past), "static": ("cache", "m")}.get(p.cache)
-    if cached:
-        name, length = cached
+    if p.cache != "none":
+        name, length = ("past", p.past) if p.cache == "prefix" else ("cache", "m")
         given |= {f"{name}_{x}": f"torch.randn(b, {h}, {length}, {d}, generator=g){cast}" for x, h, d in sizes[1:]}
     pads = {
         "holes": "torch.rand(b, m, generator=g) < 0.8",
