@@ -129,21 +129,13 @@ def show(records: list[Record]) -> None:
     print(Table("all types", ("", *groups), summary).text(width()))
 
 
-def markdown(records: list[Record]) -> str:
-    """``docs/zoo.md``."""
-    import transformers
-
-    from stem_compile.bench.machine import describe
-
-    groups = by_implementation(records)
-    figures = {i: totals(group) for i, group in groups.items()}
-    machine = describe("cpu")
-    seconds = sum(r["seconds"].get("total", 0) for r in records)
-    lines = [
+def _introduction(machine: str, transformers: str, seconds: float) -> list[str]:
+    """What the page is about. transformers: its version."""
+    return [
         "# The zoo",
         "",
         (
-            f"Every type that transformers {transformers.__version__} lists for causal language models, built tiny with"
+            f"Every type that transformers {transformers} lists for causal language models, built tiny with"
             " random weights, run eager and through"
         ),
         (
@@ -176,6 +168,20 @@ def markdown(records: list[Record]) -> str:
         ),
         "their bias is data. Real models may have larger head dims than these (Gemma 4's full layers: 512).",
         "",
+    ]
+
+
+def markdown(records: list[Record]) -> str:
+    """``docs/zoo.md``."""
+    import transformers
+
+    from stem_compile.bench.machine import describe
+
+    groups = by_implementation(records)
+    figures = {i: totals(group) for i, group in groups.items()}
+    seconds = sum(r["seconds"].get("total", 0) for r in records)
+    lines = [
+        *_introduction(describe("cpu"), transformers.__version__, seconds),
         "## Totals",
         "",
         "| | " + " | ".join(groups) + " |",

@@ -42,34 +42,16 @@ def select(attention: Attention, kernel: str) -> tuple[torch.Tensor, torch.Tenso
     counts = torch.empty(ops.counts_shape(q, spec), dtype=torch.int32, device=q.device)
     if not counts.numel():
         return indices, counts
-    parts = mask.parts
-    padded, explicit = bool(parts.keys), bool(parts.others)
-    first = possible = limits = counts
-    first_stride, strides = 0, tuple([0] * 4)
-    if padded:
-        first = mask.first_visible(spec.block_k)
-        first_stride = first.stride(0) if first.shape[0] > 1 else 0
-    if explicit:
-        limits = row_counts(attention.candidates.sum(-1), spec, attention.reach).expand(batch, heads, rows)
-        possible = attention.candidates.expand(batch, heads, rows, columns).view(torch.uint8)
-        strides = possible.stride()
+    padded, explicit = bool(mask.parts.keys), bool(mask.parts.others)
+    first, possible, limits = _tables(attention, counts)
+    first_stride = first.stride(0) if padded and first.shape[0] > 1 else 0
+    strides = possible.stride() if explicit else (0, 0, 0, 0)
     terms = arguments(attention.tensors, attention.scalars, attention.mask_text, device=q.device)
-    keys: KeySide | PairScores | Means | None = None
-    if not everything(spec) and spec.pooling == "mass":
-        keys = Means(attention)
-    elif not everything(spec) and hides_pairs(attention):
-        keys = PairScores(attention, terms)
-    elif not everything(spec):
-        # Where the forced blocks are not simply the last before the diagonal, or that is known on the device only,
-        # every score is written.
-        plain = not explicit and not _reads_offset(attention.mask_text)
-        before = _offset(attention.mask_text, attention.shape, tuple(attention.scalars)) if plain else None
-        keys = KeySide(attention, before, plain, terms)
+    keys = _block_scores(attention, explicit, terms)
     step = rows if keys is None else min(rows, max(1, SCORE_BYTES // keys.bytes_a_row // CHUNK_UNIT) * CHUNK_UNIT)
     nb = 1 << (columns - 1).bit_length() if columns > 1 else 2
     lists: Any = module("select", attention)
-    divides = keys is not None and spec.divides
-    together = spec.sharing_heads(heads, k.shape[1])
+    divides, together = keys is not None and spec.divides, spec.sharing_heads(heads, k.shape[1])
     for start in range(0, rows, step):
         chunk = min(step, rows - start)
         scores = counts if keys is None else keys.scores(start, chunk)
@@ -107,6 +89,34 @@ def select(attention: Attention, kernel: str) -> tuple[torch.Tensor, torch.Tenso
             num_warps=max(1, min(16, nb // 1024)),
         )
     return indices, counts
+
+
+def _tables(attention: Attention, unused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(first visible key of each key block where keys are hidden by themselves; where pairs are, candidates as uint8
+    [B, H, rows, columns] and the length of each row's list). unused: stands for one that the mask does not need."""
+    parts, spec, (rows, columns) = attention.mask.parts, attention.spec, attention.blocks
+    first = attention.mask.first_visible(spec.block_k) if parts.keys else unused
+    if not parts.others:
+        return first, unused, unused
+    limits = row_counts(attention.candidates.sum(-1), spec, attention.reach).expand(*attention.q.shape[:2], rows)
+    candidates = attention.candidates.expand(*attention.q.shape[:2], rows, columns)
+    return first, candidates.view(torch.uint8), limits
+
+
+def _block_scores(attention: Attention, explicit: bool, terms: Any) -> KeySide | PairScores | Means | None:
+    """What scores the blocks; None where every row computes all that it sees. explicit: whether candidates are listed
+    pair by pair. terms: ``arguments`` of mask and score."""
+    if everything(attention.spec):
+        return None
+    if attention.spec.pooling == "mass":
+        return Means(attention)
+    if hides_pairs(attention):
+        return PairScores(attention, terms)
+    # Where the forced blocks are not simply the last before the diagonal, or that is known on the device only, every
+    # score is written.
+    plain = not explicit and not _reads_offset(attention.mask_text)
+    before = _offset(attention.mask_text, attention.shape, tuple(attention.scalars)) if plain else None
+    return KeySide(attention, before, plain, terms)
 
 
 def _divide(

@@ -22,6 +22,11 @@ def _causal(n: int, value_: float = -torch.inf) -> torch.Tensor:
 
 def examples() -> dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]]:
     """Name -> (function, inputs) that must match."""
+    return _spellings() | _scores()
+
+
+def _spellings() -> dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]]:
+    """Products, masks and shapes written in several ways."""
 
     def added(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         rows = torch.arange(q.shape[2])
@@ -47,6 +52,36 @@ def examples() -> dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]]
         ) + _causal(n)
         return torch.bmm(scores.softmax(-1).view(b * h, n, n), v).view(b, h, n, d)
 
+    def in_place(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        scores = q @ k.transpose(-1, -2)
+        scores *= 0.25
+        scores += _causal(q.shape[2])
+        return scores.softmax(-1) @ v
+
+    def grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        k, v = (
+            x[:, :, None].expand(x.shape[0], 2, 2, x.shape[2], 16).reshape(x.shape[0], 4, x.shape[2], 16)
+            for x in (k, v)
+        )
+        return added(q, k, v)
+
+    return {
+        "mask added": (added, _qkv()),
+        "mask filled in": (filled, _qkv()),
+        "einsum": (einsum, _qkv()),
+        "baddbmm": (three_dimensions, _qkv()),
+        "in place": (in_place, _qkv()),
+        "grouped": (grouped, _qkv(4, 2)),
+        "one head": (
+            lambda q, k, v: (q @ k.t() + _causal(70)).softmax(-1) @ v,
+            tuple(torch.randn(70, 16) for _ in range(3)),
+        ),
+    }
+
+
+def _scores() -> dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]]:
+    """Scores that are more than the scaled product."""
+
     def softcapped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         scores = torch.tanh(q @ k.transpose(-1, -2) * 0.25 / 30.0) * 30.0 + _causal(q.shape[2])
         return scores.softmax(-1) @ v
@@ -63,40 +98,17 @@ def examples() -> dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]]
         scores = q @ k.transpose(-1, -2) * 0.25 + bias
         return scores.masked_fill((rows[None, :] > rows[:, None]), torch.finfo(q.dtype).min).softmax(-1) @ v
 
-    def in_place(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        scores = q @ k.transpose(-1, -2)
-        scores *= 0.25
-        scores += _causal(q.shape[2])
-        return scores.softmax(-1) @ v
-
     def buckets(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         rows = torch.arange(q.shape[2])
         distance = (rows[:, None] - rows[None, :]).clamp(0, 15)
         bias = F.embedding(distance, table).permute(2, 0, 1).unsqueeze(0)
         return (q @ k.transpose(-1, -2) + bias + _causal(q.shape[2])).softmax(-1) @ v
 
-    def grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        k, v = (
-            x[:, :, None].expand(x.shape[0], 2, 2, x.shape[2], 16).reshape(x.shape[0], 4, x.shape[2], 16)
-            for x in (k, v)
-        )
-        return added(q, k, v)
-
     return {
-        "mask added": (added, _qkv()),
-        "mask filled in": (filled, _qkv()),
-        "einsum": (einsum, _qkv()),
-        "baddbmm": (three_dimensions, _qkv()),
         "softcap": (softcapped, _qkv()),
         "sinks": (sinks, (*_qkv(), torch.randn(4))),
         "alibi": (alibi, (*_qkv(), torch.tensor([0.5, 0.25, 0.1, 0.01]))),
         "a bias by distance": (buckets, (*_qkv(), torch.randn(16, 4))),
-        "in place": (in_place, _qkv()),
-        "grouped": (grouped, _qkv(4, 2)),
-        "one head": (
-            lambda q, k, v: (q @ k.t() + _causal(70)).softmax(-1) @ v,
-            tuple(torch.randn(70, 16) for _ in range(3)),
-        ),
     }
 
 

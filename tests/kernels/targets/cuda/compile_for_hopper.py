@@ -68,18 +68,8 @@ def resources(kernel: Any) -> str:
     return text + (f", {stored} bytes spilled" if stored else "")
 
 
-def main() -> None:
-    triton.runtime.driver.set_active(NamedTarget())
-    real = JITFunction.run
-
-    def warm_up(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernel = real(self, *args, grid=grid, warmup=True, **kwargs)
-        print(f"  {self.fn.__name__}: {resources(kernel)}", flush=True)
-        return kernel
-
-    JITFunction.run = warm_up
-    device.capability = lambda device: (9, 0)
-    device.multiprocessors = lambda device: 132
+def cases() -> tuple[tuple[Any, ...], ...]:
+    """(template, head dim, value dim, blocks, mask, dtype, score, tensors of mask and score)."""
     pad, head = torch.ones(1, 8192, dtype=torch.bool), torch.ones(2)
     padded, window, left = (
         "(kv <= q + S0) & Ne(T0(b, kv), 0)",
@@ -87,7 +77,7 @@ def main() -> None:
         "Eq(FloorDiv(q - T0(b), 2048), FloorDiv(kv - T0(b), 2048))",
     )
     softcap, bias = "50.0*tanh(0.02*s)", torch.ones(1, 2, 64, 64, dtype=torch.bfloat16)
-    for template, d, dv, blocks, mask, dtype, score, tensors in (
+    return (
         ("hopper", 128, 128, (128, 128), "kv <= q", torch.bfloat16, "", ()),
         ("hopper", 128, 128, (128, 64), padded, torch.bfloat16, "", (pad,)),
         ("hopper", 128, 128, (64, 64), "kv <= q", torch.bfloat16, "", ()),
@@ -130,7 +120,22 @@ def main() -> None:
         ("portable", 128, 128, (128, 128), "kv <= q", torch.bfloat16, "", ()),
         ("portable", 80, 80, (64, 64), "kv <= q", torch.float32, "", ()),
         ("portable", 128, 128, (128, 128), window, torch.bfloat16, f"{softcap} ; sink T0(h)", (head,)),
-    ):
+    )
+
+
+def main() -> None:
+    triton.runtime.driver.set_active(NamedTarget())
+    real = JITFunction.run
+
+    def warm_up(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = real(self, *args, grid=grid, warmup=True, **kwargs)
+        print(f"  {self.fn.__name__}: {resources(kernel)}", flush=True)
+        return kernel
+
+    JITFunction.run = warm_up
+    device.capability = lambda device: (9, 0)
+    device.multiprocessors = lambda device: 132
+    for template, d, dv, blocks, mask, dtype, score, tensors in cases():
         q, k, v = (
             torch.empty(1, 2, 8192, d, dtype=dtype),
             torch.empty(1, 1, 8192, d, dtype=dtype),
