@@ -49,7 +49,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def templates() -> str:
-    """Hash of all templates: a measured choice is of one set of them."""
+    """Hash of all templates: measured choices are kept separately for each set of templates."""
     return _hash("".join(template.source() for _, template in TEMPLATES.members()))
 
 
@@ -63,7 +63,7 @@ def recall(kind: str, key: str) -> Any:
 
 
 def store(kind: str, key: str, value: Any) -> None:
-    """Keep ``value`` (JSON) for later processes; a folder that cannot be written costs them a measurement."""
+    """Keep ``value`` (JSON) for later processes; where the folder cannot be written, they measure again."""
     with contextlib.suppress(OSError):
         _replace(directory() / f"{kind}_{_hash(key)}.json", json.dumps({"key": key, "value": value}, indent=1))
 

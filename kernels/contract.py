@@ -28,8 +28,9 @@ class Kernels(NamedTuple):
 
 @dataclass(frozen=True)
 class Stopwatch:
-    """How a device is measured. machine: everything a measured choice depends on besides its own question.
-    milliseconds: medians of runs that take turns; raises torch.OutOfMemoryError where one of them does."""
+    """How a device is measured. machine: text of all that a measurement depends on beside the attention itself (device,
+    compiler, templates). milliseconds: medians of runs that take turns; raises torch.OutOfMemoryError where one of them
+    does."""
 
     machine: str
     milliseconds: Callable[[Callable[[], object], Callable[[], object]], tuple[float, float]]
@@ -37,7 +38,8 @@ class Stopwatch:
 
 @runtime_checkable
 class Target(Protocol):
-    """Kernels of one device type. An ``Attention`` of a question holds fake tensors, that of an order real ones."""
+    """Kernels of one device type. ``supports`` and ``kernels`` are asked at compile time, with fake tensors; ``select``
+    and ``attend`` get real ones."""
 
     def supports(self, attention: Attention, /) -> Reason | None:
         """Why the attention cannot be computed here; None where it can."""

@@ -195,7 +195,8 @@ def sparse_attention(
 
 
 def _is_laid_out(out: torch.Tensor) -> bool:
-    """Whether memory is as ``ops.attention_output`` promises. By numbers first: asking torch costs more."""
+    """Whether memory is as ``ops.attention_output`` promises. Strides are compared as numbers first, which costs less
+    than asking torch."""
     _, heads, length, width = out.shape
     return out.stride() == (length * heads * width, width, heads * width, 1) or out.transpose(1, 2).is_contiguous()
 

@@ -88,8 +88,8 @@ def _analyzed(
 
 
 def _unread(site: AttentionSite, interpreters: tuple[Interpreter, Interpreter]) -> Exception | None:
-    """Read the site, with the tensors that are not understood as loads where need be. What stopped both; a reader that
-    fails is one that has no words for a tensor."""
+    """Read the site; where that fails, read it again with tensors that are not understood as loads. Returns what
+    stopped both, None where one succeeded. An exception of a reader counts as not understood."""
     error: Exception | None = None
     for reader in interpreters:
         try:

@@ -61,8 +61,8 @@ def expand(graph: fx.Graph) -> dict[fx.Node, Exception]:
 
 
 def _rename_overwritten(graph: fx.Graph) -> None:
-    """Let what reads a value after it was written in place read the write's result: the same tensor, and now the graph
-    says so."""
+    """Make nodes that read a value after an in-place write read the write's result: it is the same tensor, and the
+    graph then shows that they depend on the write."""
     for writer in reversed(graph.nodes):
         target = overwritten(writer)
         if target is not None:
@@ -84,7 +84,7 @@ _RESHAPED_BACK: dict[str, Callable[..., Any]] = {
 
 
 def _restore_shape(writer: fx.Node, target: fx.Node) -> None:
-    """Make an in-place view a plain one. Dynamo records one tensor for both, in the shape that it has at last."""
+    """Make an in-place view a plain one. Dynamo records one example value for both, which has the final shape."""
     back = _RESHAPED_BACK.get(str(writer.target))
     if back is None or writer.kwargs or memory.memory(target) != memory.memory(writer):
         return

@@ -21,6 +21,15 @@ HOW_NOT_WHAT = {"found", "made", "chosen", "lit", "seen"}
 """Names that say how a value came about and not what it is; no public signature or field has them."""
 MACHINE = re.compile(r"(?<![\w.])/(work|root|farm|tmp/w)/|artifactory|--(extra-)?index-url|trusted-host|proxy\.local")
 """Paths and hosts of one machine."""
+CONTRACTS = (
+    "stem_compile/registry.py",
+    "stem_compile/selection/policy.py",
+    "stem_compile/selection/attention.py",
+    "passes/match.py",
+    "kernels/contract.py",
+    "kernels/triton/template.py",
+)
+"""Files that say what a member of a registry is."""
 
 
 def tracked() -> list[Path]:
@@ -119,6 +128,16 @@ def test_public_names_are_documented(path: Path) -> None:
         pytest.importorskip("hypothesis")
     bare = set(undocumented(importlib.import_module(module)))
     assert not bare, f"{module}: {sorted(bare)} have no docstring"
+
+
+@pytest.mark.parametrize("path", CONTRACTS)
+def test_contracts_name_their_types(path: str) -> None:
+    """No bare ``Any`` in the public signatures of a contract."""
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+            annotations = [*(a.annotation for a in arguments), node.returns]
+            assert not any(isinstance(a, ast.Name) and a.id == "Any" for a in annotations), f"{path}: {node.name}"
 
 
 @pytest.mark.parametrize("path", [p for p in sources() if p.relative_to(ROOT).parts[0] != "stem_compile"], ids=name)

@@ -1,5 +1,5 @@
-"""See Dynamo's graph through one vocabulary: function, method and operator spellings of an op are one op, arguments
-bound by name.
+"""One vocabulary for Dynamo's graph: the function, method and operator spellings of an operation are one operation,
+with arguments bound by name.
 
 Nothing is rewritten: ``read(node)`` is a view. Matching here, before decomposition, is what keeps patterns short:
 scaled_dot_product_attention is one node, and a mask is still written in the words of the model's author. (A retrace

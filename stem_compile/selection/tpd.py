@@ -125,8 +125,9 @@ def full_rows(
     """Rows that compute all they see: the budget covers it, or the row holds an end of the prompt or of a document,
     where the question is.
 
-    An end is where sight has grown and grows no more; a block of slack covers unaligned prefixes and query blocks below
-    key blocks. Rows further on are right padding. A chunk of a longer prompt ends where the prompt does.
+    An end is a row after which the number of visible blocks no longer grows; a block of slack covers unaligned prefixes
+    and query blocks below key blocks. Rows further on are right padding. A chunk of a longer prompt ends where the
+    prompt does.
     """
     reach = visible if reach is None else reach
     slack, rows = cdiv(spec.block_k, spec.block_q) + 1, reach.shape[-1]

@@ -2,7 +2,8 @@
 at a time.
 
 Mask and score are evaluated at the positions of the listed blocks only. What can be written as a bias goes through
-PyTorch's flash attention; a score that is more than a bias (softcap) is computed in the open.
+PyTorch's flash attention; a score that is more than a bias (softcap) is computed with all scores of a row block in
+memory.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class Piece:
 
 
 def attend(p: Problem, counts: torch.Tensor, attention: Attention) -> None:
-    """Fill ``p.out`` and ``p.lse``. p: a problem without bias; counts: int32 [B, H, query blocks]. The sink is not the
-    kernel's business."""
+    """Fill ``p.out`` and ``p.lse``. p: a problem without bias; counts: int32 [B, H, query blocks]. The caller joins the
+    sink."""
     heads, q_len = p.q.shape[1:3]
     score, predicate = attention.score, attention.mask.mask.predicate
     exact = torch.promote_types(p.keys.dtype, torch.float32)

@@ -113,7 +113,8 @@ def attend(
 
 
 def _with_sink(out: torch.Tensor, lse: torch.Tensor, attention: Attention) -> torch.Tensor:
-    """Both with the sink joined: keys keep the share they have beside it; a row without keys is 0 and stays it."""
+    """Output and log-sum-exp with the sink joined: the output is scaled by the share of the softmax that the keys keep
+    beside the sink. A row without visible keys stays 0."""
     sink = attention.score.sink_logits(attention.shape, attention.tensors, attention.scalars, lse)
     assert sink is not None
     out.mul_(torch.sigmoid(lse.unsqueeze(-1) - sink).to(out.dtype))
