@@ -15,7 +15,9 @@ from stem_compile.bench.prefill import Prefill
 from stem_compile.bench.samples import samples
 from stem_compile.bench.target import load
 from stem_compile.packages import UserError
+from stem_compile.testing.tolerances import CLOSE, CLOSE_DEEP
 from tests.commandline import stem_compile
+from tests.numerics import assert_close
 from tests.tiny import Characters, tiny_llama
 
 OPTIONS = {"inner": "eager", "min_length": 1, "block_size": 64, "key_block_size": 32, "sink_blocks": 0}
@@ -28,11 +30,11 @@ def test_fidelity_is_what_its_definition_says() -> None:
     ids = torch.randint(0, 30, (1, 1100))
     found = fidelity(Reader(torch.nn.Identity(), lambda x: x, lambda x: x), own, other, ids)
     p, q = own.double().log_softmax(-1), other.double().log_softmax(-1)
-    torch.testing.assert_close(found.kl.double(), (p.exp() * (p - q)).sum(-1), rtol=1e-4, atol=1e-5)
+    assert_close(found.kl.double(), (p.exp() * (p - q)).sum(-1), CLOSE[torch.float32], torch.float32)
     assert torch.equal(found.same_top1, p.argmax(-1) == q.argmax(-1))
     losses = [torch.nn.functional.cross_entropy(x[:-1], ids[0, 1:], reduction="none") for x in (other, own)]
     assert found.nll_change is not None
-    torch.testing.assert_close(found.nll_change, losses[0] - losses[1], rtol=1e-3, atol=1e-4)
+    assert_close(found.nll_change, losses[0] - losses[1], CLOSE_DEEP)
     half = found.summary()
     assert half["kl"] == pytest.approx(float(found.kl[550:].mean()))
     assert [end for end, _, _ in found.by_position(4)] == [275, 550, 825, 1100]
