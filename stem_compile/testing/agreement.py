@@ -58,10 +58,22 @@ def _beyond_a_tie(observed: Observed, own: torch.Tensor, want: torch.Tensor) -> 
     )
     noise = MODEL.factor * torch.finfo(q.dtype).eps * largest
     taken, left = own & ~want, want & ~own
+    wrong = _unlike(scores, taken, left, noise)
+    together = seen.attention.spec.sharing_heads(own.shape[1], k.shape[1])
+    if together > 1:
+        # What one head gives at a tie another may take.
+        parts = (scores, taken & wrong.unsqueeze(-1), left & wrong.unsqueeze(-1))
+        rows = [x.unflatten(1, (-1, together)).transpose(2, 3).flatten(3) for x in parts]
+        wrong = wrong & _unlike(rows[0], rows[1], rows[2], noise).repeat_interleave(together, 1)
+    return tuple(wrong.nonzero()[0].tolist()) if bool(wrong.any()) else None
+
+
+def _unlike(scores: torch.Tensor, taken: torch.Tensor, left: torch.Tensor, noise: float) -> torch.Tensor:
+    """Bool [..., rows]: rows in which ``taken`` blocks are not as many as those ``left`` for them, or score higher."""
     best = scores.masked_fill(~taken, -torch.inf).amax(-1)
     worst = scores.masked_fill(~left, torch.inf).amin(-1)
-    wrong = (taken.sum(-1) != left.sum(-1)) | ((best - worst > noise) & taken.any(-1))
-    return tuple(wrong.nonzero()[0].tolist()) if bool(wrong.any()) else None
+    unlike: torch.Tensor = (taken.sum(-1) != left.sum(-1)) | ((best - worst > noise) & taken.any(-1))
+    return unlike
 
 
 def packed(dense: torch.Tensor, like: Observed) -> BlockSelection:

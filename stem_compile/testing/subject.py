@@ -77,6 +77,7 @@ def options_of(options: Mapping[str, Any] | StemConfig | None, large: bool = Fal
         k: v
         for k, v in (SMALL | ({"sink_blocks": 0} if large else {})).items()
         if not (k == "key_block_size" and "block_size" in given)
+        and not (k == "budget" and given.get("coverage") is not None)
     }
     merged = small | given
     StemConfig.from_options(merged)

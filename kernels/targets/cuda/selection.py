@@ -25,7 +25,7 @@ SCORE_BYTES = 1 << 28
 """Largest score buffer; longer prompts are scored in row chunks of it."""
 CHUNK_UNIT = 128
 """Rows of a chunk come in multiples of it: whole tiles of the score kernels."""
-SHARED_PAIRS = 1 << 15
+SHARED_PAIRS = 1 << 16
 """Most scores that one program ranks to divide a row's budget among heads; more are ranked by torch."""
 
 

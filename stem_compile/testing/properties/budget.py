@@ -45,9 +45,9 @@ def check(subject: Subject, case: Case) -> Measure:
     numerics.tolerance(golden, golden, subject.dtype, valid)  # NaN has no scores to rank blocks by
     for index, seen in enumerate(run.selections):
         _well_formed(index, seen)
-    budget = subject.options["budget"]
+    budget = subject.options.get("budget")
     facts: dict[str, Any] = {"density": sum(m.density for m in run.selections) / len(run.selections)}
-    if budget is not None and budget < 1:
+    if isinstance(budget, int | float) and budget < 1:
         for part in (budget / 2, budget, (1 + budget) / 2):
             output = run.output if part == budget else subject.run(case, budget=part).output
             difference = numerics.errors(output, golden)
