@@ -59,7 +59,7 @@ def _beyond_a_tie(observed: Observed, own: torch.Tensor, want: torch.Tensor) -> 
     noise = MODEL.factor * torch.finfo(q.dtype).eps * largest
     taken, left = own & ~want, want & ~own
     wrong = _unlike(scores, taken, left, noise)
-    together = seen.attention.spec.sharing_heads(own.shape[1], k.shape[1])
+    together = observed.attention.spec.sharing_heads(own.shape[1], k.shape[1])
     if together > 1:
         # What one head gives at a tie another may take.
         parts = (scores, taken & wrong.unsqueeze(-1), left & wrong.unsqueeze(-1))

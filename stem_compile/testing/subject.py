@@ -84,6 +84,11 @@ def options_of(options: Mapping[str, Any] | StemConfig | None, large: bool = Fal
     return merged
 
 
+def changed_options(options: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with some of them changed; a budget takes the place of a coverage."""
+    return {**options, **changes} | ({"coverage": None} if changes.get("budget") is not None else {})
+
+
 def deployed_options(options: Mapping[str, Any] | StemConfig | None) -> dict[str, Any]:
     """Every option with the value that it has when the user deploys these. Raises OptionError."""
     config = StemConfig.from_options(options)
@@ -205,7 +210,7 @@ class Subject:
     def run(self, given: Case | Inputs, force: Force | None = None, **changes: Any) -> Run:
         """The compiled model. changes: options other than the subject's own."""
         inputs = self.inputs(given) if isinstance(given, Case) else given
-        options = self.options | changes
+        options = changed_options(self.options, changes)
         selections: list[Observed] = []
         ran: list[AttentionSite | Rejected] = []
 

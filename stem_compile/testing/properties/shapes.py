@@ -15,7 +15,7 @@ import torch
 from stem_compile import backend
 from stem_compile.testing import numerics
 from stem_compile.testing.case import Case
-from stem_compile.testing.subject import Subject
+from stem_compile.testing.subject import Subject, changed_options
 from stem_compile.testing.traced import primary
 from stem_compile.testing.violation import Inapplicable, Measure, Violation, named
 
@@ -58,7 +58,7 @@ def check(subject: Subject, case: Case) -> Measure:
     if not tried:
         subject.eager(case)
     compiled: list[int] = []
-    options, worst, length = subject.options | {"budget": 1.0}, 0.0, 0
+    options, worst, length = changed_options(subject.options, {"budget": 1.0}), 0.0, 0
     # A cache entry of another compiled form of the model is none of this one.
     torch._dynamo.reset()
     model = torch.compile(subject.model, backend=lambda module, inputs: backend.stem(module, inputs, options=options))
