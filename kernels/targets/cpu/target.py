@@ -62,9 +62,9 @@ def _is_general(mask: str, score: str) -> bool:
 def select(attention: Attention, kernel: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Blocks to compute: indices int32 [B, H, query blocks, width] ascending, counts int32 [B, H, query blocks]."""
     counts = _counts(attention.candidates.sum(-1), attention.reach, attention.spec)
-    if attention.spec.pooling == "mass" and not everything(attention.spec):
-        return masses.ranked(attention, counts)
     shape = ops.selection_shape(attention.q, attention.k, attention.spec)
+    if attention.spec.pooling == "mass" and int(counts.max()) > 0:
+        return masses.ranked(attention, counts)
     if int(counts.max()) <= 0:
         indices = attention.q.new_zeros(shape, dtype=torch.int32)
     else:

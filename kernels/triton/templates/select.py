@@ -198,17 +198,23 @@ def select(
         PADDED,
         EXPLICIT,
     )
-    place = where * width
     if GIVEN:
         limit = tl.load(counts_ptr + where)
         full = limit < 0
-        if PACKED > 0:
-            other = tl.arange(0, PACKED)
-            lengths = tl.load(counts_ptr + (b * heads + other) * rows + row, mask=other < h, other=0)
-            place = (b * rows + row) * (heads * width).to(tl.int64) + tl.sum(tl.maximum(lengths, 0), 0)
-            width = heads * width
     else:
         tl.store(counts_ptr + where, tl.where(full, -1, limit))
+    place = where * width
+    if PACKED > 0:
+        other = tl.arange(0, PACKED)
+        if GIVEN:
+            lengths = tl.load(counts_ptr + (b * heads + other) * rows + row, mask=other < h, other=0)
+        elif EXPLICIT:
+            others = limits_ptr + b * limit_strides[0] + other * limit_strides[1] + row * limit_strides[2]
+            lengths = tl.load(others, mask=other < h, other=0)
+        else:
+            lengths = tl.where(other < h, limit, 0)
+        place = (b * rows + row) * (heads * width).to(tl.int64) + tl.sum(tl.maximum(lengths, 0), 0)
+        width = heads * width
     if not full:
         rank = j + 1
         if EXPLICIT or PADDED or BANDED:

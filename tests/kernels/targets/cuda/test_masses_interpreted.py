@@ -11,7 +11,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from stem_compile.selection import FULL, SelectionSpec, tpd
+from stem_compile.algebra import symbolic
+from stem_compile.selection import FULL, SelectionSpec, policies, tpd
 from stem_compile.selection.mass import log_masses
 from tests.kernels.kernel_cases import (
     ALIBI,
@@ -113,3 +114,17 @@ def test_more_pairs_than_a_program_ranks_are_divided_by_torch(monkeypatch: pytes
     lists = attention.selection(*cuda.select(attention, "select"))
     assert torch.equal(lists.counts, expected.counts)
     assert torch.equal(lists.dense(attention.candidates), expected.dense(attention.candidates))
+
+
+def test_lists_without_scores_lie_end_to_end_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy may list blocks where nothing ranks them."""
+    # Lengths that no other test has, so that no cached kernel has the policy's own budget in it.
+    chosen = spec(budget=1.0, sink_blocks=1, local_blocks=2, prompt_length=208)
+    attention = Case(208, 208, heads=4, key_heads=2, mask=CAUSAL).attention(spec_text=chosen.text())
+    half = symbolic.FloorDiv(symbolic.BLOCKS, 2) + 1
+    monkeypatch.setattr(policies.get("stem"), "budget", lambda spec: half)
+    lists = attention.selection(*cuda.select(attention, "select"))
+    assert (lists.counts > 0).any()
+    lists.check(attention.candidates)
+    expected = tpd.row_counts(attention.candidates.sum(-1), chosen).expand(lists.counts.shape)
+    assert torch.equal(lists.counts, expected)
