@@ -61,7 +61,9 @@ class Score:
         parts = []
         caps = [c for c in self.expr.atoms(sympy.tanh) if c.has(SCORE)]
         if caps:
-            parts.append(f"softcap {float(1 / caps[0].args[0].coeff(SCORE)):g}")
+            # A scale by position stands inside the cap, whose own size is then no number.
+            inverse = caps[0].args[0].coeff(SCORE)
+            parts.append(f"softcap {float(1 / inverse):g}" if inverse.is_number and inverse != 0 else "softcap")
         if self.positional:
             rest = symbolic.expand(self.expr - SCORE)
             loads = {f for f in self.expr.atoms(sympy.core.function.AppliedUndef) if symbolic.load_index(f) is not None}

@@ -61,6 +61,7 @@ REGRESSIONS = {
     "a finite bias on padding": Trial(_one("nn.MultiheadAttention", mask_in_float=True, fill="not equal")),
     "unequal key and value heads": Trial(Program(heads=4, key_heads=1, value_heads=4)),
     "a decay that is multiplied": Trial(_one("matmul", scores=("decay multiplied",)), length=257),
+    "a cap over a decay": Trial(_one("matmul", scores=("decay multiplied", "softcap")), length=130),
     "positions in bf16": Trial(_one(terms=("window in bf16",), width=70), length=300),
     "a static cache written in place": Trial(Program(cache="static in place", past=33)),
     "squares of a distance": Trial(_one("matmul", scores=("gaussian",)), relation="selection", length=230),

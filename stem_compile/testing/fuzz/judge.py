@@ -225,7 +225,9 @@ def _listed(outputs: Any) -> list[torch.Tensor]:
 
 def _first(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    # Dynamo's first line only says that a backend raised.
+    said = lines[1:] if len(lines) > 1 and lines[0].startswith("backend=") else lines
+    return f"{type(error).__name__}: {said[0] if said else ''}"
 
 
 def _compared(
