@@ -4,6 +4,7 @@ contributors, and the API reference lists every module, so that none is forgotte
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 from pathlib import Path
 
@@ -45,6 +46,8 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
         text = (ROOT / source).read_text().replace("](docs/", "](")
         for other, name in PAGES.items():
             text = text.replace(f"]({name}", f"]({other}")
+        # Files beside the sources are no pages: their names stay, the links go.
+        text = re.sub(r"\[([^\]]+)\]\((?!https?:|#)[^)]*\.(?:py|toml|txt)\)", r"\1", text)
         files.append(File.generated(config, page, content=text))
     for room, (title, pattern) in ROOMS.items():
         entries = "\n\n".join(f"::: {module}" for module in modules(pattern))

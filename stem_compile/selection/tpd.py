@@ -38,9 +38,16 @@ _known_width = POLICIES.caches(functools.lru_cache(maxsize=1024)(_width))
 """Asked at every call of a model's layers."""
 
 
+@POLICIES.caches
+@functools.lru_cache(maxsize=256)
 def everything(spec: SelectionSpec) -> bool:
-    """Whether every row of every length is FULL, so that no score is needed."""
-    return not policies.get(spec.policy).SCORED or (spec.budget == 1.0 and spec.coverage is None)
+    """Whether every row of every length is FULL, so that no score is needed. A policy may mean something else by
+    ``budget``, so what it grants the last row of some lengths decides."""
+    policy = policies.get(spec.policy)
+    if not policy.SCORED or spec.budget != 1.0 or spec.coverage is not None:
+        return not policy.SCORED
+    granted = policy.budget(spec)
+    return all(bool(symbolic.evaluate(granted, {ROW: n - 1, BLOCKS: n}) >= n) for n in (1, 2, 57, 1000))
 
 
 def tpd_select(
