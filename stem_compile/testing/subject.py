@@ -185,7 +185,11 @@ class Subject:
     def _lowered(self, dtype: torch.dtype) -> Subject:
         """The same model in another dtype, its floating inputs too; made once a dtype."""
         source = dataclasses.replace(self.source, make=lambda case: self.inputs(case).tensors(_cast(dtype)))
-        twin = Subject(copy.deepcopy(self.model).to(dtype), lambda batch, length, seed: (), self.options)
+        model: Any = copy.deepcopy(self.model).to(dtype)
+        if hasattr(model, "set_experts_implementation"):
+            # Grouped products of transformers' experts, which half precision takes, have no fp64 to be held against.
+            model.set_experts_implementation("eager")
+        twin = Subject(model, lambda batch, length, seed: (), self.options)
         twin.source, twin.inputs = source, functools.lru_cache(maxsize=64)(source.make)
         return twin
 
