@@ -17,7 +17,7 @@ from torch import fx
 
 from stem_compile.passes.graph import normalize
 from stem_compile.passes.graph.memory import functional
-from stem_compile.passes.graph.values import Steps, View, value
+from stem_compile.passes.graph.values import Steps, View, size_of, value
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,11 @@ def weighted_values(last: fx.Node, weights: fx.Node, heads: Any) -> tuple[View, 
     values = arranged(form.right, [*native, column, *width])
     back = permutation([*outer, row, *width], form.out)
     wide = None if values is None or back is None else _in_four(values, outer, native, heads, 1)
-    if wide is None or back is None:
+    split = _from_four(last, outer, form.out, heads)
+    if wide is None or back is None or split is None:
         return None
     last_step: Steps = () if back == tuple(range(len(back))) else (("permute", (back,)),)
-    return wide, _from_four(last, outer, form.out, heads) + last_step
+    return wide, split + last_step
 
 
 def arranged(side: Factor, order: Sequence[str]) -> View | None:
@@ -183,11 +184,15 @@ def _one_dimension_later(step: tuple[str, tuple[Any, ...]]) -> tuple[str, tuple[
     return step
 
 
-def _from_four(last: fx.Node, outer: Sequence[str], out: Sequence[str], heads: Any) -> Steps:
-    """Steps from [B, H, q_len, dv] to the dimensions ``outer``, a length and a width."""
+def _from_four(last: fx.Node, outer: Sequence[str], out: Sequence[str], heads: Any) -> Steps | None:
+    """Steps from [B, H, q_len, dv] to the dimensions ``outer``, a length and a width; None where the graph holds no
+    size to split the heads by."""
     if len(outer) == 3:
-        groups = tuple(value(last).shape[out.index(c)] for c in outer[1:])
-        return (("unflatten", (1, tuple(n if isinstance(n, int) else -1 for n in groups))),)
+        groups, within = (size_of(value(last).shape[out.index(c)], last) for c in outer[1:])
+        if groups is None and within is None:
+            return None
+        # Only one size of a view can be inferred.
+        return (("unflatten", (1, (-1 if groups is None else groups, -1 if within is None else within))),)
     if len(outer) == 1:
         return (("flatten", (0, 1)),) if heads is not None else (("squeeze", (1,)),)
     return () if outer else (("squeeze", (0,)), ("squeeze", (0,)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import fx
 
 Steps = tuple[tuple[str, tuple[Any, ...]], ...]
-"""Method calls, in order."""
+"""Method calls, in order. Arguments may be nodes of the graph: sizes that only a run knows."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,10 @@ class View:
     node: fx.Node
     steps: Steps = ()
 
-    def apply(self, x: Any) -> Any:
-        """The steps on an example value."""
+    def apply(self, x: Any, known: Callable[[fx.Node], Any] | None = None) -> Any:
+        """The steps on a value. known: what the nodes among their arguments are; None takes their example values."""
         for name, arguments in self.steps:
-            x = getattr(x, name)(*arguments)
+            x = getattr(x, name)(*fx.node.map_arg(arguments, known or value))
         return x
 
     def emit(self, graph: fx.Graph) -> fx.Node:
@@ -34,7 +35,7 @@ class View:
         for name, arguments in self.steps:
             node = graph.call_method(name, (node, *arguments))
             with _fake_mode(x):
-                x = getattr(x, name)(*arguments)
+                x = getattr(x, name)(*fx.node.map_arg(arguments, value))
             node.meta["example_value"] = x
         return node
 
@@ -78,3 +79,17 @@ def value(node: Any) -> Any:
         with _fake_mode(value(node.node)):
             return node.apply(value(node.node))
     return node.meta.get("example_value", node.meta.get("val")) if isinstance(node, fx.Node) else node
+
+
+def size_of(size: Any, before: fx.Node) -> int | fx.Node | None:
+    """A size as an argument of a node that stands at ``before``: the number, or the node earlier in the graph that
+    holds the symbol; None where no node does. Installs no guard."""
+    if isinstance(size, int):
+        return size
+    node: fx.Node
+    for node in before.graph.nodes:
+        if node is before:
+            break
+        if isinstance(known := value(node), torch.SymInt) and str(known) == str(size):
+            return node
+    return None

@@ -144,7 +144,7 @@ class _Replay(fx.Interpreter):
                     return self._run_body(node, body)
             return super().run_node(node)
         out = self._attend(site, self._value)
-        return View(node, site.result).apply(out)
+        return View(node, site.result).apply(out, self.env.__getitem__)
 
     def _run_body(self, node: fx.Node, body: fx.GraphModule) -> Any:
         """A checkpointed block, run where it stands: its operands follow it among the operator's arguments."""

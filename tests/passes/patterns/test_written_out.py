@@ -187,6 +187,36 @@ def test_a_spelling_is_rewritten_and_equal_to_eager(name: str) -> None:
     assert_close(out, model(*inputs))
 
 
+def _grouped(scored: str, weighed: str, split: tuple[bool, bool]) -> Model:
+    """Grouped heads by einsum, their number read from the inputs. split: whether keys, values have groups too."""
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        groups = q.shape[1] // 2
+        wide = q.unflatten(1, (groups, q.shape[1] // groups))
+        k, v = (x.unflatten(1, (groups, q.shape[1] // groups)) if s else x for x, s in zip((k, v), split))
+        return torch.einsum(weighed, _causal(torch.einsum(scored, wide, k) * 0.25).softmax(-1), v)
+
+    return attention
+
+
+GROUPED: dict[str, tuple[Model, tuple[int, ...]]] = {
+    "a key head a group": (_grouped("bgrid,bgjd->bgrij", "bgrij,bgjd->bgrid", (False, False)), (2, 3, N, 16)),
+    "length before heads": (_grouped("bgrid,bgjd->bgrij", "bgrij,bgjd->bigrd", (False, False)), (2, 3, N, 16)),
+    "every head its own": (_grouped("bgrid,bgrjd->bgrij", "bgrij,bgrjd->bgrid", (True, True)), (2, 6, N, 16)),
+    "one key head for all": (_grouped("bgrid,bjd->bgrij", "bgrij,bjd->bgrid", (False, False)), (2, N, 16)),
+}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_groups_of_a_size_that_only_a_run_knows(name: str) -> None:
+    """Of the two sizes that the heads are split into only one can be inferred."""
+    attention, shape = GROUPED[name]
+    given = randn(2, 6, N, 16, seed=1), randn(*shape, seed=2), randn(*shape, seed=3)
+    rewrite, out = rewritten(attention, given, dynamic=True)
+    assert len(rewrite.sites) == 1, [hit.words for hit in rewrite.attentions]
+    assert_close(out, attention(*given))
+
+
 def test_queries_keys_and_values_keep_their_native_heads() -> None:
     model, inputs = SPELLINGS["grouped heads"]
     result, _ = rewritten(model, inputs)
