@@ -58,6 +58,32 @@ def only_fp32(x: torch.Tensor) -> torch.Tensor:
 only_fp32.register_fake(torch.empty_like)
 
 
+def unsteady() -> torch.nn.Module:
+    """A model whose output half precision's rounding turns into another, as it sends a token to another expert."""
+
+    class Unsteady(Plain):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return torch.sin(super().forward(tokens) * 2e4)
+
+    torch.manual_seed(0)
+    return Unsteady().eval()
+
+
+def between_graphs() -> torch.nn.Module:
+    """A model that multiplies by weights of its own dtype where Dynamo breaks its graph."""
+
+    class Between(Plain):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.last(super().forward(tokens))
+
+        @torch._dynamo.disable
+        def last(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.embedding.weight
+
+    torch.manual_seed(0)
+    return Between().eval()
+
+
 def no_fp64() -> torch.nn.Module:
     """A model that runs in fp32 only, as one with quantised weights does."""
 

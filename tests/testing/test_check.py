@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from stem_compile.testing.inputs import NoInputs
 from stem_compile.testing.plugin import options_from
 from stem_compile.testing.properties import shapes
 from tests.commandline import stem_compile
-from tests.testing.factories import broken, no_fp64, not_a_number
+from tests.testing.factories import between_graphs, broken, no_fp64, not_a_number, unsteady
 from tests.testing.faults import FAULTS, Fault
 from tests.testing.models import Plain, encoder, plain, transformer
 
@@ -158,6 +159,21 @@ def test_nothing_passes_that_was_compared_with_nothing(model: Any, why: str) -> 
     assert report.verdict.startswith(f"NOT PROVEN: neither dense-equivalence nor kernel-exactness applies ({why}")
     with pytest.raises(Violation, match="NOT PROVEN"):
         report.raise_for_failures()
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "why"),
+    [
+        (unsteady, "half-precision", "the model itself is unsteady in float16"),
+        (between_graphs, "kernel-exactness", "the model does not run in fp64, .* graph by graph: RuntimeError"),
+    ],
+)
+def test_what_the_model_itself_does_is_no_failure_of_ours(model: Any, name: str, why: str) -> None:
+    report = check_model(model(), properties=["dense-equivalence", name], max_examples=1)
+    first, second = report.results
+    assert first.verdict == "pass", report
+    assert second.verdict == "not applicable", report
+    assert re.search(why, second.reason)
 
 
 def test_a_length_at_which_the_model_itself_fails_is_none_of_ours() -> None:
