@@ -19,8 +19,9 @@ GPU_BUILD := import torch, sys; sys.exit(not (torch.version.cuda or torch.versio
 demo: $(READY)
 	$(BIN)/stem-compile demo $(ARGS)
 
+# One worker a core, each with one thread: small tensors gain nothing from two.
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 # The wheel in empty environments, alone and with each extra: minutes, and gigabytes of a temporary folder.
 wheel: $(READY)

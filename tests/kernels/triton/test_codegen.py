@@ -31,6 +31,9 @@ from stem_compile.kernels.triton.arguments import arguments
 from stem_compile.selection import SelectionSpec, policies
 
 TEMPLATES = codegen.TEMPLATES.builtin()
+INTERPRETED = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="runs generated functions on a CPU, in Triton's interpreter"
+)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -70,6 +73,7 @@ def test_names_say_what_the_kernel_is() -> None:
     assert template_of(KernelSpec("hopper").name) == "hopper"
 
 
+@INTERPRETED
 @given(
     st.sampled_from([m for m in (*MASKS, *EDGED) if m != "True"]),
     st.integers(1, 40),
@@ -92,6 +96,7 @@ def test_generated_mask_equals_its_definition(mask: str, q_len: int, extra: int,
     del q, kv
 
 
+@INTERPRETED
 @pytest.mark.parametrize("kind", SCORES[1:])
 def test_generated_score_equals_its_definition(kind: str) -> None:
     case = Case(30, 40, 2, mask="kv <= q", kind=kind, seed=3)
@@ -113,6 +118,7 @@ def test_generated_score_equals_its_definition(kind: str) -> None:
         assert sink == data["tensors"][-1][1]
 
 
+@INTERPRETED
 def test_tanh_is_accurate_everywhere() -> None:
     module = cache.load(KernelSpec("portable", score="tanh(s)"))
     x = torch.cat(
@@ -132,6 +138,7 @@ def test_tanh_is_accurate_everywhere() -> None:
     assert ((made.double() - exact).abs() < 2.0**-23).all()
 
 
+@INTERPRETED
 @pytest.mark.parametrize(
     "text",
     [
