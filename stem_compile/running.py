@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import sys
 import threading
 import weakref
@@ -372,4 +373,5 @@ def watched(compiled: Callable[..., Any], graph: Graph, owner: object | None, ke
             for callback in _run_listeners:
                 callback(graph)
 
-    return run
+    # What Inductor hangs on its functions, above all how to serialise them, is the wrapper's too.
+    return functools.update_wrapper(run, compiled, assigned=())
