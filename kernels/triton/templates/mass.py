@@ -77,8 +77,10 @@ def _counts_for(
     if CAUSAL:
         seen = seen & ((n * GROUP_K + GROUP_K)[None, :] <= tl.minimum(q + before + 1, kv_len)[:, None])
     if PAIRS == 1:
-        for kv in (n * GROUP_K, tl.minimum(n * GROUP_K + GROUP_K, kv_len) - 1):
-            seen = seen & visible(b, h, q[:, None], kv[None, :], q_len, kv_len, tensors, layouts, scalars)
+        first = (n * GROUP_K)[None, :]
+        final = (tl.minimum(n * GROUP_K + GROUP_K, kv_len) - 1)[None, :]
+        seen = seen & visible(b, h, q[:, None], first, q_len, kv_len, tensors, layouts, scalars)
+        seen = seen & visible(b, h, q[:, None], final, q_len, kv_len, tensors, layouts, scalars)
     elif PAIRS == 2:
         for i in tl.static_range(GROUP_K):
             kv = n * GROUP_K + i

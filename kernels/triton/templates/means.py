@@ -104,8 +104,8 @@ def means(
             if PADDED:  # noqa: SIM102 (decided when it is compiled)
                 if h == 0:
                     number = tl.where(count > 0, tl.log2(tl.maximum(count, 1).to(tl.float32)), -float("inf"))
-                    place = block * key_groups + tl.arange(0, key_groups)
-                    tl.store(count_ptr + b * (columns * key_groups) + place, number)
+                    group = block * key_groups + tl.arange(0, key_groups)
+                    tl.store(count_ptr + b * (columns * key_groups) + group, number)
             norm = tl.sqrt(tl.max(peak, 0))
             if not RAW:
                 norm = beta * tl.maximum(tl.log(tl.maximum(norm, 1.1754943508222875e-38)), 0.0)

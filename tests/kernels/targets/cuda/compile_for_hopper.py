@@ -142,8 +142,9 @@ def main() -> None:
             torch.empty(1, 1, 8192, dv, dtype=dtype),
         )
         scalars = (0,) if "S0" in mask else ()
-        for pooling in ("mean", "max"):
-            spec = SelectionSpec(pooling=pooling, block_q=blocks[0], block_k=blocks[1]).text()
+        for pooling in ("mean", "max", "mass"):
+            share = {"stride": 8, "key_stride": 8, "share": "heads", "kept": 0.5} if pooling == "mass" else {}
+            spec = SelectionSpec(pooling=pooling, block_q=blocks[0], block_k=blocks[1], **share).text()
             print(f"{template} d{d}/{dv} {blocks} {dtype} {mask} {pooling}{' [' + score + ']' if score else ''}")
             attention = Attention(q, k, v, mask, 0.1, spec, score, tensors, scalars)
             lists = attention.selection(*cuda.select(attention, "select"))
