@@ -164,7 +164,7 @@ def test_nothing_passes_that_was_compared_with_nothing(model: Any, why: str) -> 
 @pytest.mark.parametrize(
     ("model", "name", "why"),
     [
-        (unsteady, "half-precision", "the model itself is unsteady in float16"),
+        (unsteady, "half-precision", "the model itself is unsteady in bfloat16"),
         (between_graphs, "kernel-exactness", "the model does not run in fp64, .* graph by graph: RuntimeError"),
     ],
 )
