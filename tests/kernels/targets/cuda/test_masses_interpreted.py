@@ -123,6 +123,7 @@ def test_lists_without_scores_lie_end_to_end_too(monkeypatch: pytest.MonkeyPatch
     attention = Case(208, 208, heads=4, key_heads=2, mask=CAUSAL).attention(spec_text=chosen.text())
     half = symbolic.FloorDiv(symbolic.BLOCKS, 2) + 1
     monkeypatch.setattr(policies.get("stem"), "budget", lambda spec: half)
+    monkeypatch.setattr(policies.get("stem"), "SCORED", False)
     lists = attention.selection(*cuda.select(attention, "select"))
     assert (lists.counts > 0).any()
     lists.check(attention.candidates)
