@@ -7,6 +7,7 @@ heads, head dim 128, bf16, causal. Medians; ``--variants`` times launch configur
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import traceback
 from collections.abc import Callable
@@ -39,7 +40,7 @@ def inputs(length: int, heads: int = 32, key_heads: int = 8, dim: int = 128, see
 def milliseconds(run: Callable[[], Any], rounds: int = 9) -> float:
     for _ in range(3):
         run()
-    times = []
+    times: list[float] = []
     for _ in range(rounds):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
@@ -69,7 +70,8 @@ def attention_of(q: Any, k: Any, v: Any, spec: SelectionSpec) -> Attention:
 
 def check(length: int, spec: SelectionSpec) -> str:
     """Scores against the definition, lists against the scores, attention with packed lists against the same apart."""
-    attention = attention_of(*inputs(length, 8, 2), spec)
+    q, k, v = inputs(length, 8, 2)
+    attention = attention_of(q, k, v, spec)
     expected, possible = log_masses(attention), attention.candidates
     pairs = possible.expand(expected.shape)
     scores = torch.where(pairs, masses.Means(attention).scores(0, expected.shape[2]), -torch.inf)
@@ -90,6 +92,11 @@ def check(length: int, spec: SelectionSpec) -> str:
     )
 
 
+def whole(attend: Callable[[Any], Any], select_lists: Callable[[], Any]) -> Any:
+    """Selection and attention."""
+    return attend(select_lists())
+
+
 def times(length: int, variants: bool) -> None:
     q, k, v = inputs(length)
     dense = milliseconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), 5)
@@ -103,10 +110,10 @@ def times(length: int, variants: bool) -> None:
         ]
         for config in tried:
             masses.HOPPER = config
-            one = milliseconds(lambda means=means, rows=rows: means.scores(0, rows))
+            one = milliseconds(functools.partial(means.scores, 0, rows))
             print(f"  {groups} keys {keys} masses {one:.3f} ms {config}", flush=True)
         masses.HOPPER = default
-        made = milliseconds(lambda means=means: masses.Means(means.attention))
+        made = milliseconds(functools.partial(masses.Means, means.attention))
         print(f"  {groups} keys {keys} means {made:.3f} ms", flush=True)
         for budget in (0.25, 0.125, 0.0625):
             attention = attention_of(q, k, v, spec_of(groups, budget, keys))
@@ -119,8 +126,8 @@ def times(length: int, variants: bool) -> None:
                 return target.attend(attention, lists, kernel)
 
             lists = choose()
-            alone, product = milliseconds(choose), milliseconds(lambda lists=lists, attend=attend: attend(lists), 5)
-            both = milliseconds(lambda attend=attend, choose=choose: attend(choose()), 5)
+            alone, product = milliseconds(choose), milliseconds(functools.partial(attend, lists), 5)
+            both = milliseconds(functools.partial(whole, attend, choose), 5)
             print(
                 f"  {groups} keys {keys} budget {budget}: selection {alone:.3f}, attention {product:.2f}, both"
                 f" {both:.2f} ms, {dense / both:.2f}x",

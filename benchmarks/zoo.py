@@ -149,7 +149,7 @@ def _compiled(model: Any, given: dict[str, Any], record: dict[str, Any]) -> torc
     from stem_compile import backend
     from stem_compile.passes import verify
     from stem_compile.passes.graph.sites import Rejected
-    from stem_compile.passes.graph.values import module_path
+    from stem_compile.passes.graph.values import View, module_path
     from stem_compile.passes.pipeline import Rewrite
 
     record |= dict.fromkeys(("graphs", "found", "rewritten", "handwritten", "kept", "quadratic", "square"), 0) | {
@@ -175,7 +175,8 @@ def _compiled(model: Any, given: dict[str, Any], record: dict[str, Any]) -> torc
         ]
         record["masks"] += [s.words for s in sites]
         record["kept"] += sum(verify.keeps_tensor(s) for s in sites)
-        record["quadratic"] += sum(_squares_above(s.tensors) for s in sites if not verify.keeps_tensor(s))
+        for site in (s for s in sites if not verify.keeps_tensor(s)):
+            record["quadratic"] += _squares_above([t.node if isinstance(t, View) else t for t in site.tensors])
         record["square"] += sum(_is_square(node) for node in module.graph.nodes)
         alive = set(module.graph.nodes)
         told = {r.node for r in rejected}
