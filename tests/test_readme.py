@@ -49,6 +49,7 @@ def hub(folder: Path) -> dict[str, str]:
 def run(command: list[str], cwd: Path, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join([str(ROOT), str(cwd)])
     env = os.environ | {"PYTHONPATH": paths, "TRITON_INTERPRET": "0"} | (environment or {})
+    env.pop("COLUMNS", None)  # no terminal: pytest-xdist tells its workers the width of theirs
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=600)
 
 
