@@ -149,16 +149,17 @@ def run(
     for plan in plans:
         hits = [(place, hit) for place, hit in enumerate(attentions) if hit.node.graph is plan.region.graph]
         _apply(plan, {place: hit for place, hit in hits if isinstance(hit, AttentionSite)}, config)
-    if any(isinstance(hit, AttentionSite) for hit in attentions):
+    result = Rewrite(module, attentions)
+    if result.changed:
         module.recompile()
-    log.debug("rewrote %d of %d attentions", sum(isinstance(h, AttentionSite) for h in attentions), len(attentions))
-    return Rewrite(module, attentions)
+    log.debug("rewrote %d of %d attentions", len(result.sites), len(attentions))
+    return result
 
 
 @dataclass
 class Plan:
     """One graph on its way. pristine: what it was before ``expand``, where that changes anything; broken: fused nodes
-    that could not be written out, and why; inner: graphs that its nodes run, in order."""
+    that could not be written out, and why."""
 
     region: Region
     pristine: fx.Graph | None = None
