@@ -8,7 +8,7 @@ the expression with such a branch is a condition of the mask. What is left is a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -28,6 +28,13 @@ LARGE = 5000.0
 """Factor from which a term might outweigh such a constant."""
 LARGEST = 1e38
 """Largest number left in a score: kernels multiply by log2(e) in fp32."""
+SUNK = -(2.0**20)
+"""Every logit of a row whose greatest bias is below ``LOWEST``: scores are lost in such a bias, so its keys weigh the
+same, and a sink all the more. Kernels keep the digits of this one."""
+GROWN = 1e29
+"""What an exponential of positions may reach where a key is hidden: only ``LOWEST`` hides it for sure."""
+FARTHEST = 2**20
+"""Positions at which it is looked whether an exponential grows."""
 
 
 RowMaximum = Callable[[Any], Any]
@@ -46,11 +53,10 @@ def split_logits(expr: Any, row_maximum: RowMaximum = lambda load: None) -> tupl
     kinked = expr.atoms(Where, sympy.Max, sympy.Min, sympy.Abs)
     slope = sympy.diff(expr, SCORE).subs(SCORE, 0) if not kinked else sympy.Integer(0)
     scale = float(slope) if slope.is_number and slope.is_real and slope > 0 else 1.0
-    return (
-        in_floats(visible),
-        scale,
-        Score(in_floats(by_distance(_settled(expr.subs(SCORE, SCORE / sympy.Rational(scale)))), LARGEST)),
-    )
+    score = by_distance(_settled(expr.subs(SCORE, SCORE / sympy.Rational(scale))))
+    for sunk in (h.sunk for h in hides if h.sunk is not None):
+        score = Where(sunk, sympy.Rational(SUNK), score)
+    return in_floats(visible), scale, Score(in_floats(score, LARGEST))
 
 
 @dataclass(frozen=True)
@@ -59,13 +65,15 @@ class Hide:
 
     visible: condition under which it does not hide. visible_logits, hidden_logits: replacements in the logits that
     leave what they are where the condition holds, and where it does not. load: the bias whose very negative entries
-    hide by themselves; it stays in the logits, and nothing is replaced.
+    hide by themselves; it stays in the logits, and nothing is replaced. sunk: condition of the rows in which the
+    greatest of these entries is below ``LOWEST``.
     """
 
     visible: Any
     visible_logits: Mapping[Any, Any] = field(default_factory=dict)
     hidden_logits: Mapping[Any, Any] = field(default_factory=dict)
     load: Any = None
+    sunk: Any = None
 
 
 def hidden_conditions(
@@ -115,16 +123,21 @@ def _hidden_by_factor(load: Any, expr: Any, row_maximum: RowMaximum) -> tuple[Hi
     if greatest is None or not factor.is_number or factor < LARGE:
         return None
     one = sympy.Eq(load, 1)
-    near = sympy.Gt(load - greatest, DEEP / factor)
-    return Hide(sympy.Or(one, near), load=load), Where(one, expr.xreplace({load: sympy.Integer(1)}), expr)
+    near = _near(load, factor, greatest)
+    return replace(near, visible=sympy.Or(one, near.visible)), Where(one, expr.xreplace({load: sympy.Integer(1)}), expr)
 
 
 def _hidden_by_entries(load: Any, factor: Any, row_maximum: Any) -> Hide:
     """A bias that was not understood may hold the mask: entries far below the greatest of their row hide. Where that
     one is not known, only those hide that no score brings back."""
     if row_maximum is not None:
-        return Hide(sympy.Gt(load - row_maximum, DEEP / factor), load=load)
+        return _near(load, factor, row_maximum)
     return Hide(sympy.Gt(load, LOWEST / factor), load=load)
+
+
+def _near(load: Any, factor: Any, greatest: Any) -> Hide:
+    """Hide of the entries of a bias that are far below the greatest of their row."""
+    return Hide(sympy.Gt(load - greatest, DEEP / factor), load=load, sunk=sympy.Le(greatest, LOWEST / factor))
 
 
 def faintly_hidden(score: Any) -> tuple[Any, float] | None:
@@ -195,7 +208,17 @@ def _highest(expr: Any) -> float:
         elif abs(factor) >= LARGE:
             # Only a mask of zeros and ones has such a factor.
             total += max(float(factor), 0.0) if symbolic.load_index(rest) is not None else float("inf")
+        elif _grows(rest):
+            total += GROWN
     return total
+
+
+def _grows(rest: Any) -> bool:
+    """Whether a term holds an exponential that grows with positions somewhere: exp((kv - q) / 20) is nothing for keys
+    in the past and outweighs -10000 for those to come."""
+    corners = [{Q: q, KV: k} for q in (0, FARTHEST) for k in (0, FARTHEST)]
+    powers = [e.exp for e in rest.atoms(sympy.exp, sympy.Pow) if e.exp.free_symbols & {Q, KV}]
+    return any(not (high := p.subs(at)).is_number or high > 1 for p in powers for at in corners)
 
 
 def _divides(rest: Any) -> bool:

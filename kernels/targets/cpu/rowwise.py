@@ -106,10 +106,12 @@ def _open(
     product = (q @ key.t()).to(torch.promote_types(q.dtype, torch.float32))
     # A score may be anything where it is hidden; where it is visible, NaN stays NaN.
     scores = torch.where(hidden == -torch.inf, -torch.inf, score.apply(product * scale, env) + hidden)
-    total = torch.logsumexp(scores, -1)
-    peak = torch.where(total == -torch.inf, 0.0, total)
-    weights = (scores - peak.unsqueeze(-1)).exp_()
-    return weights.to(value.dtype) @ value, total
+    # Divided by the sum rather than lowered by its logarithm, which is lost in a peak of -1e38.
+    peak = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
+    weights = (scores - peak).exp_()
+    sums = weights.sum(-1, keepdim=True)
+    result = weights.div_(sums.masked_fill(sums == 0, 1.0)).to(value.dtype) @ value
+    return result, (peak + sums.log()).squeeze(-1)
 
 
 def _pieces(p: Problem, counts: torch.Tensor, attention: Attention) -> Iterator[Piece]:

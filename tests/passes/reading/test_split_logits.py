@@ -58,7 +58,13 @@ def test_logits_are_a_mask_a_scale_and_a_score(name: str) -> None:
 def test_entries_of_a_bias_hide_relative_to_their_row() -> None:
     predicate, _, score = split_logits(SCORE + BIAS, lambda load: TOP if load == BIAS else None)
     assert predicate == sympy.Gt(BIAS - TOP, -8000.0)
-    assert score.expr == SCORE + BIAS
+    assert score.expr.xreplace({sympy.Le(TOP, -1e30): sympy.false}) == SCORE + BIAS
+
+
+def test_keys_of_a_row_whose_scores_are_lost_in_its_bias_weigh_the_same() -> None:
+    score = split_logits(SCORE + BIAS, lambda load: TOP if load == BIAS else None)[2]
+    lowest = {TOP: LOWEST, BIAS: LOWEST}
+    assert {score.expr.subs(lowest).subs(SCORE, s) for s in (-3, 0, 40)} == {sympy.Integer(-(2**20))}
 
 
 def test_without_its_row_a_bias_hides_only_by_what_no_score_brings_back() -> None:
@@ -74,6 +80,11 @@ def test_without_its_row_a_bias_hides_only_by_what_no_score_brings_back() -> Non
         (SCORE - 1000, SCORE, False),
         (MINUS_INFINITY, SCORE - 9000, True),
         (SCORE + tensor(0)(H) * 3, SCORE, False),
+        (SCORE + sympy.exp((KV - Q) * TENTH) - 10000, SCORE, False),
+        (SCORE * sympy.exp((KV - Q) * TENTH) - 10000, SCORE, False),
+        (SCORE + sympy.exp((KV - Q) * TENTH) + LOWEST, SCORE, True),
+        (SCORE + sympy.exp(-sympy.Abs(KV - Q) * TENTH) - 10000, SCORE, True),
+        (SCORE + sympy.exp(-(((KV - Q) * TENTH) ** 2)) - 10000, SCORE, True),
     ],
 )
 def test_a_key_is_hidden_relative_to_a_visible_one(hidden: Any, visible: Any, deep: bool) -> None:

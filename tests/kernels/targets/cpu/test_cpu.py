@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stem_compile import ops
 from stem_compile.algebra.blocks import cdiv
 from stem_compile.algebra.masks import environment
-from stem_compile.algebra.symbolic import KV, B, H, Q
+from stem_compile.algebra.scores import Score
+from stem_compile.algebra.symbolic import KV, SCORE, B, H, Q
 from stem_compile.kernels import reference
-from stem_compile.kernels.targets.cpu import gather, pooling, workers
+from stem_compile.kernels.targets.cpu import gather, pooling, rowwise, workers
 from stem_compile.kernels.targets.cpu import target as cpu
 from stem_compile.reasons import Reason
 from stem_compile.selection import FULL, Attention, BlockSelection, SelectionSpec
@@ -224,6 +225,14 @@ def test_large_scores_do_not_overflow() -> None:
     chosen = case.random_selection(attention)
     golden = reference.sparse_attention(attention.to(torch.float64), chosen)
     assert_close(attend(attention, chosen).double(), golden, LARGE_SCORES, torch.float32)
+
+
+def test_weights_add_up_to_one_where_scores_lose_their_sum() -> None:
+    """log(70) is lost in -1e38, so weights are divided by their sum."""
+    q, key, value = (torch.randn(*shape) for shape in ((1, 5, 8), (70, 8), (70, 8)))
+    out, lse = rowwise._open(q, key, value, 1.0, Score(SCORE * 0 - 1e38), {}, torch.zeros(1, 5, 70))
+    torch.testing.assert_close(out, value.mean(0).expand(1, 5, 8))
+    assert bool(lse.isfinite().all())
 
 
 @quick
