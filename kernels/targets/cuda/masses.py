@@ -22,12 +22,14 @@ from stem_compile.selection.mass import grouped, row_values
 from stem_compile.selection.oam import hides_pairs, value_term
 
 LOG2E = 1.4426950408889634
+PITCH = 16
+"""Scores of a row begin at a multiple of it, so that kernels read and write four at a time."""
 TILE = 64, 128
 """Query groups a program and key groups a tile of the portable kernel."""
-HOPPER: dict[str, Any] = {"COLUMNS": 128, "STAGES": 4, "POLYNOMIAL": 0, "num_warps": 4}
+HOPPER: dict[str, Any] = {"STAGES": 4, "POLYNOMIAL": 2, "REGISTERS": 184, "num_warps": 4}
 """Launch configuration of the Hopper kernel."""
-HOPPER_ROWS, HOPPER_HALVES = 64, 4
-"""Query groups of one product of the Hopper kernel, and products that a program has under way."""
+HOPPER_ROWS, HOPPER_HALVES, HOPPER_COLUMNS = 64, 4, 128
+"""Query groups of one product of the Hopper kernel, products that a program has under way, key groups a tile."""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -52,34 +54,18 @@ class Means:
     def __init__(self, attention: Attention) -> None:
         if attention.scale <= 0:  # the kernels take a row's maximum before they scale
             attention = _with_positive_scale(attention)
-        self.attention, spec, q, k, v = attention, attention.spec, attention.q, attention.k, attention.v
-        (batch, heads, q_len, head_dim), (key_heads, kv_len) = q.shape, k.shape[1:3]
-        (size_q, size_k), (rows, columns) = spec.group_sizes, attention.blocks
+        self.attention, spec, q, v = attention, attention.spec, attention.q, attention.v
+        head_dim, (size_q, size_k) = q.shape[-1], spec.group_sizes
         self.across, self.along = spec.block_q // size_q, spec.block_k // size_k
-        dtype = torch.float32 if q.dtype == torch.float32 else torch.float16
-        make = functools.partial(torch.empty, device=q.device)
-        self.queries = make(batch, heads, rows * self.across, head_dim, dtype=dtype)
-        self.keys = make(batch, key_heads, columns * self.along, head_dim, dtype=dtype)
-        self.value = make(batch, key_heads, columns, dtype=torch.float32)
+        self.dtype = torch.float32 if q.dtype == torch.float32 else torch.float16
+        self.hopper = self.dtype == torch.float16 and self._on_hopper()
         visible = attention.mask.visible
         self.padded = visible is not None
-        self.count = make(batch, columns * self.along, dtype=torch.float32) if self.padded else self.value
-        self.present = self.value if visible is None else visible.contiguous().view(torch.uint8)
-        self.present_stride = kv_len if visible is not None and len(visible) > 1 else 0
-        self.last = self._last_visible()
         # Value terms of blocks, or of blocks as each row sees them.
         self.by_row = hides_pairs(attention)
-        released = spec.metric == "released" and not self.by_row
-        pool: Any = module("means", attention)
-        pool.means[(max(rows, columns), batch * (heads + key_heads))](
-            q, k, v, self.present, self.queries, self.keys, self.count, self.value,
-            q.stride()[:3], k.stride()[:3], v.stride()[:3], self.present_stride, heads, key_heads,
-            rows, columns, q_len, kv_len, 0.0 if self.by_row else spec.beta,
-            PADDED=self.padded, RAW=released, num_warps=4,
-        )  # fmt: skip
-        if released:
+        self._pool(visible)
+        if spec.metric == "released" and not self.by_row:
             self.value = spec.beta * value_term(self.value, spec.metric)
-        self.hopper = dtype == torch.float16 and self._on_hopper()
         pairs = _pair_terms(attention.mask_text)
         self.runtime = arguments(attention.tensors, attention.scalars, pairs, attention.score_text, q.device)
         self.kernel: Any = _module(
@@ -87,10 +73,37 @@ class Means:
             attention.spec_text, attention.score_text,
         )  # fmt: skip
 
+    def _pool(self, visible: torch.Tensor | None) -> None:
+        """Means of keys, value terms and, but on Hopper, means of queries."""
+        attention, spec = self.attention, self.attention.spec
+        q, k, v, (rows, columns) = attention.q, attention.k, attention.v, attention.blocks
+        (batch, heads, q_len, head_dim), (key_heads, kv_len) = q.shape, k.shape[1:3]
+        make = functools.partial(torch.empty, device=q.device)
+        groups = columns * self.along
+        if self.hopper:  # whole tiles; the kernel averages queries itself
+            groups, rows, heads = cdiv(groups, HOPPER_COLUMNS) * HOPPER_COLUMNS, 0, 0
+        self.keys = make(batch, key_heads, groups, head_dim, dtype=self.dtype)
+        self.queries = make(batch, heads, rows * self.across, head_dim, dtype=self.dtype)
+        self.value = make(batch, key_heads, columns, dtype=torch.float32)
+        self.norms = torch.empty_like(self.value) if self.hopper else self.value
+        self.count = make(batch, columns * self.along, dtype=torch.float32) if self.padded else self.value
+        self.present = self.value if visible is None else visible.contiguous().view(torch.uint8)
+        self.present_stride = kv_len if visible is not None and len(visible) > 1 else 0
+        self.last = self._last_visible()
+        pool: Any = module("means", attention)
+        pool.means[(max(rows, columns), batch * (heads + key_heads))](
+            q, k, v, self.present, self.queries, self.keys, self.count, self.value, self.norms,
+            q.stride()[:3], k.stride()[:3], v.stride()[:3], self.present_stride, heads, key_heads,
+            rows, columns, q_len, kv_len, 0.0 if self.by_row else spec.beta, groups,
+            PADDED=self.padded, RAW=spec.metric == "released" and not self.by_row,
+            TILED=self.hopper, CENTRED=attention.score.sink is None, num_warps=4,
+        )  # fmt: skip
+
     @property
     def bytes_a_row(self) -> int:
         """Scores of one row of query blocks."""
-        return 4 * self.queries.shape[0] * self.queries.shape[1] * self.attention.blocks[1]
+        batch, heads = self.attention.shape[:2]
+        return 4 * batch * heads * self.attention.blocks[1]
 
     def _last_visible(self) -> torch.Tensor:
         """int32 [B, key groups]: where a position-dependent score reads each group, under padding."""
@@ -98,20 +111,20 @@ class Means:
         if visible is None or not self.attention.score.positional:
             return self.value
         found = grouped(visible[:, None, :, None].float(), visible, spec.group_sizes[1], spec.block_k, torch.float32)
-        return found.last.int().expand(self.queries.shape[0], -1).contiguous()
+        return found.last.int().expand(self.attention.shape[0], -1).contiguous()
 
     def _on_hopper(self) -> bool:
         """Whether the Hopper template scores: causal order alone, heads and blocks that its tiles take."""
-        parts, head_dim = self.attention.mask.parts, self.queries.shape[-1]
+        parts, head_dim = self.attention.mask.parts, self.attention.q.shape[-1]
         plain = not (parts.keys or parts.bands or parts.others or self.attention.score.modified)
         whole = head_dim % 8 == 0 and head_dim <= 128 and self.across <= HOPPER_ROWS and 4 <= self.along <= 32
-        return plain and whole and device.capability(self.queries.device)[0] == 9
+        return plain and whole and device.capability(self.attention.device)[0] == 9
 
     def scores(self, start: int, chunk: int) -> torch.Tensor:
-        """fp32 [B, H, chunk, columns] of the rows from ``start`` on; pairs beyond the mask's edges are left
-        unwritten."""
+        """fp32 [B, H, chunk, columns] of the rows from ``start`` on, each at a multiple of PITCH; pairs beyond the
+        mask's edges are left unwritten."""
         columns = self.attention.blocks[1]
-        scores = self.value.new_empty(*self.queries.shape[:2], chunk, columns)
+        scores = self.value.new_empty(*self.attention.shape[:2], chunk, cdiv(columns, PITCH) * PITCH)[..., :columns]
         (self._hopper_scores if self.hopper else self._portable_scores)(scores, start)
         if self.by_row:
             scores += row_values(self.attention, slice(start, start + chunk)) * self.attention.spec.beta
@@ -122,18 +135,21 @@ class Means:
         return scores.shape[1], self.attention.group, scores.shape[2], start
 
     def _hopper_scores(self, scores: torch.Tensor, start: int) -> None:
-        width = HOPPER["COLUMNS"]
-        batch, heads, chunk, columns = scores.shape
-        tiles = cdiv(columns * self.along, width)
+        attention, (batch, heads, chunk, columns) = self.attention, scores.shape
+        q, tiles = attention.q, self.keys.shape[2] // HOPPER_COLUMNS
         row_tiles = cdiv(chunk * self.across, HOPPER_ROWS * HOPPER_HALVES)
         items = row_tiles * batch * heads
         programs = min(items, device.multiprocessors(scores.device))
-        peaks = scores.new_empty(programs, HOPPER_HALVES, tiles, HOPPER_ROWS)
-        sums = scores.new_empty(*peaks.shape, width // self.along)
+        # What a program keeps of an item while it is at the next.
+        means = self.keys.new_empty(1, programs * 2, HOPPER_HALVES * HOPPER_ROWS, q.shape[-1])
+        wide = scores.new_empty(programs * 2, dtype=torch.int32)
+        weights = scores.new_empty(programs * 2, HOPPER_HALVES, HOPPER_ROWS)
+        sums = scores.new_empty(*weights.shape, tiles * (HOPPER_COLUMNS // self.along), dtype=torch.bfloat16)
         self.kernel.mass[(programs,)](
-            descriptors.boxes(self.queries, HOPPER_ROWS), descriptors.boxes(self.keys, width), self.value, sums, peaks,
-            scores, items, row_tiles, tiles, *self._sizes(scores, start), columns, *self.attention.shape[2:],
-            self.attention.scale * LOG2E, *self.runtime, **HOPPER,
+            q, q.stride()[:3], descriptors.boxes(means, HOPPER_ROWS), descriptors.boxes(self.keys, HOPPER_COLUMNS),
+            means, self.norms, self.value, wide, sums, weights, scores, items, row_tiles, tiles,
+            *self._sizes(scores, start), columns, scores.stride(2), *attention.shape[2:], attention.scale * LOG2E, *self.runtime,
+            **HOPPER,
         )  # fmt: skip
 
     def _portable_scores(self, scores: torch.Tensor, start: int) -> None:
@@ -149,7 +165,8 @@ class Means:
         self.kernel.mass[(programs,)](
             self.queries, self.keys, self.present, self.count, self.last, self.value, scratch, scores,
             self.present_stride, self.count.shape[-1] if self.padded and batch > 1 else 0,
-            items, tiles, *self._sizes(scores, start), self.attention.blocks[0], columns, *self.attention.shape[2:],
+            items, tiles, *self._sizes(scores, start), self.attention.blocks[0], columns, scores.stride(2),
+            *self.attention.shape[2:],
             self.attention.scale * (1.0 if modified else LOG2E), *self.runtime,
             ROWS=height, COLUMNS=width, STAGES=3, PADDED=self.padded, PAIRS=pairs, num_warps=4,
         )  # fmt: skip

@@ -52,13 +52,15 @@ def select(attention: Attention, kernel: str) -> tuple[torch.Tensor, torch.Tenso
     nb = 1 << (columns - 1).bit_length() if columns > 1 else 2
     lists: Any = module("select", attention)
     divides, together = keys is not None and spec.divides, spec.sharing_heads(heads, k.shape[1])
+    thresholds = torch.empty_like(counts) if divides else counts
     for start in range(0, rows, step):
         chunk = min(step, rows - start)
         scores = counts if keys is None else keys.scores(start, chunk)
+        pitch = scores.stride(-2)
         if divides:
             _divide(
                 attention, lists, scores, start, chunk, together,
-                (first, possible, limits, counts, first_stride, strides, limits.stride(), heads, together),
+                (first, possible, limits, counts, thresholds, first_stride, strides, limits.stride(), pitch, heads, together),
                 (q_len, k.shape[2], *terms), counts,
                 {"NB": nb, "PADDED": padded, "EXPLICIT": explicit},
             )  # fmt: skip
@@ -69,9 +71,11 @@ def select(attention: Attention, kernel: str) -> tuple[torch.Tensor, torch.Tenso
             limits,
             indices,
             counts,
+            thresholds,
             first_stride,
             strides,
             limits.stride(),
+            pitch,
             heads,
             start,
             rows,

@@ -125,6 +125,7 @@ def mass(
     first_row,
     all_rows,
     columns,
+    pitch,
     q_len,
     kv_len,
     scale,
@@ -137,8 +138,8 @@ def mass(
     PADDED: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """Grid (at most items,), items = row tiles of ROWS query groups * B * H. scores: fp32 [B, H, rows, columns], rows
-    counted from ``first_row``, log mass plus value term.
+    """Grid (at most items,), items = row tiles of ROWS query groups * B * H. scores: fp32 [B, H, rows, pitch],
+    columns of which are written, rows counted from ``first_row``, log mass plus value term.
 
     q: means [B, H, all_rows * GROUPS_Q, HEAD_DIM]; k: [B, Hk, columns * GROUPS_K, HEAD_DIM]; value: fp32 [B, Hk,
     columns]. visible: uint8 [B or 1, kv_len], count: fp32 [B or 1, key groups], log2 of the keys a group, last: int32
@@ -222,7 +223,7 @@ def mass(
         seeing = tl.sum(tl.reshape((total > 0).to(tl.float32), [HIGH, GROUPS_Q]), 1)
         tl.debug_barrier()
         row = row_tile * HIGH + tl.arange(0, HIGH)
-        out = scores_ptr + (head_row.to(tl.int64) * rows + row)[:, None] * columns
+        out = scores_ptr + (head_row.to(tl.int64) * rows + row)[:, None] * pitch
         values = value_ptr + (bi * (heads // group) + hi // group) * columns
         for tile in range(begin, end):
             sums = tl.load(scratch_ptr + tile * (ROWS * BLOCKS) + cell)

@@ -1,7 +1,8 @@
 """Means of groups of adjacent queries and of adjacent keys (``mass.py``), and the values' norms: one pass over Q, K, V.
 
 A mean is over the tokens that exist and that padding leaves. 16-bit inputs leave fp16 means, clamped to what fp16
-holds: 11 bits, where bfloat16 would round a score eight times as coarsely.
+holds: 11 bits, where bfloat16 would round a score eight times as coarsely. For ``mass_hopper.py``, which averages
+queries itself, the means of keys are centred on those of the first group, and ordered as its tiles want them.
 """
 
 import triton
@@ -23,14 +24,38 @@ DV = tl.constexpr(triton.next_power_of_2(VALUE_DIM.value))
 def _store_mean(total, count, out_ptr, first, GROUPS: tl.constexpr):
     """total [GROUPS, D] over count [GROUPS], to rows ``first``... of out."""
     mean = total / tl.maximum(count, 1).to(tl.float32)[:, None]
+    _store(mean, out_ptr, first + tl.arange(0, GROUPS))
+
+
+@triton.jit
+def _store(mean, out_ptr, row):
     if out_ptr.dtype.element_ty == tl.float16:
         mean = tl.clamp(mean, -65504.0, 65504.0)
     column = tl.arange(0, D)[None, :]
-    place = (first + tl.arange(0, GROUPS)).to(tl.int64)[:, None] * HEAD_DIM + column
+    place = row.to(tl.int64)[:, None] * HEAD_DIM + column
     tl.store(out_ptr + place, mean.to(out_ptr.dtype.element_ty), mask=column < HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "visible_stride", "rows", "columns"])
+@triton.jit
+def _first_mean(k_ptr, step, kv_len):
+    """Mean [1, D] of the first key group's tokens that exist."""
+    token, column = tl.arange(0, GROUP_K), tl.arange(0, D)[None, :]
+    keep = (token < kv_len)[:, None] & (column < HEAD_DIM)
+    k = tl.load(k_ptr + token.to(tl.int64)[:, None] * step + column, mask=keep, other=0.0).to(tl.float32)
+    return (tl.sum(k, 0) / tl.minimum(kv_len, GROUP_K).to(tl.float32))[None, :]
+
+
+@triton.jit
+def _store_tiled(mean, count, out_ptr, norm_ptr, first, GROUPS: tl.constexpr):
+    """Means of key groups ``first``... in the order of ``mass_hopper.py``'s tiles of 128, and their largest norm."""
+    norm = tl.where(count > 0, tl.sum(mean * mean, 1), 0.0)
+    tl.store(norm_ptr, tl.sqrt(tl.max(norm, 0)))
+    group = first + tl.arange(0, GROUPS)
+    place, pair = group % 128 // 32, group % 32
+    _store(mean, out_ptr, group // 128 * 128 + pair // 2 * 8 + place * 2 + pair % 2)
+
+
+@triton.jit(do_not_specialize=["q_len", "kv_len", "visible_stride", "rows", "columns", "k_groups"])
 def means(
     q_ptr,
     k_ptr,
@@ -40,6 +65,7 @@ def means(
     k_out_ptr,
     count_ptr,
     value_ptr,
+    norm_ptr,
     q_strides,
     k_strides,
     v_strides,
@@ -51,14 +77,18 @@ def means(
     q_len,
     kv_len,
     beta,
+    k_groups,
     PADDED: tl.constexpr,
     RAW: tl.constexpr,
+    TILED: tl.constexpr,
+    CENTRED: tl.constexpr,
 ):
-    """Grid (max(rows, columns), B * (H + Hk)): query blocks first, then key blocks.
+    """Grid (max(rows, columns), B * (H + Hk)): query blocks first, then key blocks; heads = 0 leaves out the former.
 
-    q_out: [B, H, rows * BLOCK_Q / GROUP_Q, HEAD_DIM]; k_out: [B, Hk, columns * BLOCK_K / GROUP_K, HEAD_DIM]. visible:
-    uint8 [B or 1, kv_len], count: fp32 [B, columns * BLOCK_K / GROUP_K], log2 of the keys a group (PADDED). value: fp32
-    [B, Hk, columns]: beta * max(0, log max ||v||), or max ||v|| itself (RAW).
+    q_out: [B, H, rows * BLOCK_Q / GROUP_Q, HEAD_DIM]; k_out: [B, Hk, k_groups, HEAD_DIM]. visible: uint8 [B or 1,
+    kv_len], count: fp32 [B, columns * BLOCK_K / GROUP_K], log2 of the keys a group (PADDED). value: fp32 [B, Hk,
+    columns]: beta * max(0, log max ||v||), or max ||v|| itself (RAW). TILED: k_out in the order of tiles, norm: fp32
+    [B, Hk, columns], the largest of each block's means; CENTRED: less the first group's mean.
     """
     block = tl.program_id(0)
     both = heads + key_heads
@@ -99,8 +129,15 @@ def means(
                 keep = present[:, None] & (value_column < VALUE_DIM)
                 v = tl.load(v_ptr + place * v_strides[2] + value_column, mask=keep, other=0.0).to(tl.float32)
                 peak = tl.maximum(peak, tl.sum(v * v, 1))
-            out = k_out_ptr + (b * key_heads + h) * (columns * key_groups).to(tl.int64) * HEAD_DIM
-            _store_mean(total, count, out, block * key_groups, key_groups)
+            out = k_out_ptr + (b * key_heads + h) * k_groups.to(tl.int64) * HEAD_DIM
+            if TILED:
+                mean = total / tl.maximum(count, 1).to(tl.float32)[:, None]
+                if CENTRED:
+                    mean -= _first_mean(k_ptr, k_strides[2], kv_len)
+                norms = norm_ptr + (b * key_heads + h) * columns + block
+                _store_tiled(mean, count, out, norms, block * key_groups, key_groups)
+            else:
+                _store_mean(total, count, out, block * key_groups, key_groups)
             if PADDED:  # noqa: SIM102 (decided when it is compiled)
                 if h == 0:
                     number = tl.where(count > 0, tl.log2(tl.maximum(count, 1).to(tl.float32)), -float("inf"))

@@ -144,9 +144,11 @@ def select(
     limits_ptr,
     indices_ptr,
     counts_ptr,
+    thresholds_ptr,
     first_stride,
     candidate_strides,
     limit_strides,
+    pitch,
     heads,
     first_row,
     rows,
@@ -164,12 +166,12 @@ def select(
     GIVEN: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Grid (rows of this chunk, B * H). scores: fp32 [B, H, chunk, columns]; indices: int32 [B, H, rows, width];
-    counts: int32 [B, H, rows].
+    """Grid (rows of this chunk, B * H). scores: fp32 [B, H, chunk, pitch], of which ``columns`` count; indices: int32
+    [B, H, rows, width]; counts: int32 [B, H, rows].
 
     first: int32 [B or 1, columns] under PADDED. NB: columns, padded to 2^n. Under EXPLICIT the mask's part is done:
     candidates: uint8 [B, H, rows, columns]; limits: int32 [B, H, rows], -1 for a full row; any strides, 0 to broadcast.
-    GIVEN: counts are there already. PACKED: heads, padded to 2^n, where lists lie end to end, indices int32 [B, rows,
+    GIVEN: counts are there already, and thresholds: int32 [B, H, rows], where to look first. PACKED: heads, padded to 2^n, where lists lie end to end, indices int32 [B, rows,
     H * width]; else 0.
     """
     row = first_row + tl.program_id(0)
@@ -222,7 +224,7 @@ def select(
         forced = candidate & ((rank <= SINKS) | (rank > seen - LOCALS))
         if SCORED:
             chunk_row = head_row.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-            score = tl.load(scores_ptr + chunk_row * columns + j, mask=candidate, other=0.0)
+            score = tl.load(scores_ptr + chunk_row * pitch + j, mask=candidate, other=0.0)
             score = tl.where(score == 0.0, 0.0, score)  # -0.0 ties with 0.0
         else:
             score = tl.zeros([NB], tl.float32)
@@ -234,6 +236,14 @@ def select(
         low = tl.min(tl.where(free, key, 0xFFFFFFFF), 0)
         high = tl.max(key, 0) + 1
         reached = tl.sum(free.to(tl.int32), 0)
+        if GIVEN:  # most heads end where the row's budget did
+            middle = tl.load(thresholds_ptr + (b * heads + h) * rows + row).to(tl.uint32, bitcast=True)
+            found = tl.sum((key >= middle).to(tl.int32), 0)
+            enough = found >= wanted
+            inside = (middle > low) & (middle < high)
+            reached = tl.where(enough & inside, found, reached)
+            high = tl.where(enough | (inside == 0), high, middle)
+            low = tl.where(enough & inside, middle, low)
         step = 0
         while (reached != wanted) & (high - low > 1):
             middle = low + (high - low) // 2
@@ -263,9 +273,11 @@ def divide(
     candidates_ptr,
     limits_ptr,
     counts_ptr,
+    thresholds_ptr,
     first_stride,
     candidate_strides,
     limit_strides,
+    pitch,
     heads,
     together,
     first_row,
@@ -284,8 +296,9 @@ def divide(
 ):
     """How many blocks each head computes of a row (``sharing.py``). Grid (rows of this chunk, B * H / together).
 
-    scores: fp32 [B, H, chunk, columns]; counts: int32 [B, H, rows]. together: heads that share a budget. HEADS, NB:
-    they and columns, padded to 2^n. The rest as ``select``'s.
+    scores: fp32 [B, H, chunk, pitch]; counts, thresholds: int32 [B, H, rows], the second the key at which the row's
+    budget ends. together: heads that share a budget. HEADS, NB: they and columns, padded to 2^n. The rest as
+    ``select``'s.
     """
     row = first_row + tl.program_id(0)
     units = heads // together
@@ -325,7 +338,9 @@ def divide(
         full = full | (i >= together)
     candidate = candidate & (full == 0)[:, None]
     seen = tl.sum(candidate.to(tl.int32), 1)
-    rank = tl.cumsum(candidate.to(tl.int32), 1)
+    rank = (j + 1)[None, :]
+    if EXPLICIT or PADDED or BANDED:
+        rank = tl.cumsum(candidate.to(tl.int32), 1)
     forced = candidate & ((rank <= SINKS) | (rank > (seen - LOCALS)[:, None]))
     free = candidate & (forced == 0)
     held = tl.sum(forced.to(tl.int32), 1)
@@ -335,7 +350,8 @@ def divide(
         least = tl.minimum(tl.maximum(held, (limit * KEPT + 1023) // 1024), limit)
     total = tl.sum(limit, 0)
     head = (b * heads + start + i).to(tl.int64)
-    place = scores_ptr + (head * chunk + tl.program_id(0))[:, None] * columns + j[None, :]
+    first_head = (b * heads + start) * chunk + tl.program_id(0)  # offsets within a unit's scores are small
+    place = scores_ptr + first_head * pitch + ((i * (chunk * pitch))[:, None] + j[None, :])
     score = tl.load(place, mask=candidate, other=0.0)
     score = tl.where(score == 0.0, 0.0, score)  # -0.0 ties with 0.0
     key = tl.where(free, tl.minimum(tl.maximum(_key(score), 1), 0xFFFFFFFE), 0)
@@ -344,9 +360,10 @@ def divide(
         weight = tl.where(candidate, tl.exp(score), 0.0)
         missing = COVERAGE * tl.sum(tl.sum(weight, 1), 0) - tl.sum(tl.sum(tl.where(forced, weight, 0.0), 1), 0)
     number = tl.maximum(least, held)
+    low = tl.cast(0, tl.uint32)
     if (tl.sum(number, 0) < total) & ((not COVERED) | (missing > 0.0)):
         # low is the highest threshold known to take enough: the budgets, or what covers; high takes less.
-        low = tl.min(tl.min(tl.where(free, key, 0xFFFFFFFF), 1), 0)
+        low = tl.min(tl.min(tl.where(key > 0, key, 0xFFFFFFFF), 1), 0)
         high = tl.max(tl.max(key, 1), 0) + 1
         step = 0
         while high - low > 1:
@@ -365,17 +382,16 @@ def divide(
             low = tl.where(enough, middle, low)
             high = tl.where(exact, low + 1, tl.where(enough, high, middle))
             step += 1
-        above = key > low
-        tie = free & (key == low)
-        number = tl.maximum(least, held + tl.sum(above.to(tl.int32), 1))
+        number = tl.maximum(least, held + tl.sum((key > low).to(tl.int32), 1))
         more = tl.maximum(least, held + tl.sum((key >= low).to(tl.int32), 1)) - number
         spare = total - tl.sum(number, 0)
         if COVERED:
-            lack = missing - tl.sum(tl.sum(tl.where(above, weight, 0.0), 1), 0)
-            one_weight = tl.max(tl.max(tl.where(tie, weight, 0.0), 1), 0)
+            lack = missing - tl.sum(tl.sum(tl.where(key > low, weight, 0.0), 1), 0)
+            one_weight = tl.max(tl.max(tl.where(key == low, weight, 0.0), 1), 0)
             wanted = tl.ceil(tl.minimum(lack / tl.maximum(one_weight, 1e-38), 1.0e6)).to(tl.int32)
             spare = tl.minimum(spare, tl.maximum(wanted, 0))
         # Ties go to the earlier heads.
         taken = tl.cumsum(more, 0) - more
         number += tl.minimum(tl.maximum(spare - taken, 0), more)
     tl.store(counts_ptr + head * rows + row, tl.where(full, -1, number), mask=i < together)
+    tl.store(thresholds_ptr + head * rows + row, low.to(tl.int32, bitcast=True), mask=i < together)
