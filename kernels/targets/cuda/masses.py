@@ -26,7 +26,7 @@ PITCH = 16
 """Scores of a row begin at a multiple of it, so that kernels read and write four at a time."""
 TILE = 64, 128
 """Query groups a program and key groups a tile of the portable kernel."""
-HOPPER: dict[str, Any] = {"STAGES": 4, "POLYNOMIAL": 2, "REGISTERS": 184, "num_warps": 4}
+HOPPER: dict[str, Any] = {"STAGES": 4, "REGISTERS": 192, "num_warps": 4}
 """Launch configuration of the Hopper kernel."""
 HOPPER_ROWS, HOPPER_HALVES, HOPPER_COLUMNS = 64, 4, 128
 """Query groups of one product of the Hopper kernel, products that a program has under way, key groups a tile."""
@@ -90,11 +90,15 @@ class Means:
         self.present = self.value if visible is None else visible.contiguous().view(torch.uint8)
         self.present_stride = kv_len if visible is not None and len(visible) > 1 else 0
         self.last = self._last_visible()
+        # The Hopper kernel's scores are exponents of 2 as they come out of the product, but for an extreme scale.
+        factor = attention.scale * LOG2E
+        k_factor = min(max(factor, 1.0), 16.0) if self.hopper else 1.0
+        self.factors = min(factor, 1.0), max(factor / 16.0, 1.0)
         pool: Any = module("means", attention)
         pool.means[(max(rows, columns), batch * (heads + key_heads))](
             q, k, v, self.present, self.queries, self.keys, self.count, self.value, self.norms,
             q.stride()[:3], k.stride()[:3], v.stride()[:3], self.present_stride, heads, key_heads,
-            rows, columns, q_len, kv_len, 0.0 if self.by_row else spec.beta, groups,
+            rows, columns, q_len, kv_len, 0.0 if self.by_row else spec.beta, groups, k_factor,
             PADDED=self.padded, RAW=spec.metric == "released" and not self.by_row,
             TILED=self.hopper, CENTRED=attention.score.sink is None, num_warps=4,
         )  # fmt: skip
@@ -148,8 +152,7 @@ class Means:
         self.kernel.mass[(programs,)](
             q, q.stride()[:3], descriptors.boxes(means, HOPPER_ROWS), descriptors.boxes(self.keys, HOPPER_COLUMNS),
             means, self.norms, self.value, wide, sums, weights, scores, items, row_tiles, tiles,
-            *self._sizes(scores, start), columns, scores.stride(2), *attention.shape[2:], attention.scale * LOG2E, *self.runtime,
-            **HOPPER,
+            *self._sizes(scores, start), columns, scores.stride(2), *attention.shape[2:], *self.factors, *self.runtime, **HOPPER,
         )  # fmt: skip
 
     def _portable_scores(self, scores: torch.Tensor, start: int) -> None:

@@ -62,7 +62,6 @@ COLUMNS = gl.constexpr(128)  # key groups a tile
 QUARTER = gl.constexpr(COLUMNS.value // 4)  # columns of a product that one thread holds in a row
 BLOCKS = gl.constexpr(COLUMNS.value // GROUPS_K.value)  # key blocks a tile
 LARGEST = gl.constexpr(108.0)  # scores of at most 2^LARGEST are summed without a maximum
-MAGIC = gl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer, left in the low bits
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed after triton 3.6
 
 
@@ -121,9 +120,25 @@ def _item(item, items, row_tiles, heads, first_row, q_len, kv_len, before):
 
 
 @gluon.jit
-def _pool(q_ptr, strides, means_ptr, first, q_len):
-    """Means of the query groups from ``first`` on, HALVES * ROWS of them, to ``means_ptr``; their largest squared
-    norm."""
+def _number(items):
+    """How many items this program computes."""
+    programs = gl.num_programs(0)
+    whole, rest = items // programs, items % programs
+    place = gl.where(whole % 2 == 1, programs - 1 - gl.program_id(0), gl.program_id(0))
+    return whole + gl.where(place < rest, 1, 0)
+
+
+@gluon.jit
+def _nth(turn):
+    """This program's item number ``turn``: programs take their turns to and fro, as items get lighter."""
+    programs = gl.num_programs(0)
+    return turn * programs + gl.where(turn % 2 == 1, programs - 1 - gl.program_id(0), gl.program_id(0))
+
+
+@gluon.jit
+def _pool(q_ptr, strides, means_ptr, first, q_len, factor):
+    """``factor`` times the means of the query groups from ``first`` on, HALVES * ROWS of them, to ``means_ptr``; their
+    largest squared norm."""
     g = gl.arange(0, POOLED, gl.SliceLayout(1, gl.SliceLayout(2, POOL)))[:, None, None]
     t = gl.arange(0, TOKENS, gl.SliceLayout(0, gl.SliceLayout(2, POOL)))[None, :, None]
     column = gl.arange(0, D, gl.SliceLayout(0, gl.SliceLayout(1, POOL)))[None, None, :]
@@ -141,7 +156,7 @@ def _pool(q_ptr, strides, means_ptr, first, q_len):
             )
             total += gl.sum(x.to(gl.float32), 1)
         count = gl.minimum(gl.maximum(q_len - (first + part * POOLED + group) * GROUP_Q, 1), GROUP_Q).to(gl.float32)
-        mean = gl.minimum(gl.maximum(total / count[:, None], -65504.0), 65504.0)
+        mean = gl.minimum(gl.maximum(total * (factor / count)[:, None], -65504.0), 65504.0)
         largest = gl.maximum(largest, gl.sum(mean * mean, 1))
         place = (part * POOLED + group)[:, None] * HEAD_DIM + out_column
         gl.store(means_ptr + place, mean.to(gl.float16), mask=out_column < HEAD_DIM)
@@ -227,16 +242,16 @@ def _assist(
     q_len,
     kv_len,
     before,
+    q_factor,
     factor,
 ):
     pooled, done = rings[6:8]
     program = gl.program_id(0)
-    number = gl.cdiv(items - program, gl.num_programs(0))
+    number = _number(items)
     for turn in range(number + 2):
         slot = program * 2 + turn % 2
         if turn >= 2:  # the item before the last: the consumers are at work on the last
-            item = program + (turn - 2) * gl.num_programs(0)
-            b, h, begin, tiles = _item(item, items, row_tiles, heads, first_row, q_len, kv_len, before)
+            b, h, begin, tiles = _item(_nth(turn - 2), items, row_tiles, heads, first_row, q_len, kv_len, before)
             mbarrier.wait(done.index(turn % 2), (turn // 2 - 1) % 2)
             values = value_ptr + (b * (heads // group) + h // group) * columns
             out = scores_ptr + (b * heads + h).to(gl.int64) * rows * pitch
@@ -247,15 +262,14 @@ def _assist(
                     begin // GROUPS_Q + half * HIGH, tiles, rows, columns, pitch,
                 )  # fmt: skip
         if turn < number:
-            item = program + turn * gl.num_programs(0)
-            b, h, begin, tiles = _item(item, items, row_tiles, heads, first_row, q_len, kv_len, before)
+            b, h, begin, tiles = _item(_nth(turn), items, row_tiles, heads, first_row, q_len, kv_len, before)
             norm = _pool(
                 q_ptr + b.to(gl.int64) * strides[0] + h.to(gl.int64) * strides[1], strides,
-                means_ptr + slot.to(gl.int64) * (ROWS * HALVES * HEAD_DIM), first_row * GROUPS_Q + begin, q_len,
+                means_ptr + slot.to(gl.int64) * (ROWS * HALVES * HEAD_DIM), first_row * GROUPS_Q + begin, q_len, q_factor,
             )  # fmt: skip
             reaching = _reaching(norms_ptr + (b * (heads // group) + h // group) * columns, tiles, columns)
-            bound = gl.sqrt(norm) * reaching * factor
-            gl.store(wide_ptr + slot, (bound > LARGEST).to(gl.int32))
+            bound = gl.sqrt(norm) * reaching
+            gl.store(wide_ptr + slot, ((bound > LARGEST) | (factor != 1.0)).to(gl.int32))
             # It says as well that the sums of the item before the last are read.
             mbarrier.arrive(pooled.index(turn % 2), count=1)
 
@@ -266,9 +280,9 @@ def _produce(
     STAGES: gl.constexpr,
 ):  # fmt: skip
     q_ring, k_ring, q_ready, q_free, k_ready, k_free, pooled = rings[:7]
-    stage, phase, turn = 0, 1, 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        b, h, _, tiles = _item(item, items, row_tiles, heads, first_row, q_len, kv_len, before)
+    stage, phase = 0, 1
+    for turn in range(_number(items)):
+        b, h, _, tiles = _item(_nth(turn), items, row_tiles, heads, first_row, q_len, kv_len, before)
         slot = gl.program_id(0) * 2 + turn % 2
         mbarrier.wait(pooled.index(turn % 2), (turn // 2) % 2)
         wide = gl.load(wide_ptr + slot)
@@ -277,7 +291,6 @@ def _produce(
                 mbarrier.wait(q_free.index(half // 2), (turn + 1) % 2)
                 mbarrier.expect(q_ready.index(half // 2), q_desc.block_type.nbytes * 2)
             load_tile(q_desc, [0, slot, half * ROWS, 0], q_ready.index(half // 2), q_ring.index(half))
-        turn += 1
         for step in range(tiles * (1 + wide)):
             tile = step % tiles
             mbarrier.wait(k_free.index(stage), phase)
@@ -290,45 +303,11 @@ def _produce(
 
 
 @gluon.jit
-def _power(x):
-    """2^x for x of at most 127, by a polynomial: relative error below 2e-4."""
-    x = gl.maximum(x, -126.0)
-    rounded = x + MAGIC
-    x = x - (rounded - MAGIC)
-    value = 0.05550411 * x + 0.24022651
-    value = value * x + 0.69314718
-    value = value * x + 1.0
-    bits = value.to(gl.int32, bitcast=True) + (rounded.to(gl.int32, bitcast=True) << 23)
-    return bits.to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def _by_block(x):
-    """x [ROWS, COLUMNS] as [ROWS, parts, pairs, 4, 2]: a thread's blocks side by side, pairs of their groups, four
-    threads."""
-    return x.reshape([ROWS, BLOCKS // 4, GROUPS_K // 2, 4, 2])
-
-
-@gluon.jit
-def _blocks(sums):
-    """Sums [ROWS, parts, 4] as [ROWS, BLOCKS]."""
-    return sums.permute((0, 2, 1)).reshape([ROWS, BLOCKS])
-
-
-@gluon.jit
-def _sums(x, POLYNOMIAL: gl.constexpr):
-    """Sums of 2^x over each key block: [ROWS, BLOCKS]. POLYNOMIAL: 0, or the part 2^-POLYNOMIAL of the exponentials
-    goes past the special function unit."""
-    if POLYNOMIAL == 0:
-        return _blocks(gl.sum(gl.sum(gl.exp2(_by_block(x)), 4), 2))
-    left, right = _by_block(x).split()
-    sums = gl.sum(gl.exp2(left), 2)
-    for _ in gl.static_range(POLYNOMIAL - 1):
-        PAIRS: gl.constexpr = right.shape[2] // 2
-        right = right.reshape([ROWS, BLOCKS // 4, PAIRS, 2, 4]).permute((0, 1, 2, 4, 3))
-        more, right = right.split()
-        sums += gl.convert_layout(gl.sum(gl.exp2(more), 2), sums.type.layout)
-    return _blocks(sums + gl.convert_layout(gl.sum(_power(right), 2), sums.type.layout))
+def _sums(x):
+    """Sums of 2^x over each key block: [ROWS, BLOCKS]."""
+    # A thread's blocks, pairs of their groups, four threads side by side, the two of a pair.
+    x = gl.exp2(x).reshape([ROWS, BLOCKS // 4, GROUPS_K // 2, 4, 2])
+    return gl.sum(gl.sum(x, 4), 2).permute((0, 2, 1)).reshape([ROWS, BLOCKS])
 
 
 @gluon.jit
@@ -356,14 +335,14 @@ def _hidden(x, tile, first, q_len, kv_len, before):
 
 @gluon.jit
 def _absorb(
-    z, shift, total, tile, cut, first, sums_ptr, q_len, kv_len, before, factor, POLYNOMIAL: gl.constexpr
+    z, shift, total, tile, cut, first, sums_ptr, q_len, kv_len, before, factor, WIDE: gl.constexpr
 ):  # fmt: skip
     """``total`` [ROWS, BLOCKS] of 64 query groups with a tile's sums, which are stored."""
-    x = z * factor - shift[:, None]
+    if WIDE:
+        z = z * factor - shift[:, None]
     if tile >= cut:
-        sums = _sums(_hidden(x, tile, first, q_len, kv_len, before), 0)
-    else:
-        sums = gl.convert_layout(_sums(x, POLYNOMIAL), total.type.layout)
+        z = _hidden(z, tile, first, q_len, kv_len, before)
+    sums = _sums(z)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, total.type.layout))[:, None]
     block = gl.arange(0, BLOCKS, gl.SliceLayout(0, total.type.layout))[None, :]
     gl.store(sums_ptr + tile * (ROWS * BLOCKS) + row * BLOCKS + block, sums.to(gl.bfloat16))
@@ -420,9 +399,68 @@ def _weigh(total, shift, weights_ptr, b, h, terms):
 
 
 @gluon.jit
+def _walk(
+    q_near, q_far, k_ring, k_ready, k_free, apart, stage, phase, tiles, near, far, near_shift, far_shift, near_sums,
+    far_sums, q_len, kv_len, before, factor, layout: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
+):  # fmt: skip
+    """(totals [ROWS, BLOCKS] of 64 query groups from ``near`` on and from ``far`` on, stage and phase of the ring);
+    tiles: at least 1."""
+    near_cut = _first_cut(near, q_len, kv_len, before)
+    far_cut = _first_cut(far, q_len, kv_len, before)
+    # Laid out like a tile's sums.
+    near_total = _sums(gl.zeros([ROWS, COLUMNS], gl.float32, layout)) * 0.0
+    far_total = near_total
+    blank = gl.zeros([ROWS, COLUMNS], gl.float32, layout)
+    mbarrier.wait(k_ready.index(stage), phase)
+    k = k_ring.index(stage).reshape([COLUMNS, D]).permute((1, 0))
+    z = warpgroup_mma(q_near, k, blank, use_acc=False, is_async=True)
+    z = warpgroup_mma_wait(0, [z])
+    after = warpgroup_mma(q_far, k, blank, use_acc=False, is_async=True)
+    near_total = _absorb(
+        z, near_shift, near_total, 0, near_cut, near, near_sums, q_len, kv_len, before, factor, WIDE
+    )
+    z = warpgroup_mma_wait(0, [after])
+    mbarrier.arrive(k_free.index(stage), count=1)
+    stage += 1
+    if stage == STAGES:
+        stage = 0
+        phase ^= 1
+    for tile in range(1, tiles):
+        blank = gl.zeros([ROWS, COLUMNS], gl.float32, layout)
+        mbarrier.wait(k_ready.index(stage), phase)
+        k = k_ring.index(stage).reshape([COLUMNS, D]).permute((1, 0))
+        ahead = warpgroup_mma(q_near, k, blank, use_acc=False, is_async=True)
+        far_total = _absorb(
+            z, far_shift, far_total, tile - 1, far_cut, far, far_sums, q_len, kv_len, before, factor, WIDE
+        )
+        # Nobody waits for it: the branch keeps the softmax and the wait in two basic blocks. In one, the assembler
+        # waits first.
+        if tile + 1 == tiles:
+            mbarrier.arrive(apart, count=1)
+        z = warpgroup_mma_wait(0, [ahead])
+        blank = gl.zeros([ROWS, COLUMNS], gl.float32, layout)
+        after = warpgroup_mma(q_far, k, blank, use_acc=False, is_async=True)
+        near_total = _absorb(
+            z, near_shift, near_total, tile, near_cut, near, near_sums, q_len, kv_len, before, factor, WIDE
+        )
+        if tile + 1 == tiles:
+            mbarrier.arrive(apart, count=1)
+        z = warpgroup_mma_wait(0, [after])
+        mbarrier.arrive(k_free.index(stage), count=1)
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            phase ^= 1
+    far_total = _absorb(
+        z, far_shift, far_total, tiles - 1, far_cut, far, far_sums, q_len, kv_len, before, factor, WIDE
+    )
+    return near_total, far_total, stage, phase
+
+
+@gluon.jit
 def _consume(
     consumer, rings, wide_ptr, sums_ptr, weights_ptr, items, row_tiles, tiles_most, heads, first_row, q_len, kv_len,
-    before, factor, terms, STAGES: gl.constexpr, POLYNOMIAL: gl.constexpr,
+    before, factor, terms, STAGES: gl.constexpr,
 ):  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 16]
@@ -430,15 +468,11 @@ def _consume(
     q_ring, k_ring, q_ready, q_free, k_ready, k_free, pooled, done, apart = rings
     q_near = q_ring.index(consumer * 2).reshape([ROWS, D])
     q_far = q_ring.index(consumer * 2 + 1).reshape([ROWS, D])
-    # What a tile's sums are laid out like.
-    nothing = _sums(gl.zeros([ROWS, COLUMNS], gl.float32, layout), 0) * 0.0
-    stage, phase, turn = 0, 0, 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        b, h, begin, tiles = _item(item, items, row_tiles, heads, first_row, q_len, kv_len, before)
+    stage, phase = 0, 0
+    for turn in range(_number(items)):
+        b, h, begin, tiles = _item(_nth(turn), items, row_tiles, heads, first_row, q_len, kv_len, before)
         begin += consumer * (2 * ROWS)
         near, far = first_row * GROUPS_Q + begin, first_row * GROUPS_Q + begin + ROWS
-        near_cut = _first_cut(near, q_len, kv_len, before)
-        far_cut = _first_cut(far, q_len, kv_len, before)
         slot = gl.program_id(0) * 2 + turn % 2
         place = slot.to(gl.int64) * HALVES + consumer * 2
         near_sums = sums_ptr + place * tiles_most * (ROWS * BLOCKS)
@@ -448,66 +482,27 @@ def _consume(
         mbarrier.wait(q_ready.index(consumer), turn % 2)
         near_shift = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
         far_shift = near_shift
-        if wide != 0:
-            near_shift, far_shift, stage, phase = _highest(
-                q_near, q_far, k_ring, k_ready, k_free, stage, phase, tiles, near, far, q_len, kv_len, before, factor,
-                layout, STAGES,
-            )  # fmt: skip
-        near_total, far_total = nothing, nothing
+        near_total = _sums(gl.zeros([ROWS, COLUMNS], gl.float32, layout)) * 0.0
+        far_total = near_total
         if tiles > 0:
-            blank = gl.zeros([ROWS, COLUMNS], gl.float32, layout)
-            mbarrier.wait(k_ready.index(stage), phase)
-            k = k_ring.index(stage).reshape([COLUMNS, D]).permute((1, 0))
-            z = warpgroup_mma(q_near, k, blank, use_acc=False, is_async=True)
-            z = warpgroup_mma_wait(0, [z])
-            after = warpgroup_mma(q_far, k, blank, use_acc=False, is_async=True)
-            near_total = _absorb(
-                z, near_shift, near_total, 0, near_cut, near, near_sums, q_len, kv_len, before, factor, POLYNOMIAL
-            )
-            z = warpgroup_mma_wait(0, [after])
-            mbarrier.arrive(k_free.index(stage), count=1)
-            stage += 1
-            if stage == STAGES:
-                stage = 0
-                phase ^= 1
-            for tile in range(1, tiles):
-                blank = gl.zeros([ROWS, COLUMNS], gl.float32, layout)
-                mbarrier.wait(k_ready.index(stage), phase)
-                k = k_ring.index(stage).reshape([COLUMNS, D]).permute((1, 0))
-                ahead = warpgroup_mma(q_near, k, blank, use_acc=False, is_async=True)
-                far_total = _absorb(
-                    z, far_shift, far_total, tile - 1, far_cut, far, far_sums, q_len, kv_len, before, factor,
-                    POLYNOMIAL,
+            if wide != 0:
+                near_shift, far_shift, stage, phase = _highest(
+                    q_near, q_far, k_ring, k_ready, k_free, stage, phase, tiles, near, far, q_len, kv_len, before,
+                    factor, layout, STAGES,
                 )  # fmt: skip
-                # Nobody waits for it: the branch keeps the softmax and the wait in two basic blocks. In one, the
-                # assembler waits first.
-                if tile + 1 == tiles:
-                    mbarrier.arrive(apart, count=1)
-                z = warpgroup_mma_wait(0, [ahead])
-                blank = gl.zeros([ROWS, COLUMNS], gl.float32, layout)
-                after = warpgroup_mma(q_far, k, blank, use_acc=False, is_async=True)
-                near_total = _absorb(
-                    z, near_shift, near_total, tile, near_cut, near, near_sums, q_len, kv_len, before, factor,
-                    POLYNOMIAL,
+                near_total, far_total, stage, phase = _walk(
+                    q_near, q_far, k_ring, k_ready, k_free, apart, stage, phase, tiles, near, far, near_shift,
+                    far_shift, near_sums, far_sums, q_len, kv_len, before, factor, layout, STAGES, True,
                 )  # fmt: skip
-                if tile + 1 == tiles:
-                    mbarrier.arrive(apart, count=1)
-                z = warpgroup_mma_wait(0, [after])
-                mbarrier.arrive(k_free.index(stage), count=1)
-                stage += 1
-                if stage == STAGES:
-                    stage = 0
-                    phase ^= 1
-            mbarrier.arrive(q_free.index(consumer), count=1)
-            far_total = _absorb(
-                z, far_shift, far_total, tiles - 1, far_cut, far, far_sums, q_len, kv_len, before, factor, POLYNOMIAL
-            )
-        else:
-            mbarrier.arrive(q_free.index(consumer), count=1)
+            else:
+                near_total, far_total, stage, phase = _walk(
+                    q_near, q_far, k_ring, k_ready, k_free, apart, stage, phase, tiles, near, far, near_shift,
+                    far_shift, near_sums, far_sums, q_len, kv_len, before, factor, layout, STAGES, False,
+                )  # fmt: skip
+        mbarrier.arrive(q_free.index(consumer), count=1)
         _weigh(near_total, near_shift, weights_ptr + place * ROWS, b, h, terms)
         _weigh(far_total, far_shift, weights_ptr + (place + 1) * ROWS, b, h, terms)
         mbarrier.arrive(done.index(turn % 2), count=1)
-        turn += 1
 
 
 @gluon.jit
@@ -542,12 +537,12 @@ def mass(
     pitch,
     q_len,
     kv_len,
+    q_factor,
     factor,
     tensors,
     layouts,
     scalars,
     STAGES: gl.constexpr,
-    POLYNOMIAL: gl.constexpr,
     REGISTERS: gl.constexpr,
     num_warps: gl.constexpr,
 ):
@@ -558,8 +553,9 @@ def mass(
     COLUMNS, HEAD_DIM] in its order of groups, tiles of [1, 1, COLUMNS, D]; norms: fp32 [B, Hk, columns], the largest of
     each block; value: the same shape. Scratch of each program, twice: means: fp16 [programs * 2, HALVES * ROWS,
     HEAD_DIM], which q_desc describes as [1, programs * 2, ...] in tiles of [1, 1, ROWS, D]; wide: int32 [programs * 2];
-    sums: bf16 [programs * 2, HALVES, tiles_most, ROWS, BLOCKS]; weights: fp32 [programs * 2, HALVES, ROWS]. factor: the
-    attention's scale, positive, times log2(e).
+    sums: bf16 [programs * 2, HALVES, tiles_most, ROWS, BLOCKS]; weights: fp32 [programs * 2, HALVES, ROWS]. The
+    attention's scale, positive, times log2(e) is a factor of the means: q_factor and what ``means.py`` was given; factor:
+    what is left of it, as a rule 1.
     """
     q_ring = gl.allocate_shared_memory(q_desc.dtype, [HALVES, 1, 1, ROWS, D], q_desc.layout)
     k_ring = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, COLUMNS, D], k_desc.layout)
@@ -579,14 +575,14 @@ def mass(
                 _consume,
                 (
                     0, rings, wide_ptr, sums_ptr, weights_ptr, items, row_tiles, tiles_most, heads, first_row, q_len,
-                    kv_len, before, factor, terms, STAGES, POLYNOMIAL,
+                    kv_len, before, factor, terms, STAGES,
                 ),
             ),
             (
                 _consume,
                 (
                     1, rings, wide_ptr, sums_ptr, weights_ptr, items, row_tiles, tiles_most, heads, first_row, q_len,
-                    kv_len, before, factor, terms, STAGES, POLYNOMIAL,
+                    kv_len, before, factor, terms, STAGES,
                 ),
             ),
             (
@@ -594,7 +590,7 @@ def mass(
                 (
                     q_ptr, q_strides, means_ptr, wide_ptr, norms_ptr, sums_ptr, weights_ptr, value_ptr, scores_ptr,
                     rings, items, row_tiles, tiles_most, heads, group, rows, first_row, columns, pitch, q_len, kv_len,
-                    before, factor,
+                    before, q_factor, factor,
                 ),
             ),
             (

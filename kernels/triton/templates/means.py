@@ -78,6 +78,7 @@ def means(
     kv_len,
     beta,
     k_groups,
+    k_factor,
     PADDED: tl.constexpr,
     RAW: tl.constexpr,
     TILED: tl.constexpr,
@@ -88,7 +89,7 @@ def means(
     q_out: [B, H, rows * BLOCK_Q / GROUP_Q, HEAD_DIM]; k_out: [B, Hk, k_groups, HEAD_DIM]. visible: uint8 [B or 1,
     kv_len], count: fp32 [B, columns * BLOCK_K / GROUP_K], log2 of the keys a group (PADDED). value: fp32 [B, Hk,
     columns]: beta * max(0, log max ||v||), or max ||v|| itself (RAW). TILED: k_out in the order of tiles, norm: fp32
-    [B, Hk, columns], the largest of each block's means; CENTRED: less the first group's mean.
+    [B, Hk, columns], the largest of each block's means; k_factor times them; CENTRED: less the first group's mean.
     """
     block = tl.program_id(0)
     both = heads + key_heads
@@ -134,6 +135,7 @@ def means(
                 mean = total / tl.maximum(count, 1).to(tl.float32)[:, None]
                 if CENTRED:
                     mean -= _first_mean(k_ptr, k_strides[2], kv_len)
+                mean *= k_factor
                 norms = norm_ptr + (b * key_heads + h) * columns + block
                 _store_tiled(mean, count, out, norms, block * key_groups, key_groups)
             else:
