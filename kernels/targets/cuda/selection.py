@@ -90,7 +90,7 @@ def select(attention: Attention, kernel: str) -> tuple[torch.Tensor, torch.Tenso
             EXPLICIT=explicit,
             GIVEN=divides,
             PACKED=packed_heads(indices, counts),
-            num_warps=max(1, min(16, nb // 1024)),
+            num_warps=max(1, min(16, nb // (256 if divides else 1024))),
         )
     return indices, counts
 

@@ -266,6 +266,12 @@ def select(
         tl.store(indices_ptr + place + slot, j, mask=chosen & (slot < width))
 
 
+@triton.jit
+def _by_head(x):
+    """Sums of x [heads, strips, lanes] over each head's columns."""
+    return tl.sum(tl.sum(x, 1), 1)
+
+
 @triton.jit(do_not_specialize=["first_row", "chunk", "rows", "columns", "q_len", "kv_len", "first_stride"])
 def divide(
     scores_ptr,
@@ -303,20 +309,25 @@ def divide(
     row = first_row + tl.program_id(0)
     units = heads // together
     b, start = (tl.program_id(1) // units).to(tl.int64), tl.program_id(1) % units * together
-    j, i = tl.arange(0, NB), tl.arange(0, HEADS)
+    # Columns in strips: warps are dealt to the first dimension when the last is full, so that a warp owns whole heads
+    # and counting crosses no warp.
+    WIDE: tl.constexpr = min(NB, 128)
+    STRIPS: tl.constexpr = NB // WIDE
+    strip, lane = tl.arange(0, STRIPS)[None, :, None], tl.arange(0, WIDE)[None, None, :]
+    j, i = strip * WIDE + lane, tl.arange(0, HEADS)
     if EXPLICIT:
         h = tl.minimum(start + i, heads - 1).to(tl.int64)
         possible = candidates_ptr + b * candidate_strides[0] + row.to(tl.int64) * candidate_strides[2]
-        possible = possible + h[:, None] * candidate_strides[1] + (j * candidate_strides[3])[None, :]
-        candidate = tl.load(possible, mask=(j < columns)[None, :] & (i < together)[:, None], other=0) != 0
+        possible = possible + h[:, None, None] * candidate_strides[1] + j * candidate_strides[3]
+        candidate = tl.load(possible, mask=(j < columns) & (i < together)[:, None, None], other=0) != 0
         limit = tl.load(limits_ptr + b * limit_strides[0] + h * limit_strides[1] + row * limit_strides[2])
         full = (limit < 0) | (i >= together)
     else:
-        one, _, limit, full = _row(
+        one, seen, limit, full = _row(
             row,
             b,
             b,
-            j,
+            tl.arange(0, NB),
             rows,
             columns,
             q_len,
@@ -333,17 +344,22 @@ def divide(
             PADDED,
             False,
         )
-        candidate = one[None, :] & (i < together)[:, None]
         limit = limit + i * 0
         full = full | (i >= together)
-    candidate = candidate & (full == 0)[:, None]
-    seen = tl.sum(candidate.to(tl.int32), 1)
-    rank = (j + 1)[None, :]
+        candidate = j < seen
+        if PADDED or BANDED:
+            candidate = tl.reshape(one, [1, STRIPS, WIDE])
+    candidate = candidate & (full == 0)[:, None, None]
     if EXPLICIT or PADDED or BANDED:
-        rank = tl.cumsum(candidate.to(tl.int32), 1)
-    forced = candidate & ((rank <= SINKS) | (rank > (seen - LOCALS)[:, None]))
+        seen = _by_head(candidate.to(tl.int32))
+        strips = tl.sum(candidate.to(tl.int32), 2)
+        rank = tl.cumsum(candidate.to(tl.int32), 2) + (tl.cumsum(strips, 1) - strips)[:, :, None]
+        forced = candidate & ((rank <= SINKS) | (rank > (seen - LOCALS)[:, None, None]))
+        held = _by_head(forced.to(tl.int32))
+    else:
+        forced = candidate & ((j < SINKS) | (j >= seen - LOCALS))
+        held = tl.where(full, 0, tl.minimum(seen, SINKS + LOCALS))
     free = candidate & (forced == 0)
-    held = tl.sum(forced.to(tl.int32), 1)
     limit = tl.where(full, 0, limit)
     least = held
     if not COVERED:
@@ -351,20 +367,20 @@ def divide(
     total = tl.sum(limit, 0)
     head = (b * heads + start + i).to(tl.int64)
     first_head = (b * heads + start) * chunk + tl.program_id(0)  # offsets within a unit's scores are small
-    place = scores_ptr + first_head * pitch + ((i * (chunk * pitch))[:, None] + j[None, :])
+    place = scores_ptr + first_head * pitch + ((i * (chunk * pitch))[:, None, None] + j)
     score = tl.load(place, mask=candidate, other=0.0)
     score = tl.where(score == 0.0, 0.0, score)  # -0.0 ties with 0.0
     key = tl.where(free, tl.minimum(tl.maximum(_key(score), 1), 0xFFFFFFFE), 0)
     missing = 0.0
     if COVERED:
         weight = tl.where(candidate, tl.exp(score), 0.0)
-        missing = COVERAGE * tl.sum(tl.sum(weight, 1), 0) - tl.sum(tl.sum(tl.where(forced, weight, 0.0), 1), 0)
+        missing = COVERAGE * tl.sum(_by_head(weight), 0) - tl.sum(_by_head(tl.where(forced, weight, 0.0)), 0)
     number = tl.maximum(least, held)
     low = tl.cast(0, tl.uint32)
     if (tl.sum(number, 0) < total) & ((not COVERED) | (missing > 0.0)):
         # low is the highest threshold known to take enough: the budgets, or what covers; high takes less.
-        low = tl.min(tl.min(tl.where(key > 0, key, 0xFFFFFFFF), 1), 0)
-        high = tl.max(tl.max(key, 1), 0) + 1
+        low = tl.min(tl.min(tl.min(tl.where(key > 0, key, 0xFFFFFFFF), 1), 1), 0)
+        high = tl.max(tl.max(tl.max(key, 1), 1), 0) + 1
         step = 0
         while high - low > 1:
             middle = low + (high - low) // 2
@@ -372,22 +388,22 @@ def divide(
                 guess = _key(0.5 * _score(low) + 0.5 * _score(high))
                 middle = tl.where((guess > low) & (guess < high), guess, middle)
             reached = key >= middle
-            size = tl.sum(tl.maximum(least, held + tl.sum(reached.to(tl.int32), 1)), 0)
+            size = tl.sum(tl.maximum(least, held + _by_head(reached.to(tl.int32))), 0)
             enough = size >= total
             exact = size == total
             if COVERED:
-                covered = tl.sum(tl.sum(tl.where(reached, weight, 0.0), 1), 0)
+                covered = tl.sum(_by_head(tl.where(reached, weight, 0.0)), 0)
                 enough = enough | (covered >= missing)
                 exact = False
             low = tl.where(enough, middle, low)
             high = tl.where(exact, low + 1, tl.where(enough, high, middle))
             step += 1
-        number = tl.maximum(least, held + tl.sum((key > low).to(tl.int32), 1))
-        more = tl.maximum(least, held + tl.sum((key >= low).to(tl.int32), 1)) - number
+        number = tl.maximum(least, held + _by_head((key > low).to(tl.int32)))
+        more = tl.maximum(least, held + _by_head((key >= low).to(tl.int32))) - number
         spare = total - tl.sum(number, 0)
         if COVERED:
-            lack = missing - tl.sum(tl.sum(tl.where(key > low, weight, 0.0), 1), 0)
-            one_weight = tl.max(tl.max(tl.where(key == low, weight, 0.0), 1), 0)
+            lack = missing - tl.sum(_by_head(tl.where(key > low, weight, 0.0)), 0)
+            one_weight = tl.max(tl.max(tl.max(tl.where(key == low, weight, 0.0), 1), 1), 0)
             wanted = tl.ceil(tl.minimum(lack / tl.maximum(one_weight, 1e-38), 1.0e6)).to(tl.int32)
             spare = tl.minimum(spare, tl.maximum(wanted, 0))
         # Ties go to the earlier heads.
