@@ -14,7 +14,7 @@ from stem_compile import ops
 from stem_compile.algebra.blocks import cdiv
 from stem_compile.kernels import cache
 from stem_compile.kernels.spec import DTYPES, KernelSpec, template_of
-from stem_compile.kernels.targets.cuda import descriptors, device
+from stem_compile.kernels.targets.cuda import descriptors, device, direct
 from stem_compile.kernels.targets.cuda.configurations import (
     MARKED_ROWS,
     Config,
@@ -123,7 +123,8 @@ def _launch_hopper(launch: Launch) -> None:
         else (config.tile, 0)
     )
     module: Any = cache.load(kernel_spec)
-    module.attend[(launch.rows * batch * heads,)](
+    direct.launch(
+        module.attend, (launch.rows * batch * heads,),
         descriptors.boxes(q, 64),
         descriptors.boxes(k, *box),
         descriptors.boxes(v, *box),
@@ -202,7 +203,8 @@ def _portable(launch: Launch, config: Config, bulk: bool) -> None:
     marks = launch.counts.new_empty(*q.shape[:2], launch.rows, parts)
     module: Any = cache.load(launch.kernel_spec)
     tiles = Tiles(launch, config, bulk)
-    module.attend[(launch.rows * parts, q.shape[0] * q.shape[1])](marks, *tiles.operands, **tiles.constants)
+    direct.launch(
+        module.attend, (launch.rows * parts, q.shape[0] * q.shape[1]),marks, *tiles.operands, **tiles.constants)
     if module.FIXED.value:
         attend_marked(marks, launch.kernel_spec, tiles)
 
@@ -211,6 +213,7 @@ def attend_marked(marks: torch.Tensor, kernel_spec: KernelSpec, tiles: Tiles) ->
     """Compute the marked rows of the result and of ``lse`` again. marks: int32 [B, H, query blocks, parts of ``ROWS``
     queries]. kernel_spec: of the portable template."""
     module: Any = cache.load(kernel_spec)
-    module.attend_marked[(cdiv(marks.numel(), SHARE),)](
+    direct.launch(
+        module.attend_marked, (cdiv(marks.numel(), SHARE),),
         marks, marks.numel(), *tiles.operands, SHARE=SHARE, **tiles.constants
     )

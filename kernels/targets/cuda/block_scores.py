@@ -12,7 +12,7 @@ import torch
 from stem_compile.algebra.blocks import cdiv
 from stem_compile.kernels import cache
 from stem_compile.kernels.spec import DTYPES, KernelSpec
-from stem_compile.kernels.targets.cuda import descriptors, device
+from stem_compile.kernels.targets.cuda import descriptors, device, direct
 from stem_compile.kernels.targets.cuda.configurations import PEAKS, RAGGED_PEAKS, cell_config, padded, pair_tile
 from stem_compile.selection import Attention, parse
 from stem_compile.selection.oam import positioned, value_term
@@ -55,7 +55,8 @@ class KeySide:
         self.held = torch.empty(batch, size, stride, dtype=torch.float16, device=k.device)
         self.value = torch.empty(batch, key_heads, columns, dtype=torch.float32, device=k.device)
         released = spec.metric == "released"
-        module("summaries", attention).keys[(columns, batch * key_heads)](
+        direct.launch(
+            module("summaries", attention).keys, (columns, batch * key_heads),
             k,
             v,
             self.visible,
@@ -95,11 +96,13 @@ class KeySide:
             (self._hopper_peaks if self.hopper else self._peaks)(scores, sizes)
             return scores
         sums = torch.empty(batch, heads, chunk, self.stride * head_dim, dtype=self.dtype, device=q.device)
-        module("summaries", attention).queries[(chunk, batch * heads)](
+        direct.launch(
+            module("summaries", attention).queries, (chunk, batch * heads),
             q, sums, q.stride()[:3], heads, q_len, start, num_warps=4
         )
         tile, inner = (128, 64) if self.dtype == torch.float16 else (64, 32)
-        module("scores", attention).mean[(cdiv(chunk, tile) * cdiv(self.columns, tile), batch * heads)](
+        direct.launch(
+            module("scores", attention).mean, (cdiv(chunk, tile) * cdiv(self.columns, tile), batch * heads),
             sums,
             self.sums,
             self.held,
@@ -127,7 +130,8 @@ class KeySide:
             sides = tuple(descriptors.groups(x, stride, tile, config["STEP"]) for x, tile in zip((q, k), tiles))
         row_tiles = cdiv(chunk * (spec.block_q // stride), config["ROWS"])
         column_tiles = cdiv(columns * (spec.block_k // stride), config["COLUMNS"])
-        module("cells", self.attention).peak[(row_tiles * column_tiles, batch * heads)](
+        direct.launch(
+            module("cells", self.attention).peak, (row_tiles * column_tiles, batch * heads),
             *sides,
             self.visible,
             self.value,
@@ -161,7 +165,8 @@ class KeySide:
         if not items:
             return
         sides, last, tails, scales = self._hopper_sides(start, chunk, width, config["STEP"])
-        module("peaks_hopper", self.attention).peak[(min(items, device.multiprocessors(q.device)),)](
+        direct.launch(
+            module("peaks_hopper", self.attention).peak, (min(items, device.multiprocessors(q.device)),),
             *sides,
             *last,
             self.value,
@@ -233,7 +238,8 @@ class PairScores:
         row_tiles, column_tiles = (
             cdiv(blocks * (size // stride), tile) for blocks, size in ((chunk, spec.block_q), (columns, spec.block_k))
         )
-        module("pairs", attention).pool[(row_tiles * column_tiles, batch * heads)](
+        direct.launch(
+            module("pairs", attention).pool, (row_tiles * column_tiles, batch * heads),
             q,
             k,
             self.norms,
@@ -282,7 +288,8 @@ def _quantized(
     width = cdiv(head_dim, 16) * 16
     copy = torch.empty(batch, heads, blocks * block, width, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(batch, heads, blocks, dtype=torch.float32, device=x.device)
-    module("quantize", attention).quantize[(blocks, batch * heads)](
+    direct.launch(
+        module("quantize", attention).quantize, (blocks, batch * heads),
         x, copy, scale, x.stride()[:3], heads, length, first, BLOCK=block, WIDTH=width, num_warps=8
     )
     return copy, scale

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,6 +48,33 @@ def _strides(x: torch.Tensor) -> list[int]:
     return [b if batch > 1 else whole, h if heads > 1 else whole, n if length > 1 else whole]
 
 
+REMEMBERED = 1024
+"""Shapes whose descriptors are remembered; then all are forgotten."""
+
+
+def _remembered(describe: Callable[..., Any]) -> Callable[..., Any]:
+    """``describe`` (x, *box), whose checks run once a shape: for others like it only the memory differs."""
+    known: dict[tuple[Any, ...], tuple[type, dict[str, Any]]] = {}
+
+    @functools.wraps(describe)
+    def described(x: torch.Tensor, *box: int) -> Any:
+        key = x.shape, x.stride(), x.dtype, box
+        if key not in known or x.data_ptr() % 16:
+            made = describe(x, *box)
+            if len(known) >= REMEMBERED:
+                known.clear()
+            # Without the tensor, which would never be freed.
+            known[key] = type(made), {name: value for name, value in vars(made).items() if name != "base"}
+            return made
+        kind, fields = known[key]
+        made = kind.__new__(kind)
+        vars(made).update(fields, base=x)
+        return made
+
+    return described
+
+
+@_remembered
 def plain(x: torch.Tensor, rows: int) -> Any:
     """Triton descriptor of x [B, H, n, d] in boxes of ``rows`` tokens, d padded to a power of two."""
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -54,6 +82,7 @@ def plain(x: torch.Tensor, rows: int) -> Any:
     return TensorDescriptor(x, list(x.shape), [*_strides(x), 1], [1, 1, rows, padded(x.shape[-1])])
 
 
+@_remembered
 def boxes(x: torch.Tensor, rows: int, columns: int = 0) -> Any:
     """Gluon descriptor of x [B, H, n, d] in boxes of ``rows`` tokens, and of the whole padded width or ``columns`` of
     it."""
@@ -64,6 +93,7 @@ def boxes(x: torch.Tensor, rows: int, columns: int = 0) -> Any:
     return TensorDescriptor(x, list(x.shape), [*_strides(x), 1], [1, 1, rows, columns], layout)
 
 
+@_remembered
 def groups(x: torch.Tensor, stride: int, rows: int, columns: int) -> Any:
     """Triton descriptor of x [B, H, n, d] as [B, H, n / stride, stride, d], one slot of ``rows`` groups a tile."""
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -75,6 +105,7 @@ def groups(x: torch.Tensor, stride: int, rows: int, columns: int) -> Any:
     )
 
 
+@_remembered
 def slots(x: torch.Tensor, stride: int, rows: int, columns: int) -> Any:
     """Gluon descriptor of the whole groups of x [B, H, n, d] as [B, H, stride, n / stride, d]; a tile is one slot of
     ``rows`` groups."""

@@ -14,7 +14,7 @@ from stem_compile.algebra.blocks import cdiv, split
 from stem_compile.algebra.masks import And, Causal, Full, decode, encode
 from stem_compile.kernels import cache
 from stem_compile.kernels.spec import DTYPES, KernelSpec
-from stem_compile.kernels.targets.cuda import descriptors, device
+from stem_compile.kernels.targets.cuda import descriptors, device, direct
 from stem_compile.kernels.targets.cuda.block_scores import module
 from stem_compile.kernels.triton.arguments import arguments
 from stem_compile.selection import Attention, parse
@@ -95,7 +95,8 @@ class Means:
         k_factor = min(max(factor, 1.0), 16.0) if self.hopper else 1.0
         self.factors = min(factor, 1.0), max(factor / 16.0, 1.0)
         pool: Any = module("means", attention)
-        pool.means[(max(rows, columns), batch * (heads + key_heads))](
+        direct.launch(
+            pool.means, (max(rows, columns), batch * (heads + key_heads)),
             q, k, v, self.present, self.queries, self.keys, self.count, self.value, self.norms,
             q.stride()[:3], k.stride()[:3], v.stride()[:3], self.present_stride, heads, key_heads,
             rows, columns, q_len, kv_len, 0.0 if self.by_row else spec.beta, groups, k_factor,
@@ -149,7 +150,8 @@ class Means:
         wide = scores.new_empty(programs * 2, dtype=torch.int32)
         weights = scores.new_empty(programs * 2, HOPPER_HALVES, HOPPER_ROWS)
         sums = scores.new_empty(*weights.shape, tiles * (HOPPER_COLUMNS // self.along), dtype=torch.bfloat16)
-        self.kernel.mass[(programs,)](
+        direct.launch(
+            self.kernel.mass, (programs,),
             q, q.stride()[:3], descriptors.boxes(means, HOPPER_ROWS), descriptors.boxes(self.keys, HOPPER_COLUMNS),
             means, self.norms, self.value, wide, sums, weights, scores, items, row_tiles, tiles,
             *self._sizes(scores, start), columns, scores.stride(2), *attention.shape[2:], *self.factors, *self.runtime, **HOPPER,
@@ -165,7 +167,8 @@ class Means:
         scratch = scores.new_empty(programs, tiles, height, width // self.along)
         # Whether a query sees an interval of keys, or every key has to be looked at.
         pairs = 2 if parts.others or (parts.bands and self.padded) else 1 if parts.bands else 0
-        self.kernel.mass[(programs,)](
+        direct.launch(
+            self.kernel.mass, (programs,),
             self.queries, self.keys, self.present, self.count, self.last, self.value, scratch, scores,
             self.present_stride, self.count.shape[-1] if self.padded and batch > 1 else 0,
             items, tiles, *self._sizes(scores, start), self.attention.blocks[0], columns, scores.stride(2),

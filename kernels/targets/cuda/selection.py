@@ -13,6 +13,7 @@ import torch
 from stem_compile import ops
 from stem_compile.algebra.blocks import Shape, causal_offset, split
 from stem_compile.algebra.masks import decode
+from stem_compile.kernels.targets.cuda import direct
 from stem_compile.kernels.targets.cuda.block_scores import KeySide, PairScores, module
 from stem_compile.kernels.targets.cuda.descriptors import packed_heads
 from stem_compile.kernels.targets.cuda.masses import Means
@@ -64,7 +65,8 @@ def select(attention: Attention, kernel: str) -> tuple[torch.Tensor, torch.Tenso
                 (q_len, k.shape[2], *terms), counts,
                 {"NB": nb, "PADDED": padded, "EXPLICIT": explicit},
             )  # fmt: skip
-        lists.select[(chunk, batch * heads)](
+        direct.launch(
+            lists.select, (chunk, batch * heads),
             scores,
             first,
             possible,
@@ -141,7 +143,8 @@ def _divide(
     width = 1 << (together - 1).bit_length()
     pairs = width * constants["NB"]
     if pairs <= SHARED_PAIRS:
-        lists.divide[(chunk, batch * heads // together)](
+        direct.launch(
+            lists.divide, (chunk, batch * heads // together),
             scores, *places, start, chunk, rows, columns, *sizes,
             HEADS=width, num_warps=max(4, min(32, pairs // 1024)), **constants,
         )  # fmt: skip

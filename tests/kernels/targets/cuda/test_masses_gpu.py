@@ -23,11 +23,12 @@ from tests.kernels.kernel_cases import (
     Case,
 )
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 pytest.importorskip("triton")
 from stem_compile.kernels.targets.cuda import device
 from stem_compile.kernels.targets.cuda import target as cuda
 from stem_compile.kernels.targets.cuda.masses import Means
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 
 @pytest.fixture(autouse=True)
@@ -65,17 +66,15 @@ def case(length: int = 4100, **changes: Any) -> Case:
 
 def check(attention: Attention, chosen: SelectionSpec, hopper: bool, tolerance: float = 0.01) -> None:
     """Scores within ``tolerance`` of the definition's in fp64; lists those that the scores ask for; twice alike."""
-    exact = dataclasses.replace(
-        attention, **{name: getattr(attention, name).double() for name in ("q", "k", "v")}
-    )
+    exact = dataclasses.replace(attention, **{name: getattr(attention, name).double() for name in ("q", "k", "v")})
     expected = log_masses(exact)
     pairs = attention.candidates.expand(expected.shape)
     means = Means(attention)
     assert means.hopper == (hopper and torch.cuda.get_device_capability()[0] == 9)
     scores = torch.where(pairs, means.scores(0, expected.shape[2]), -torch.inf)
     assert not scores.isnan().any()
-    gap = (scores - expected)[pairs & (expected > -60)].abs().max()
-    assert float(gap) < tolerance, f"scores are {float(gap):.4f} off"
+    gap = (scores - expected)[pairs & (expected > -60)].abs()
+    assert not gap.numel() or float(gap.max()) < tolerance, f"scores are {float(gap.max()):.4f} off"
     lists = attention.selection(*cuda.select(attention, "select"))
     lists.check(attention.candidates)
     wanted = tpd.tpd_select(scores, chosen, attention.reach, attention.k.shape[1])
