@@ -82,10 +82,13 @@ class Means:
         groups = columns * self.along
         if self.hopper:  # whole tiles; the kernel averages queries itself
             groups, rows, heads = cdiv(groups, HOPPER_COLUMNS) * HOPPER_COLUMNS, 0, 0
+            if spec.score_dtype == "fp8" and head_dim % 16 == 0 and head_dim >= 32:
+                self.dtype = torch.float8_e4m3fn
         self.keys = make(batch, key_heads, groups, head_dim, dtype=self.dtype)
         self.queries = make(batch, heads, rows * self.across, head_dim, dtype=self.dtype)
         self.value = make(batch, key_heads, columns, dtype=torch.float32)
         self.norms = torch.empty_like(self.value) if self.hopper else self.value
+        self.unit = make(batch, key_heads, dtype=torch.float32) if self.hopper else self.value
         self.count = make(batch, columns * self.along, dtype=torch.float32) if self.padded else self.value
         self.present = self.value if visible is None else visible.contiguous().view(torch.uint8)
         self.present_stride = kv_len if visible is not None and len(visible) > 1 else 0
@@ -97,7 +100,7 @@ class Means:
         pool: Any = module("means", attention)
         direct.launch(
             pool.means, (max(rows, columns), batch * (heads + key_heads)),
-            q, k, v, self.present, self.queries, self.keys, self.count, self.value, self.norms,
+            q, k, v, self.present, self.queries, self.keys, self.count, self.value, self.norms, self.unit,
             q.stride()[:3], k.stride()[:3], v.stride()[:3], self.present_stride, heads, key_heads,
             rows, columns, q_len, kv_len, 0.0 if self.by_row else spec.beta, groups, k_factor,
             PADDED=self.padded, RAW=spec.metric == "released" and not self.by_row,
@@ -153,7 +156,7 @@ class Means:
         direct.launch(
             self.kernel.mass, (programs,),
             q, q.stride()[:3], descriptors.boxes(means, HOPPER_ROWS), descriptors.boxes(self.keys, HOPPER_COLUMNS),
-            means, self.norms, self.value, wide, sums, weights, scores, items, row_tiles, tiles,
+            means, self.norms, self.unit, self.value, wide, sums, weights, scores, items, row_tiles, tiles,
             *self._sizes(scores, start), columns, scores.stride(2), *attention.shape[2:], *self.factors, *self.runtime, **HOPPER,
         )  # fmt: skip
 

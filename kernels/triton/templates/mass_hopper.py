@@ -15,6 +15,8 @@ its own first.
 
 The groups of a tile lie in an order in which the columns that one thread of a product holds are adjacent groups: a key
 block's sum is then a thread's own, without an exchange among threads.
+
+Means are fp16, or e4m3 at twice the matrix rate: those of keys over a power of 2, those of queries times it.
 """
 
 import triton
@@ -136,9 +138,9 @@ def _nth(turn):
 
 
 @gluon.jit
-def _pool(q_ptr, strides, means_ptr, first, q_len, factor):
-    """``factor`` times the means of the query groups from ``first`` on, HALVES * ROWS of them, to ``means_ptr``; their
-    largest squared norm."""
+def _pool(q_ptr, strides, means_ptr, first, q_len, factor, unit):
+    """``factor`` times the means of the query groups from ``first`` on, HALVES * ROWS of them; their largest squared
+    norm. To ``means_ptr`` they go in ``unit``."""
     g = gl.arange(0, POOLED, gl.SliceLayout(1, gl.SliceLayout(2, POOL)))[:, None, None]
     t = gl.arange(0, TOKENS, gl.SliceLayout(0, gl.SliceLayout(2, POOL)))[None, :, None]
     column = gl.arange(0, D, gl.SliceLayout(0, gl.SliceLayout(1, POOL)))[None, None, :]
@@ -156,10 +158,12 @@ def _pool(q_ptr, strides, means_ptr, first, q_len, factor):
             )
             total += gl.sum(x.to(gl.float32), 1)
         count = gl.minimum(gl.maximum(q_len - (first + part * POOLED + group) * GROUP_Q, 1), GROUP_Q).to(gl.float32)
-        mean = gl.minimum(gl.maximum(total * (factor / count)[:, None], -65504.0), 65504.0)
+        mean = total * (factor / count)[:, None]
         largest = gl.maximum(largest, gl.sum(mean * mean, 1))
         place = (part * POOLED + group)[:, None] * HEAD_DIM + out_column
-        gl.store(means_ptr + place, mean.to(gl.float16), mask=out_column < HEAD_DIM)
+        most: gl.constexpr = 448.0 if means_ptr.dtype.element_ty == gl.float8e4nv else 65504.0
+        mean = gl.minimum(gl.maximum(mean * unit, -most), most)
+        gl.store(means_ptr + place, mean.to(means_ptr.dtype.element_ty), mask=out_column < HEAD_DIM)
     # TMA reads what these threads have written.
     thread = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
     gl.inline_asm_elementwise(
@@ -225,6 +229,7 @@ def _assist(
     means_ptr,
     wide_ptr,
     norms_ptr,
+    unit_ptr,
     sums_ptr,
     weights_ptr,
     value_ptr,
@@ -263,9 +268,12 @@ def _assist(
                 )  # fmt: skip
         if turn < number:
             b, h, begin, tiles = _item(_nth(turn), items, row_tiles, heads, first_row, q_len, kv_len, before)
+            unit = 1.0
+            if means_ptr.dtype.element_ty == gl.float8e4nv:
+                unit = gl.load(unit_ptr + b * (heads // group) + h // group)
             norm = _pool(
                 q_ptr + b.to(gl.int64) * strides[0] + h.to(gl.int64) * strides[1], strides,
-                means_ptr + slot.to(gl.int64) * (ROWS * HALVES * HEAD_DIM), first_row * GROUPS_Q + begin, q_len, q_factor,
+                means_ptr + slot.to(gl.int64) * (ROWS * HALVES * HEAD_DIM), first_row * GROUPS_Q + begin, q_len, q_factor, unit,
             )  # fmt: skip
             reaching = _reaching(norms_ptr + (b * (heads // group) + h // group) * columns, tiles, columns)
             bound = gl.sqrt(norm) * reaching
@@ -463,7 +471,7 @@ def _consume(
     before, factor, terms, STAGES: gl.constexpr,
 ):  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 16]
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 256 // rings[0].dtype.primitive_bitwidth]
     )
     q_ring, k_ring, q_ready, q_free, k_ready, k_free, pooled, done, apart = rings
     q_near = q_ring.index(consumer * 2).reshape([ROWS, D])
@@ -521,6 +529,7 @@ def mass(
     k_desc,
     means_ptr,
     norms_ptr,
+    unit_ptr,
     value_ptr,
     wide_ptr,
     sums_ptr,
@@ -551,7 +560,7 @@ def mass(
 
     q: [B, H, q_len, HEAD_DIM], consecutive in the last dimension. k_desc: centred means of ``means.py`` [B, Hk, tiles *
     COLUMNS, HEAD_DIM] in its order of groups, tiles of [1, 1, COLUMNS, D]; norms: fp32 [B, Hk, columns], the largest of
-    each block; value: the same shape. Scratch of each program, twice: means: fp16 [programs * 2, HALVES * ROWS,
+    each block; value: the same shape; unit: fp32 [B, Hk], where means are e4m3. Scratch of each program, twice: means: [programs * 2, HALVES * ROWS,
     HEAD_DIM], which q_desc describes as [1, programs * 2, ...] in tiles of [1, 1, ROWS, D]; wide: int32 [programs * 2];
     sums: bf16 [programs * 2, HALVES, tiles_most, ROWS, BLOCKS]; weights: fp32 [programs * 2, HALVES, ROWS]. The
     attention's scale, positive, times log2(e) is a factor of the means: q_factor and what ``means.py`` was given; factor:
@@ -588,7 +597,7 @@ def mass(
             (
                 _assist,
                 (
-                    q_ptr, q_strides, means_ptr, wide_ptr, norms_ptr, sums_ptr, weights_ptr, value_ptr, scores_ptr,
+                    q_ptr, q_strides, means_ptr, wide_ptr, norms_ptr, unit_ptr, sums_ptr, weights_ptr, value_ptr, scores_ptr,
                     rings, items, row_tiles, tiles_most, heads, group, rows, first_row, columns, pitch, q_len, kv_len,
                     before, q_factor, factor,
                 ),

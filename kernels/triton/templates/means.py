@@ -31,28 +31,32 @@ def _store_mean(total, count, out_ptr, first, GROUPS: tl.constexpr):
 def _store(mean, out_ptr, row):
     if out_ptr.dtype.element_ty == tl.float16:
         mean = tl.clamp(mean, -65504.0, 65504.0)
+    elif out_ptr.dtype.element_ty == tl.float8e4nv:
+        mean = tl.clamp(mean, -448.0, 448.0)
     column = tl.arange(0, D)[None, :]
     place = row.to(tl.int64)[:, None] * HEAD_DIM + column
     tl.store(out_ptr + place, mean.to(out_ptr.dtype.element_ty), mask=column < HEAD_DIM)
 
 
 @triton.jit
-def _first_mean(k_ptr, step, kv_len):
-    """Mean [1, D] of the first key group's tokens that exist."""
-    token, column = tl.arange(0, GROUP_K), tl.arange(0, D)[None, :]
+def _early_mean(k_ptr, step, kv_len, GROUP: tl.constexpr):
+    """Mean [1, D] of the tokens that exist of key group GROUP, the first or second; 0 where there are none."""
+    token, column = GROUP * GROUP_K + tl.arange(0, GROUP_K), tl.arange(0, D)[None, :]
     keep = (token < kv_len)[:, None] & (column < HEAD_DIM)
     k = tl.load(k_ptr + token.to(tl.int64)[:, None] * step + column, mask=keep, other=0.0).to(tl.float32)
-    return (tl.sum(k, 0) / tl.minimum(kv_len, GROUP_K).to(tl.float32))[None, :]
+    count = tl.minimum(tl.maximum(kv_len - GROUP * GROUP_K, 1), GROUP_K)
+    return (tl.sum(k, 0) / count.to(tl.float32))[None, :]
 
 
 @triton.jit
-def _store_tiled(mean, count, out_ptr, norm_ptr, first, GROUPS: tl.constexpr):
-    """Means of key groups ``first``... in the order of ``mass_hopper.py``'s tiles of 128, and their largest norm."""
+def _store_tiled(mean, count, unit, out_ptr, norm_ptr, first, GROUPS: tl.constexpr):
+    """Means of key groups ``first``... over ``unit``, in the order of ``mass_hopper.py``'s tiles of 128, and the largest
+    norm of what they are."""
     norm = tl.where(count > 0, tl.sum(mean * mean, 1), 0.0)
     tl.store(norm_ptr, tl.sqrt(tl.max(norm, 0)))
     group = first + tl.arange(0, GROUPS)
     place, pair = group % 128 // 32, group % 32
-    _store(mean, out_ptr, group // 128 * 128 + pair // 2 * 8 + place * 2 + pair % 2)
+    _store(mean / unit, out_ptr, group // 128 * 128 + pair // 2 * 8 + place * 2 + pair % 2)
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "visible_stride", "rows", "columns", "k_groups"])
@@ -66,6 +70,7 @@ def means(
     count_ptr,
     value_ptr,
     norm_ptr,
+    unit_ptr,
     q_strides,
     k_strides,
     v_strides,
@@ -89,7 +94,8 @@ def means(
     q_out: [B, H, rows * BLOCK_Q / GROUP_Q, HEAD_DIM]; k_out: [B, Hk, k_groups, HEAD_DIM]. visible: uint8 [B or 1,
     kv_len], count: fp32 [B, columns * BLOCK_K / GROUP_K], log2 of the keys a group (PADDED). value: fp32 [B, Hk,
     columns]: beta * max(0, log max ||v||), or max ||v|| itself (RAW). TILED: k_out in the order of tiles, norm: fp32
-    [B, Hk, columns], the largest of each block's means; k_factor times them; CENTRED: less the first group's mean.
+    [B, Hk, columns], the largest of each block's means; k_factor times them; CENTRED: less the first group's mean. Where k_out is e4m3 it is
+    over unit, fp32 [B, Hk], which belongs to the queries' means.
     """
     block = tl.program_id(0)
     both = heads + key_heads
@@ -133,11 +139,20 @@ def means(
             out = k_out_ptr + (b * key_heads + h) * k_groups.to(tl.int64) * HEAD_DIM
             if TILED:
                 mean = total / tl.maximum(count, 1).to(tl.float32)[:, None]
+                second = _early_mean(k_ptr, k_strides[2], kv_len, 1)
                 if CENTRED:
-                    mean -= _first_mean(k_ptr, k_strides[2], kv_len)
+                    first_mean = _early_mean(k_ptr, k_strides[2], kv_len, 0)
+                    mean -= first_mean
+                    second -= first_mean
                 mean *= k_factor
+                unit = 1.0
+                if out.dtype.element_ty == tl.float8e4nv:
+                    # A power of 2 that brings means to where e4m3 is most exact, of early tokens alone.
+                    size = tl.sqrt(tl.sum(tl.sum(second * second, 1), 0)) * k_factor
+                    unit = tl.exp2(tl.floor(tl.log2(tl.clamp(size, 1e-6, 1e6)))) / 32.0
+                    tl.store(unit_ptr + b * key_heads + h, unit)
                 norms = norm_ptr + (b * key_heads + h) * columns + block
-                _store_tiled(mean, count, out, norms, block * key_groups, key_groups)
+                _store_tiled(mean, count, unit, out, norms, block * key_groups, key_groups)
             else:
                 _store_mean(total, count, out, block * key_groups, key_groups)
             if PADDED:  # noqa: SIM102 (decided when it is compiled)

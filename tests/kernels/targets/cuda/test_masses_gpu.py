@@ -157,3 +157,23 @@ def test_mass_in_row_chunks(mask: str) -> None:
     means = Means(attention)
     parts = torch.cat([means.scores(0, 16), means.scores(16, 17)], 2)
     assert torch.equal(parts[pairs], whole[pairs])
+
+
+@pytest.mark.parametrize("bias", [0.0, 30.0])
+@pytest.mark.parametrize("groups", [(8, 8), (4, 4)])
+def test_mass_from_fp8(groups: tuple[int, int], bias: float) -> None:
+    """Scores from e4m3 means are near the definition's: a block is rarely another, and then about as good."""
+    chosen = spec(groups, score_dtype="fp8")
+    attention = case().attention(spec_text=chosen.text())
+    attention = dataclasses.replace(attention, k=attention.k + bias)
+    expected = log_masses(attention)
+    pairs = attention.candidates.expand(expected.shape)
+    means = Means(attention)
+    scores = torch.where(pairs, means.scores(0, expected.shape[2]), -torch.inf)
+    gap = (scores - expected)[pairs].abs()
+    assert float(gap.mean()) < 0.02 and float(gap.max()) < 0.3, (float(gap.mean()), float(gap.max()))
+    lists = attention.selection(*cuda.select(attention, "select")).dense(attention.candidates)
+    exact = tpd.tpd_select(expected, chosen, attention.reach, attention.k.shape[1]).dense(attention.candidates)
+    assert float((lists & exact).sum() / exact.sum()) > 0.9
+    if torch.cuda.get_device_capability()[0] == 9:
+        assert means.keys.dtype == torch.float8_e4m3fn
