@@ -31,7 +31,7 @@ class BoundMask:
         """Bindings of lengths, scalars and tensors for ``symbolic.evaluate``."""
         return environment(self.shape, self.tensors, self.scalars)
 
-    @property
+    @functools.cached_property
     def parts(self) -> blocks.Parts:
         """The mask's terms by what they mean to blocks."""
         return blocks.split(self.mask)

@@ -53,7 +53,8 @@ REMEMBERED = 1024
 
 
 def _remembered(describe: Callable[..., Any]) -> Callable[..., Any]:
-    """``describe`` (x, *box), whose checks run once a shape: for others like it only the memory differs."""
+    """``describe`` (x, *box), whose checks run once a shape: for others like it only the memory differs. Descriptors get
+    a ``trait``: what kernels are specialised to (``direct.py``)."""
     known: dict[tuple[Any, ...], tuple[type, dict[str, Any]]] = {}
 
     @functools.wraps(describe)
@@ -65,6 +66,7 @@ def _remembered(describe: Callable[..., Any]) -> Callable[..., Any]:
                 known.clear()
             # Without the tensor, which would never be freed.
             known[key] = type(made), {name: value for name, value in vars(made).items() if name != "base"}
+            made.trait = known[key][1]["trait"] = type(made), x.dtype, tuple(made.block_shape)
             return made
         kind, fields = known[key]
         made = kind.__new__(kind)

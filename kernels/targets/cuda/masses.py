@@ -26,7 +26,7 @@ PITCH = 16
 """Scores of a row begin at a multiple of it, so that kernels read and write four at a time."""
 TILE = 64, 128
 """Query groups a program and key groups a tile of the portable kernel."""
-HOPPER: dict[str, Any] = {"STAGES": 4, "REGISTERS": 192, "num_warps": 4}
+HOPPER: dict[str, Any] = {"STAGES": 4, "POLYNOMIAL": 0, "REGISTERS": 200, "num_warps": 4}
 """Launch configuration of the Hopper kernel."""
 HOPPER_ROWS, HOPPER_HALVES, HOPPER_COLUMNS = 64, 4, 128
 """Query groups of one product of the Hopper kernel, products that a program has under way, key groups a tile."""

@@ -63,6 +63,7 @@ HIGH = gl.constexpr(ROWS.value // GROUPS_Q.value)  # query blocks a half
 COLUMNS = gl.constexpr(128)  # key groups a tile
 QUARTER = gl.constexpr(COLUMNS.value // 4)  # columns of a product that one thread holds in a row
 BLOCKS = gl.constexpr(COLUMNS.value // GROUPS_K.value)  # key blocks a tile
+MAGIC = gl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer, left in the low bits
 LARGEST = gl.constexpr(108.0)  # scores of at most 2^LARGEST are summed without a maximum
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed after triton 3.6
 
@@ -311,11 +312,35 @@ def _produce(
 
 
 @gluon.jit
-def _sums(x):
-    """Sums of 2^x over each key block: [ROWS, BLOCKS]."""
+def _power(x):
+    """2^x for x between -126 and 127, by a polynomial: relative error below 2e-4."""
+    rounded = x + MAGIC
+    x = x - (rounded - MAGIC)
+    value = 0.05550411 * x + 0.24022651
+    value = value * x + 0.69314718
+    value = value * x + 1.0
+    bits = value.to(gl.int32, bitcast=True) + (rounded.to(gl.int32, bitcast=True) << 23)
+    return bits.to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _sums(x, POLYNOMIAL: gl.constexpr):
+    """Sums of 2^x over each key block: [ROWS, BLOCKS]. POLYNOMIAL: 0, or the part 2^-POLYNOMIAL of the exponentials
+    goes past the special function unit."""
     # A thread's blocks, pairs of their groups, four threads side by side, the two of a pair.
-    x = gl.exp2(x).reshape([ROWS, BLOCKS // 4, GROUPS_K // 2, 4, 2])
-    return gl.sum(gl.sum(x, 4), 2).permute((0, 2, 1)).reshape([ROWS, BLOCKS])
+    x = x.reshape([ROWS, BLOCKS // 4, GROUPS_K // 2, 4, 2])
+    if POLYNOMIAL == 0:
+        sums = gl.sum(gl.sum(gl.exp2(x), 4), 2)
+    else:
+        left, right = x.split()
+        sums = gl.sum(gl.exp2(left), 2)
+        for _ in gl.static_range(POLYNOMIAL - 1):
+            PAIRS: gl.constexpr = right.shape[2] // 2
+            right = right.reshape([ROWS, BLOCKS // 4, PAIRS, 2, 4]).permute((0, 1, 2, 4, 3))
+            more, right = right.split()
+            sums += gl.convert_layout(gl.sum(gl.exp2(more), 2), sums.type.layout)
+        sums += gl.convert_layout(gl.sum(_power(right), 2), sums.type.layout)
+    return sums.permute((0, 2, 1)).reshape([ROWS, BLOCKS])
 
 
 @gluon.jit
@@ -343,14 +368,20 @@ def _hidden(x, tile, first, q_len, kv_len, before):
 
 @gluon.jit
 def _absorb(
-    z, shift, total, tile, cut, first, sums_ptr, q_len, kv_len, before, factor, WIDE: gl.constexpr
+    z, shift, total, tile, cut, first, sums_ptr, q_len, kv_len, before, factor, WIDE: gl.constexpr,
+    POLYNOMIAL: gl.constexpr,
 ):  # fmt: skip
     """``total`` [ROWS, BLOCKS] of 64 query groups with a tile's sums, which are stored."""
     if WIDE:
         z = z * factor - shift[:, None]
-    if tile >= cut:
-        z = _hidden(z, tile, first, q_len, kv_len, before)
-    sums = _sums(z)
+    if POLYNOMIAL == 0 or WIDE:
+        if tile >= cut:
+            z = _hidden(z, tile, first, q_len, kv_len, before)
+        sums = _sums(z, 0)
+    elif tile >= cut:
+        sums = _sums(_hidden(z, tile, first, q_len, kv_len, before), 0)
+    else:
+        sums = gl.convert_layout(_sums(z, POLYNOMIAL), total.type.layout)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, total.type.layout))[:, None]
     block = gl.arange(0, BLOCKS, gl.SliceLayout(0, total.type.layout))[None, :]
     gl.store(sums_ptr + tile * (ROWS * BLOCKS) + row * BLOCKS + block, sums.to(gl.bfloat16))
@@ -410,13 +441,14 @@ def _weigh(total, shift, weights_ptr, b, h, terms):
 def _walk(
     q_near, q_far, k_ring, k_ready, k_free, apart, stage, phase, tiles, near, far, near_shift, far_shift, near_sums,
     far_sums, q_len, kv_len, before, factor, layout: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
+    POLYNOMIAL: gl.constexpr,
 ):  # fmt: skip
     """(totals [ROWS, BLOCKS] of 64 query groups from ``near`` on and from ``far`` on, stage and phase of the ring);
     tiles: at least 1."""
     near_cut = _first_cut(near, q_len, kv_len, before)
     far_cut = _first_cut(far, q_len, kv_len, before)
     # Laid out like a tile's sums.
-    near_total = _sums(gl.zeros([ROWS, COLUMNS], gl.float32, layout)) * 0.0
+    near_total = _sums(gl.zeros([ROWS, COLUMNS], gl.float32, layout), 0) * 0.0
     far_total = near_total
     blank = gl.zeros([ROWS, COLUMNS], gl.float32, layout)
     mbarrier.wait(k_ready.index(stage), phase)
@@ -425,7 +457,7 @@ def _walk(
     z = warpgroup_mma_wait(0, [z])
     after = warpgroup_mma(q_far, k, blank, use_acc=False, is_async=True)
     near_total = _absorb(
-        z, near_shift, near_total, 0, near_cut, near, near_sums, q_len, kv_len, before, factor, WIDE
+        z, near_shift, near_total, 0, near_cut, near, near_sums, q_len, kv_len, before, factor, WIDE, POLYNOMIAL
     )
     z = warpgroup_mma_wait(0, [after])
     mbarrier.arrive(k_free.index(stage), count=1)
@@ -439,7 +471,7 @@ def _walk(
         k = k_ring.index(stage).reshape([COLUMNS, D]).permute((1, 0))
         ahead = warpgroup_mma(q_near, k, blank, use_acc=False, is_async=True)
         far_total = _absorb(
-            z, far_shift, far_total, tile - 1, far_cut, far, far_sums, q_len, kv_len, before, factor, WIDE
+            z, far_shift, far_total, tile - 1, far_cut, far, far_sums, q_len, kv_len, before, factor, WIDE, POLYNOMIAL
         )
         # Nobody waits for it: the branch keeps the softmax and the wait in two basic blocks. In one, the assembler
         # waits first.
@@ -449,7 +481,7 @@ def _walk(
         blank = gl.zeros([ROWS, COLUMNS], gl.float32, layout)
         after = warpgroup_mma(q_far, k, blank, use_acc=False, is_async=True)
         near_total = _absorb(
-            z, near_shift, near_total, tile, near_cut, near, near_sums, q_len, kv_len, before, factor, WIDE
+            z, near_shift, near_total, tile, near_cut, near, near_sums, q_len, kv_len, before, factor, WIDE, POLYNOMIAL
         )
         if tile + 1 == tiles:
             mbarrier.arrive(apart, count=1)
@@ -460,7 +492,7 @@ def _walk(
             stage = 0
             phase ^= 1
     far_total = _absorb(
-        z, far_shift, far_total, tiles - 1, far_cut, far, far_sums, q_len, kv_len, before, factor, WIDE
+        z, far_shift, far_total, tiles - 1, far_cut, far, far_sums, q_len, kv_len, before, factor, WIDE, POLYNOMIAL
     )
     return near_total, far_total, stage, phase
 
@@ -468,7 +500,7 @@ def _walk(
 @gluon.jit
 def _consume(
     consumer, rings, wide_ptr, sums_ptr, weights_ptr, items, row_tiles, tiles_most, heads, first_row, q_len, kv_len,
-    before, factor, terms, STAGES: gl.constexpr,
+    before, factor, terms, STAGES: gl.constexpr, POLYNOMIAL: gl.constexpr,
 ):  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 256 // rings[0].dtype.primitive_bitwidth]
@@ -490,7 +522,7 @@ def _consume(
         mbarrier.wait(q_ready.index(consumer), turn % 2)
         near_shift = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
         far_shift = near_shift
-        near_total = _sums(gl.zeros([ROWS, COLUMNS], gl.float32, layout)) * 0.0
+        near_total = _sums(gl.zeros([ROWS, COLUMNS], gl.float32, layout), 0) * 0.0
         far_total = near_total
         if tiles > 0:
             if wide != 0:
@@ -501,11 +533,13 @@ def _consume(
                 near_total, far_total, stage, phase = _walk(
                     q_near, q_far, k_ring, k_ready, k_free, apart, stage, phase, tiles, near, far, near_shift,
                     far_shift, near_sums, far_sums, q_len, kv_len, before, factor, layout, STAGES, True,
+                    POLYNOMIAL,
                 )  # fmt: skip
             else:
                 near_total, far_total, stage, phase = _walk(
                     q_near, q_far, k_ring, k_ready, k_free, apart, stage, phase, tiles, near, far, near_shift,
                     far_shift, near_sums, far_sums, q_len, kv_len, before, factor, layout, STAGES, False,
+                    POLYNOMIAL,
                 )  # fmt: skip
         mbarrier.arrive(q_free.index(consumer), count=1)
         _weigh(near_total, near_shift, weights_ptr + place * ROWS, b, h, terms)
@@ -552,6 +586,7 @@ def mass(
     layouts,
     scalars,
     STAGES: gl.constexpr,
+    POLYNOMIAL: gl.constexpr,
     REGISTERS: gl.constexpr,
     num_warps: gl.constexpr,
 ):
@@ -584,14 +619,14 @@ def mass(
                 _consume,
                 (
                     0, rings, wide_ptr, sums_ptr, weights_ptr, items, row_tiles, tiles_most, heads, first_row, q_len,
-                    kv_len, before, factor, terms, STAGES,
+                    kv_len, before, factor, terms, STAGES, POLYNOMIAL,
                 ),
             ),
             (
                 _consume,
                 (
                     1, rings, wide_ptr, sums_ptr, weights_ptr, items, row_tiles, tiles_most, heads, first_row, q_len,
-                    kv_len, before, factor, terms, STAGES,
+                    kv_len, before, factor, terms, STAGES, POLYNOMIAL,
                 ),
             ),
             (
