@@ -105,13 +105,10 @@ def times(length: int, variants: bool) -> None:
     for groups, keys in (((4, 4), 128), ((4, 8), 128), ((8, 8), 128), ((8, 8), 64)):
         means = masses.Means(attention_of(q, k, v, spec_of(groups, block_k=keys)))
         rows = means.attention.blocks[0]
-        tried = [
-            {**default, "POLYNOMIAL": p} for p in ((0, 1, 2) if variants and keys == 128 else (default["POLYNOMIAL"],))
-        ]
-        for config in tried:
-            masses.HOPPER = config
+        for registers in (192, 200, 208) if variants and keys == 128 else (default["REGISTERS"],):
+            masses.HOPPER = {**default, "REGISTERS": registers}
             one = milliseconds(functools.partial(means.scores, 0, rows))
-            print(f"  {groups} keys {keys} masses {one:.3f} ms {config}", flush=True)
+            print(f"  {groups} keys {keys} masses {one:.3f} ms, {registers} registers", flush=True)
         masses.HOPPER = default
         made = milliseconds(functools.partial(masses.Means, means.attention))
         print(f"  {groups} keys {keys} means {made:.3f} ms", flush=True)

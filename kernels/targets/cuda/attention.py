@@ -124,7 +124,8 @@ def _launch_hopper(launch: Launch) -> None:
     )
     module: Any = cache.load(kernel_spec)
     direct.launch(
-        module.attend, (launch.rows * batch * heads,),
+        module.attend,
+        (launch.rows * batch * heads,),
         descriptors.boxes(q, 64),
         descriptors.boxes(k, *box),
         descriptors.boxes(v, *box),
@@ -204,7 +205,8 @@ def _portable(launch: Launch, config: Config, bulk: bool) -> None:
     module: Any = cache.load(launch.kernel_spec)
     tiles = Tiles(launch, config, bulk)
     direct.launch(
-        module.attend, (launch.rows * parts, q.shape[0] * q.shape[1]),marks, *tiles.operands, **tiles.constants)
+        module.attend, (launch.rows * parts, q.shape[0] * q.shape[1]), marks, *tiles.operands, **tiles.constants
+    )
     if module.FIXED.value:
         attend_marked(marks, launch.kernel_spec, tiles)
 
@@ -214,6 +216,11 @@ def attend_marked(marks: torch.Tensor, kernel_spec: KernelSpec, tiles: Tiles) ->
     queries]. kernel_spec: of the portable template."""
     module: Any = cache.load(kernel_spec)
     direct.launch(
-        module.attend_marked, (cdiv(marks.numel(), SHARE),),
-        marks, marks.numel(), *tiles.operands, SHARE=SHARE, **tiles.constants
+        module.attend_marked,
+        (cdiv(marks.numel(), SHARE),),
+        marks,
+        marks.numel(),
+        *tiles.operands,
+        SHARE=SHARE,
+        **tiles.constants,
     )

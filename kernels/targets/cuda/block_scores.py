@@ -56,7 +56,8 @@ class KeySide:
         self.value = torch.empty(batch, key_heads, columns, dtype=torch.float32, device=k.device)
         released = spec.metric == "released"
         direct.launch(
-            module("summaries", attention).keys, (columns, batch * key_heads),
+            module("summaries", attention).keys,
+            (columns, batch * key_heads),
             k,
             v,
             self.visible,
@@ -97,12 +98,20 @@ class KeySide:
             return scores
         sums = torch.empty(batch, heads, chunk, self.stride * head_dim, dtype=self.dtype, device=q.device)
         direct.launch(
-            module("summaries", attention).queries, (chunk, batch * heads),
-            q, sums, q.stride()[:3], heads, q_len, start, num_warps=4
+            module("summaries", attention).queries,
+            (chunk, batch * heads),
+            q,
+            sums,
+            q.stride()[:3],
+            heads,
+            q_len,
+            start,
+            num_warps=4,
         )
         tile, inner = (128, 64) if self.dtype == torch.float16 else (64, 32)
         direct.launch(
-            module("scores", attention).mean, (cdiv(chunk, tile) * cdiv(self.columns, tile), batch * heads),
+            module("scores", attention).mean,
+            (cdiv(chunk, tile) * cdiv(self.columns, tile), batch * heads),
             sums,
             self.sums,
             self.held,
@@ -131,7 +140,8 @@ class KeySide:
         row_tiles = cdiv(chunk * (spec.block_q // stride), config["ROWS"])
         column_tiles = cdiv(columns * (spec.block_k // stride), config["COLUMNS"])
         direct.launch(
-            module("cells", self.attention).peak, (row_tiles * column_tiles, batch * heads),
+            module("cells", self.attention).peak,
+            (row_tiles * column_tiles, batch * heads),
             *sides,
             self.visible,
             self.value,
@@ -166,7 +176,8 @@ class KeySide:
             return
         sides, last, tails, scales = self._hopper_sides(start, chunk, width, config["STEP"])
         direct.launch(
-            module("peaks_hopper", self.attention).peak, (min(items, device.multiprocessors(q.device)),),
+            module("peaks_hopper", self.attention).peak,
+            (min(items, device.multiprocessors(q.device)),),
             *sides,
             *last,
             self.value,
@@ -239,7 +250,8 @@ class PairScores:
             cdiv(blocks * (size // stride), tile) for blocks, size in ((chunk, spec.block_q), (columns, spec.block_k))
         )
         direct.launch(
-            module("pairs", attention).pool, (row_tiles * column_tiles, batch * heads),
+            module("pairs", attention).pool,
+            (row_tiles * column_tiles, batch * heads),
             q,
             k,
             self.norms,
@@ -289,7 +301,17 @@ def _quantized(
     copy = torch.empty(batch, heads, blocks * block, width, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(batch, heads, blocks, dtype=torch.float32, device=x.device)
     direct.launch(
-        module("quantize", attention).quantize, (blocks, batch * heads),
-        x, copy, scale, x.stride()[:3], heads, length, first, BLOCK=block, WIDTH=width, num_warps=8
+        module("quantize", attention).quantize,
+        (blocks, batch * heads),
+        x,
+        copy,
+        scale,
+        x.stride()[:3],
+        heads,
+        length,
+        first,
+        BLOCK=block,
+        WIDTH=width,
+        num_warps=8,
     )
     return copy, scale

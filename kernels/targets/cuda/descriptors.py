@@ -53,9 +53,9 @@ REMEMBERED = 1024
 
 
 def _remembered(describe: Callable[..., Any]) -> Callable[..., Any]:
-    """``describe`` (x, *box), whose checks run once a shape: for others like it only the memory differs. Descriptors get
-    a ``trait``: what kernels are specialised to (``direct.py``)."""
-    known: dict[tuple[Any, ...], tuple[type, dict[str, Any]]] = {}
+    """``describe`` (x, *box), whose checks run once a shape: for others like it only the memory differs. Descriptors
+    get a ``trait``: what kernels are specialised to (``direct.py``)."""
+    known: dict[tuple[Any, ...], tuple[Any, dict[str, Any]]] = {}
 
     @functools.wraps(describe)
     def described(x: torch.Tensor, *box: int) -> Any:

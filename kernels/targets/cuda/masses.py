@@ -26,7 +26,7 @@ PITCH = 16
 """Scores of a row begin at a multiple of it, so that kernels read and write four at a time."""
 TILE = 64, 128
 """Query groups a program and key groups a tile of the portable kernel."""
-HOPPER: dict[str, Any] = {"STAGES": 4, "POLYNOMIAL": 0, "REGISTERS": 200, "num_warps": 4}
+HOPPER: dict[str, Any] = {"STAGES": 4, "REGISTERS": 200, "num_warps": 4}
 """Launch configuration of the Hopper kernel."""
 HOPPER_ROWS, HOPPER_HALVES, HOPPER_COLUMNS = 64, 4, 128
 """Query groups of one product of the Hopper kernel, products that a program has under way, key groups a tile."""
@@ -61,6 +61,7 @@ class Means:
         self.hopper = self.dtype == torch.float16 and self._on_hopper()
         visible = attention.mask.visible
         self.padded = visible is not None
+        self.value: torch.Tensor
         # Value terms of blocks, or of blocks as each row sees them.
         self.by_row = hides_pairs(attention)
         self._pool(visible)
@@ -157,7 +158,8 @@ class Means:
             self.kernel.mass, (programs,),
             q, q.stride()[:3], descriptors.boxes(means, HOPPER_ROWS), descriptors.boxes(self.keys, HOPPER_COLUMNS),
             means, self.norms, self.unit, self.value, wide, sums, weights, scores, items, row_tiles, tiles,
-            *self._sizes(scores, start), columns, scores.stride(2), *attention.shape[2:], *self.factors, *self.runtime, **HOPPER,
+            *self._sizes(scores, start), columns, scores.stride(2), *attention.shape[2:], *self.factors,
+            *self.runtime, **HOPPER,
         )  # fmt: skip
 
     def _portable_scores(self, scores: torch.Tensor, start: int) -> None:

@@ -58,42 +58,20 @@ def select(attention: Attention, kernel: str) -> tuple[torch.Tensor, torch.Tenso
         chunk = min(step, rows - start)
         scores = counts if keys is None else keys.scores(start, chunk)
         pitch = scores.stride(-2)
+        lengths = limits.stride()
         if divides:
+            tables = first, possible, limits, counts, thresholds, first_stride, strides, lengths, pitch
             _divide(
-                attention, lists, scores, start, chunk, together,
-                (first, possible, limits, counts, thresholds, first_stride, strides, limits.stride(), pitch, heads, together),
-                (q_len, k.shape[2], *terms), counts,
-                {"NB": nb, "PADDED": padded, "EXPLICIT": explicit},
+                attention, lists, scores, start, chunk, together, (*tables, heads, together),
+                (q_len, k.shape[2], *terms), counts, {"NB": nb, "PADDED": padded, "EXPLICIT": explicit},
             )  # fmt: skip
         direct.launch(
             lists.select, (chunk, batch * heads),
-            scores,
-            first,
-            possible,
-            limits,
-            indices,
-            counts,
-            thresholds,
-            first_stride,
-            strides,
-            limits.stride(),
-            pitch,
-            heads,
-            start,
-            rows,
-            columns,
-            width,
-            q_len,
-            k.shape[2],
-            *terms,
-            NB=nb,
-            SCORED=keys is not None,
-            PADDED=padded,
-            EXPLICIT=explicit,
-            GIVEN=divides,
-            PACKED=packed_heads(indices, counts),
-            num_warps=max(1, min(16, nb // (256 if divides else 1024))),
-        )
+            scores, first, possible, limits, indices, counts, thresholds, first_stride, strides, lengths, pitch, heads,
+            start, rows, columns, width, q_len, k.shape[2], *terms,
+            NB=nb, SCORED=keys is not None, PADDED=padded, EXPLICIT=explicit, GIVEN=divides,
+            PACKED=packed_heads(indices, counts), num_warps=max(1, min(16, nb // (256 if divides else 1024))),
+        )  # fmt: skip
     return indices, counts
 
 

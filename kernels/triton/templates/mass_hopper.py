@@ -63,7 +63,6 @@ HIGH = gl.constexpr(ROWS.value // GROUPS_Q.value)  # query blocks a half
 COLUMNS = gl.constexpr(128)  # key groups a tile
 QUARTER = gl.constexpr(COLUMNS.value // 4)  # columns of a product that one thread holds in a row
 BLOCKS = gl.constexpr(COLUMNS.value // GROUPS_K.value)  # key blocks a tile
-MAGIC = gl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer, left in the low bits
 LARGEST = gl.constexpr(108.0)  # scores of at most 2^LARGEST are summed without a maximum
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed after triton 3.6
 
@@ -82,7 +81,8 @@ def _pool_layout(width, group):
     more = min(4 - tokens, 8 - lanes - 2)
     registers = _bits(2, 0, 3) + _bits(1, 0, tokens) + _bits(0, lanes + 2, more)
     shape = [1 << (lanes + 2 + more), 1 << tokens, width]
-    return gl.DistributedLinearLayout(registers, _bits(2, 3, across) + _bits(0, 0, lanes), _bits(0, lanes, 2), [], shape)
+    lane_bits = _bits(2, 3, across) + _bits(0, 0, lanes)
+    return gl.DistributedLinearLayout(registers, lane_bits, _bits(0, lanes, 2), [], shape)
 
 
 def _sum_layout(rows, high, blocks):
@@ -177,9 +177,7 @@ def _pool(q_ptr, strides, means_ptr, first, q_len, factor, unit):
 def _log2(x):
     """Logarithm to base 2 of positive normal numbers by the special function unit: absolute error below 1e-6 times the
     result or 1e-6."""
-    return gl.inline_asm_elementwise(
-        "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
+    return gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
@@ -274,7 +272,8 @@ def _assist(
                 unit = gl.load(unit_ptr + b * (heads // group) + h // group)
             norm = _pool(
                 q_ptr + b.to(gl.int64) * strides[0] + h.to(gl.int64) * strides[1], strides,
-                means_ptr + slot.to(gl.int64) * (ROWS * HALVES * HEAD_DIM), first_row * GROUPS_Q + begin, q_len, q_factor, unit,
+                means_ptr + slot.to(gl.int64) * (ROWS * HALVES * HEAD_DIM), first_row * GROUPS_Q + begin, q_len,
+                q_factor, unit,
             )  # fmt: skip
             reaching = _reaching(norms_ptr + (b * (heads // group) + h // group) * columns, tiles, columns)
             bound = gl.sqrt(norm) * reaching
@@ -312,35 +311,11 @@ def _produce(
 
 
 @gluon.jit
-def _power(x):
-    """2^x for x between -126 and 127, by a polynomial: relative error below 2e-4."""
-    rounded = x + MAGIC
-    x = x - (rounded - MAGIC)
-    value = 0.05550411 * x + 0.24022651
-    value = value * x + 0.69314718
-    value = value * x + 1.0
-    bits = value.to(gl.int32, bitcast=True) + (rounded.to(gl.int32, bitcast=True) << 23)
-    return bits.to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def _sums(x, POLYNOMIAL: gl.constexpr):
-    """Sums of 2^x over each key block: [ROWS, BLOCKS]. POLYNOMIAL: 0, or the part 2^-POLYNOMIAL of the exponentials
-    goes past the special function unit."""
+def _sums(x):
+    """Sums of 2^x over each key block: [ROWS, BLOCKS]."""
     # A thread's blocks, pairs of their groups, four threads side by side, the two of a pair.
-    x = x.reshape([ROWS, BLOCKS // 4, GROUPS_K // 2, 4, 2])
-    if POLYNOMIAL == 0:
-        sums = gl.sum(gl.sum(gl.exp2(x), 4), 2)
-    else:
-        left, right = x.split()
-        sums = gl.sum(gl.exp2(left), 2)
-        for _ in gl.static_range(POLYNOMIAL - 1):
-            PAIRS: gl.constexpr = right.shape[2] // 2
-            right = right.reshape([ROWS, BLOCKS // 4, PAIRS, 2, 4]).permute((0, 1, 2, 4, 3))
-            more, right = right.split()
-            sums += gl.convert_layout(gl.sum(gl.exp2(more), 2), sums.type.layout)
-        sums += gl.convert_layout(gl.sum(_power(right), 2), sums.type.layout)
-    return sums.permute((0, 2, 1)).reshape([ROWS, BLOCKS])
+    x = gl.exp2(x).reshape([ROWS, BLOCKS // 4, GROUPS_K // 2, 4, 2])
+    return gl.sum(gl.sum(x, 4), 2).permute((0, 2, 1)).reshape([ROWS, BLOCKS])
 
 
 @gluon.jit
@@ -368,20 +343,14 @@ def _hidden(x, tile, first, q_len, kv_len, before):
 
 @gluon.jit
 def _absorb(
-    z, shift, total, tile, cut, first, sums_ptr, q_len, kv_len, before, factor, WIDE: gl.constexpr,
-    POLYNOMIAL: gl.constexpr,
+    z, shift, total, tile, cut, first, sums_ptr, q_len, kv_len, before, factor, WIDE: gl.constexpr
 ):  # fmt: skip
     """``total`` [ROWS, BLOCKS] of 64 query groups with a tile's sums, which are stored."""
     if WIDE:
         z = z * factor - shift[:, None]
-    if POLYNOMIAL == 0 or WIDE:
-        if tile >= cut:
-            z = _hidden(z, tile, first, q_len, kv_len, before)
-        sums = _sums(z, 0)
-    elif tile >= cut:
-        sums = _sums(_hidden(z, tile, first, q_len, kv_len, before), 0)
-    else:
-        sums = gl.convert_layout(_sums(z, POLYNOMIAL), total.type.layout)
+    if tile >= cut:
+        z = _hidden(z, tile, first, q_len, kv_len, before)
+    sums = _sums(z)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, total.type.layout))[:, None]
     block = gl.arange(0, BLOCKS, gl.SliceLayout(0, total.type.layout))[None, :]
     gl.store(sums_ptr + tile * (ROWS * BLOCKS) + row * BLOCKS + block, sums.to(gl.bfloat16))
@@ -441,14 +410,13 @@ def _weigh(total, shift, weights_ptr, b, h, terms):
 def _walk(
     q_near, q_far, k_ring, k_ready, k_free, apart, stage, phase, tiles, near, far, near_shift, far_shift, near_sums,
     far_sums, q_len, kv_len, before, factor, layout: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
-    POLYNOMIAL: gl.constexpr,
 ):  # fmt: skip
     """(totals [ROWS, BLOCKS] of 64 query groups from ``near`` on and from ``far`` on, stage and phase of the ring);
     tiles: at least 1."""
     near_cut = _first_cut(near, q_len, kv_len, before)
     far_cut = _first_cut(far, q_len, kv_len, before)
     # Laid out like a tile's sums.
-    near_total = _sums(gl.zeros([ROWS, COLUMNS], gl.float32, layout), 0) * 0.0
+    near_total = _sums(gl.zeros([ROWS, COLUMNS], gl.float32, layout)) * 0.0
     far_total = near_total
     blank = gl.zeros([ROWS, COLUMNS], gl.float32, layout)
     mbarrier.wait(k_ready.index(stage), phase)
@@ -456,9 +424,7 @@ def _walk(
     z = warpgroup_mma(q_near, k, blank, use_acc=False, is_async=True)
     z = warpgroup_mma_wait(0, [z])
     after = warpgroup_mma(q_far, k, blank, use_acc=False, is_async=True)
-    near_total = _absorb(
-        z, near_shift, near_total, 0, near_cut, near, near_sums, q_len, kv_len, before, factor, WIDE, POLYNOMIAL
-    )
+    near_total = _absorb(z, near_shift, near_total, 0, near_cut, near, near_sums, q_len, kv_len, before, factor, WIDE)
     z = warpgroup_mma_wait(0, [after])
     mbarrier.arrive(k_free.index(stage), count=1)
     stage += 1
@@ -471,7 +437,7 @@ def _walk(
         k = k_ring.index(stage).reshape([COLUMNS, D]).permute((1, 0))
         ahead = warpgroup_mma(q_near, k, blank, use_acc=False, is_async=True)
         far_total = _absorb(
-            z, far_shift, far_total, tile - 1, far_cut, far, far_sums, q_len, kv_len, before, factor, WIDE, POLYNOMIAL
+            z, far_shift, far_total, tile - 1, far_cut, far, far_sums, q_len, kv_len, before, factor, WIDE
         )
         # Nobody waits for it: the branch keeps the softmax and the wait in two basic blocks. In one, the assembler
         # waits first.
@@ -481,7 +447,7 @@ def _walk(
         blank = gl.zeros([ROWS, COLUMNS], gl.float32, layout)
         after = warpgroup_mma(q_far, k, blank, use_acc=False, is_async=True)
         near_total = _absorb(
-            z, near_shift, near_total, tile, near_cut, near, near_sums, q_len, kv_len, before, factor, WIDE, POLYNOMIAL
+            z, near_shift, near_total, tile, near_cut, near, near_sums, q_len, kv_len, before, factor, WIDE
         )
         if tile + 1 == tiles:
             mbarrier.arrive(apart, count=1)
@@ -491,16 +457,14 @@ def _walk(
         if stage == STAGES:
             stage = 0
             phase ^= 1
-    far_total = _absorb(
-        z, far_shift, far_total, tiles - 1, far_cut, far, far_sums, q_len, kv_len, before, factor, WIDE, POLYNOMIAL
-    )
+    far_total = _absorb(z, far_shift, far_total, tiles - 1, far_cut, far, far_sums, q_len, kv_len, before, factor, WIDE)
     return near_total, far_total, stage, phase
 
 
 @gluon.jit
 def _consume(
     consumer, rings, wide_ptr, sums_ptr, weights_ptr, items, row_tiles, tiles_most, heads, first_row, q_len, kv_len,
-    before, factor, terms, STAGES: gl.constexpr, POLYNOMIAL: gl.constexpr,
+    before, factor, terms, STAGES: gl.constexpr,
 ):  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 256 // rings[0].dtype.primitive_bitwidth]
@@ -522,7 +486,7 @@ def _consume(
         mbarrier.wait(q_ready.index(consumer), turn % 2)
         near_shift = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
         far_shift = near_shift
-        near_total = _sums(gl.zeros([ROWS, COLUMNS], gl.float32, layout), 0) * 0.0
+        near_total = _sums(gl.zeros([ROWS, COLUMNS], gl.float32, layout)) * 0.0
         far_total = near_total
         if tiles > 0:
             if wide != 0:
@@ -533,13 +497,11 @@ def _consume(
                 near_total, far_total, stage, phase = _walk(
                     q_near, q_far, k_ring, k_ready, k_free, apart, stage, phase, tiles, near, far, near_shift,
                     far_shift, near_sums, far_sums, q_len, kv_len, before, factor, layout, STAGES, True,
-                    POLYNOMIAL,
                 )  # fmt: skip
             else:
                 near_total, far_total, stage, phase = _walk(
                     q_near, q_far, k_ring, k_ready, k_free, apart, stage, phase, tiles, near, far, near_shift,
                     far_shift, near_sums, far_sums, q_len, kv_len, before, factor, layout, STAGES, False,
-                    POLYNOMIAL,
                 )  # fmt: skip
         mbarrier.arrive(q_free.index(consumer), count=1)
         _weigh(near_total, near_shift, weights_ptr + place * ROWS, b, h, terms)
@@ -586,20 +548,19 @@ def mass(
     layouts,
     scalars,
     STAGES: gl.constexpr,
-    POLYNOMIAL: gl.constexpr,
     REGISTERS: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     """Grid (at most items,), items = row_tiles * B * H, a row tile of HALVES * ROWS query groups. scores: fp32 [B, H,
     rows, pitch] from ``first_row`` on, columns of which are written: log mass plus value term.
 
-    q: [B, H, q_len, HEAD_DIM], consecutive in the last dimension. k_desc: centred means of ``means.py`` [B, Hk, tiles *
-    COLUMNS, HEAD_DIM] in its order of groups, tiles of [1, 1, COLUMNS, D]; norms: fp32 [B, Hk, columns], the largest of
-    each block; value: the same shape; unit: fp32 [B, Hk], where means are e4m3. Scratch of each program, twice: means: [programs * 2, HALVES * ROWS,
-    HEAD_DIM], which q_desc describes as [1, programs * 2, ...] in tiles of [1, 1, ROWS, D]; wide: int32 [programs * 2];
-    sums: bf16 [programs * 2, HALVES, tiles_most, ROWS, BLOCKS]; weights: fp32 [programs * 2, HALVES, ROWS]. The
-    attention's scale, positive, times log2(e) is a factor of the means: q_factor and what ``means.py`` was given; factor:
-    what is left of it, as a rule 1.
+    q: [B, H, q_len, HEAD_DIM], consecutive in the last dimension. k_desc: centred means of ``means.py`` [B, Hk, tiles
+    * COLUMNS, HEAD_DIM] in its order of groups, tiles of [1, 1, COLUMNS, D]; norms: fp32 [B, Hk, columns], the
+    largest of each block; value: the same shape; unit: fp32 [B, Hk], where means are e4m3. Scratch of each program,
+    twice: means: [programs * 2, HALVES * ROWS, HEAD_DIM], which q_desc describes as [1, programs * 2, ...] in tiles
+    of [1, 1, ROWS, D]; wide: int32 [programs * 2]; sums: bf16 [programs * 2, HALVES, tiles_most, ROWS, BLOCKS];
+    weights: fp32 [programs * 2, HALVES, ROWS]. The attention's scale, positive, times log2(e) is a factor of the
+    means: q_factor and what ``means.py`` was given; factor: what is left of it, as a rule 1.
     """
     q_ring = gl.allocate_shared_memory(q_desc.dtype, [HALVES, 1, 1, ROWS, D], q_desc.layout)
     k_ring = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, COLUMNS, D], k_desc.layout)
@@ -619,20 +580,21 @@ def mass(
                 _consume,
                 (
                     0, rings, wide_ptr, sums_ptr, weights_ptr, items, row_tiles, tiles_most, heads, first_row, q_len,
-                    kv_len, before, factor, terms, STAGES, POLYNOMIAL,
+                    kv_len, before, factor, terms, STAGES,
                 ),
             ),
             (
                 _consume,
                 (
                     1, rings, wide_ptr, sums_ptr, weights_ptr, items, row_tiles, tiles_most, heads, first_row, q_len,
-                    kv_len, before, factor, terms, STAGES, POLYNOMIAL,
+                    kv_len, before, factor, terms, STAGES,
                 ),
             ),
             (
                 _assist,
                 (
-                    q_ptr, q_strides, means_ptr, wide_ptr, norms_ptr, unit_ptr, sums_ptr, weights_ptr, value_ptr, scores_ptr,
+                    q_ptr, q_strides, means_ptr, wide_ptr, norms_ptr, unit_ptr, sums_ptr, weights_ptr, value_ptr,
+                    scores_ptr,
                     rings, items, row_tiles, tiles_most, heads, group, rows, first_row, columns, pitch, q_len, kv_len,
                     before, q_factor, factor,
                 ),

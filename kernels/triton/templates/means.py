@@ -50,8 +50,8 @@ def _early_mean(k_ptr, step, kv_len, GROUP: tl.constexpr):
 
 @triton.jit
 def _store_tiled(mean, count, unit, out_ptr, norm_ptr, first, GROUPS: tl.constexpr):
-    """Means of key groups ``first``... over ``unit``, in the order of ``mass_hopper.py``'s tiles of 128, and the largest
-    norm of what they are."""
+    """Means of key groups ``first``... over ``unit``, in the order of ``mass_hopper.py``'s tiles of 128, and their
+    largest norm."""
     norm = tl.where(count > 0, tl.sum(mean * mean, 1), 0.0)
     tl.store(norm_ptr, tl.sqrt(tl.max(norm, 0)))
     group = first + tl.arange(0, GROUPS)
@@ -94,8 +94,8 @@ def means(
     q_out: [B, H, rows * BLOCK_Q / GROUP_Q, HEAD_DIM]; k_out: [B, Hk, k_groups, HEAD_DIM]. visible: uint8 [B or 1,
     kv_len], count: fp32 [B, columns * BLOCK_K / GROUP_K], log2 of the keys a group (PADDED). value: fp32 [B, Hk,
     columns]: beta * max(0, log max ||v||), or max ||v|| itself (RAW). TILED: k_out in the order of tiles, norm: fp32
-    [B, Hk, columns], the largest of each block's means; k_factor times them; CENTRED: less the first group's mean. Where k_out is e4m3 it is
-    over unit, fp32 [B, Hk], which belongs to the queries' means.
+    [B, Hk, columns], the largest of each block's means; k_factor times them; CENTRED: less the first group's mean.
+    Where k_out is e4m3 it is over unit, fp32 [B, Hk], which belongs to the queries' means.
     """
     block = tl.program_id(0)
     both = heads + key_heads

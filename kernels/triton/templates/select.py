@@ -170,9 +170,9 @@ def select(
     [B, H, rows, width]; counts: int32 [B, H, rows].
 
     first: int32 [B or 1, columns] under PADDED. NB: columns, padded to 2^n. Under EXPLICIT the mask's part is done:
-    candidates: uint8 [B, H, rows, columns]; limits: int32 [B, H, rows], -1 for a full row; any strides, 0 to broadcast.
-    GIVEN: counts are there already, and thresholds: int32 [B, H, rows], where to look first. PACKED: heads, padded to 2^n, where lists lie end to end, indices int32 [B, rows,
-    H * width]; else 0.
+    candidates: uint8 [B, H, rows, columns]; limits: int32 [B, H, rows], -1 for a full row; any strides, 0 to
+    broadcast. GIVEN: counts are there already, and thresholds: int32 [B, H, rows], where to look first. PACKED:
+    heads, padded to 2^n, where lists lie end to end, indices int32 [B, rows, H * width]; else 0.
     """
     row = first_row + tl.program_id(0)
     head_row = tl.program_id(1)
