@@ -55,8 +55,9 @@ class StemConfig:
     pooling: "mean" over the anti-diagonal cells of a block pair (published, cheap), their "max", or "mass", an
     estimate of the attention that a block holds (selects best). None: "mean" under the published schedule, else "mass";
     docs/design.md says what was measured.
-    score_dtype: "fp8" computes the block scores of max pooling from e4m3 copies of q and k where the GPU has such
-    matrix units (Hopper; elsewhere it changes nothing): about 40% less time, nearly the same blocks. The attention
+    score_dtype: "fp8" computes the block scores of max pooling, or of mass pooling, from e4m3 copies of q and k, or of
+    their means, where the GPU has such matrix units (Hopper; elsewhere it changes nothing): nearly the same blocks in
+    less time. The attention
     itself stays in the model's dtype.
     stride: tokens a group in the pooling, or a pair (queries, keys) under mass pooling; None is 8 there, else 16.
     share: who shares a row's budget under mass pooling: "heads" of the whole attention, a "group" of query heads with

@@ -36,7 +36,7 @@ class SelectionSpec:
     share: heads that share a row's budget under mass pooling, "none", "heads" (all) or "group" (of one key head); kept:
     part of its own that each keeps. coverage: share of a row's mass at which it stops, ``budget`` being the most; None
     = the budget.
-    score_dtype: "native", or "fp8" for max pooling where the device has such matrix units.
+    score_dtype: "native", or "fp8" for max or mass pooling where the device has such matrix units.
     sink_blocks, local_blocks: always kept, in blocks of ``block_q``. prompt_length: full length when the prompt arrives
     in chunks, 0 = this call's. options: the policy's own, as sorted (name, value) pairs; ``option`` reads one.
     """
