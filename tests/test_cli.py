@@ -222,6 +222,46 @@ def test_bench_keeps_what_was_finished_when_stopped(
     assert "Stopped before the end" in (out / "bench.html").read_text()
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_check_keeps_what_was_finished_when_stopped(
+    folder: str, fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stem_compile.testing import search
+    from stem_compile.testing.violation import Measure, Violation
+
+    tried = []
+
+    def check(subject: Any, module: Any, case: Any) -> Measure:
+        tried.append(module.NAME)
+        times = tried.count(module.NAME) if module.NAME == "padding-invariance" else 1
+        # The second example, which is not the smallest, fails; Ctrl-C comes while it is made smaller.
+        if fails and times == 2:
+            raise Violation("differs by 1")
+        if times > 1:
+            raise KeyboardInterrupt
+        return Measure(worst=0.1)
+
+    monkeypatch.setattr(search, "attempt", check)
+    names = ("dense-equivalence", "padding-invariance", "determinism")
+    arguments = [word for name in names for word in ("-p", name)]
+    database = tmp_path / "database"
+    done = stem_compile("check", folder, *arguments, "--examples", "3", "--database", str(database), "--json")
+    report = json.loads(done.out)
+    assert done.status == 130
+    assert "Traceback" not in done.err
+    verdicts = {r["name"]: r["verdict"] for r in report["results"]}
+    assert verdicts == dict(zip(names, ("pass", "fail" if fails else "stopped", "stopped")))
+    assert "determinism" not in tried
+    assert report["passed"] is False
+    assert report["verdict"].startswith("FAIL: padding-invariance" if fails else "STOPPED: 1 property holds over 3 ")
+    assert "stopped by Ctrl-C, 2 not finished" in report["verdict"]
+    assert any(database.rglob("*.json")) is fails
+    if fails:  # kept by a later check that is stopped before it is tried again
+        tried[:] = ["padding-invariance"] * 2
+        stem_compile("check", folder, *arguments, "--examples", "3", "--database", str(database))
+        assert "padding-invariance" in next(database.rglob("*.json")).read_text()
+
+
 def test_demo_writes_table_chart_and_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def without_inductor(budgets: Any, options: Any) -> Any:
         return [c for c in everyone(budgets, options) if c.backend != "inductor"]

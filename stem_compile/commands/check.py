@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stem_compile.commands.arguments import (
+    INTERRUPTED,
     add_json,
     add_target,
     at_least,
@@ -76,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check, print, write. Status 3 unless the model passes."""
+    """Check, print, write, after Ctrl-C what there is by then. Status 3 unless the model passes."""
     need("torch", "hypothesis")
     from stem_compile.bench.terminal import Progress, width
 
@@ -100,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(report.to_dict(), indent=2, default=str))
     else:
         print(table(report).text(width()), report.conditions, *report.failure_lines(), "", report.verdict, sep="\n")
-    return 0 if report.passed else 3
+    return INTERRUPTED if report.stopped else 0 if report.passed else 3
 
 
 def _known(names: Any) -> None:
@@ -121,6 +122,7 @@ def checked(
     from stem_compile.bench.target import load
     from stem_compile.testing import check_model
     from stem_compile.testing.inputs import NoInputs
+    from stem_compile.testing.report import CheckInterrupted
 
     target = load(arguments.target, device, dtype)
     at_work: list[str] = []
@@ -132,7 +134,7 @@ def checked(
         progress.doing(f"{name}: example {done} of {total}")
 
     try:
-        report: Report = check_model(
+        report = check_model(
             target.model,
             target.make_inputs,
             options=options,
@@ -147,6 +149,8 @@ def checked(
             database=arguments.database,
             progress=tell,
         )
+    except CheckInterrupted as interrupted:
+        report = interrupted.report
     except (NoInputs, ValueError) as error:
         raise UserError(str(error)) from None
     report.settings |= {"machine": describe(device), "versions": versions()}

@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from stem_compile.testing.case import Case
     from stem_compile.testing.check import check_case, check_model
     from stem_compile.testing.equivalence import assert_equivalent
-    from stem_compile.testing.report import Report
+    from stem_compile.testing.report import CheckInterrupted, Report
     from stem_compile.testing.spellings import spellings
     from stem_compile.testing.strategies import attention_inputs, masks, model_inputs
     from stem_compile.testing.violation import Violation
 
 __all__ = [
     "Case",
+    "CheckInterrupted",
     "Report",
     "Violation",
     "assert_equivalent",
@@ -35,6 +36,7 @@ __all__ = [
 
 _HOMES = {
     "Case": "case",
+    "CheckInterrupted": "report",
     "Report": "report",
     "Violation": "violation",
     "assert_equivalent": "equivalence",

@@ -16,7 +16,7 @@ from stem_compile.packages import need
 from stem_compile.testing import properties as catalogue
 from stem_compile.testing.case import Case
 from stem_compile.testing.database import Database
-from stem_compile.testing.report import Report
+from stem_compile.testing.report import CheckInterrupted, Report, Result
 from stem_compile.testing.search import Progress, attempt, search
 from stem_compile.testing.subject import Subject
 from stem_compile.testing.violation import Measure
@@ -61,7 +61,7 @@ def check_model(
     tried first the next time. progress: told of every example.
 
     Raises OptionError for wrong options, NoInputs when inputs cannot be derived, ValueError for an unknown property or
-    profile, MissingPackage. Dynamo is reset before and after.
+    profile, MissingPackage, and on Ctrl-C CheckInterrupted with the report so far. Dynamo is reset before and after.
     """
     need("hypothesis")
     modules = [catalogue.get(name) for name in properties] if properties is not None else list(catalogue.every())
@@ -78,14 +78,21 @@ def check_model(
     torch._dynamo.reset()
     for number, module in enumerate(modules):
         examples = _examples(module.EXAMPLES, max_examples, more)
+        if report.stopped:
+            skipped = Result(module.NAME, module.TITLE, "stopped", wanted=examples, stopped=True)
+            report.results.append(skipped)
+            continue
         # What a property leaves of its share goes to the others.
         share = None if seconds is None else (begun + seconds - time.monotonic()) / (len(modules) - number)
         last = kept.last(module.NAME)
         result = search(subject, module, examples, seed, progress, seconds=share, first=last)
-        kept.keep(module.NAME, None if result.failure is None else result.failure.case)
+        if result.failure is not None or not result.stopped:  # an unfinished search disproves no earlier failure
+            kept.keep(module.NAME, None if result.failure is None else result.failure.case)
         report.results.append(result)
     torch._dynamo.reset()
     report.settings["seconds"] = round(time.monotonic() - begun, 1)
+    if report.stopped:
+        raise CheckInterrupted(report)
     return report
 
 

@@ -16,7 +16,7 @@ from stem_compile.testing.violation import Violation
 PROOFS = ("dense-equivalence", "kernel-exactness")
 """Properties that compare outputs with the model's own: where neither says anything, the others prove nothing."""
 
-MARKS = {"pass": "ok", "fail": "FAIL", "not applicable": "-"}
+MARKS = {"pass": "ok", "fail": "FAIL", "not applicable": "-", "stopped": "stopped"}
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Result:
     ``MARKS``.
 
     note: what else its facts need to be understood. wanted: examples that would have been tried with more time; 0 where
-    time did not run out.
+    time did not run out. stopped: Ctrl-C came before all of them; a failure that was known by then is a failure.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Result:
     note: str = ""
     seconds: float = 0.0
     failure: Failure | None = None
+    stopped: bool = False
 
     @property
     def tried(self) -> str:
@@ -92,7 +93,13 @@ class Report:
     @property
     def passed(self) -> bool:
         """Whether every property that applies holds, and at least one does: one of ``PROOFS``, if any was asked for."""
-        return not self.failures and not self.unproven and any(r.verdict == "pass" for r in self.results)
+        held = any(r.verdict == "pass" for r in self.results)
+        return held and not self.failures and not self.unproven and not self.stopped
+
+    @property
+    def stopped(self) -> list[Result]:
+        """Results of the properties that Ctrl-C left unfinished."""
+        return [r for r in self.results if r.stopped]
 
     @property
     def unproven(self) -> str:
@@ -105,14 +112,18 @@ class Report:
         """One sentence."""
         held = [r for r in self.results if r.verdict == "pass"]
         skipped = [r for r in self.results if r.verdict == "not applicable"]
-        short = [r for r in self.results if r.wanted]
+        short = [r for r in self.results if r.wanted and not r.stopped]
         rest = (f"; {len(skipped)} not applicable" if skipped else "") + (
             f"; {len(short)} cut short by the time limit" if short else ""
         )
+        rest += f"; stopped by Ctrl-C, {len(self.stopped)} not finished" if self.stopped else ""
         if self.failures:
             names = ", ".join(r.name for r in self.failures)
             others = _counted(len(held), "other property holds", "other properties hold")
             return f"FAIL: {names}. Do not use backend='stem' with this model until this is understood. {others}{rest}."
+        if self.stopped:
+            holding = _counted(len(held), "property holds", "properties hold")
+            return f"STOPPED: {holding} over {_counted(sum(r.examples for r in held), 'example', 'examples')}{rest}."
         if not held:
             return f"NOTHING CHECKED: no property applies{rest}."
         if self.unproven:
@@ -249,6 +260,14 @@ class Report:
         """Violation with the whole report when a property failed or none applies."""
         if not self.passed:
             raise Violation(f"\n{self}")
+
+
+class CheckInterrupted(KeyboardInterrupt):
+    """Ctrl-C while a model was checked. report: what was checked until then, and what was not finished."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__(report.verdict)
+        self.report = report
 
 
 def _counted(number: int, one: str, many: str) -> str:

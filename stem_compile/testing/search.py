@@ -145,7 +145,11 @@ def search(
             module.finish(subject, state.measures)
     except Violation as error:
         violation = error
-    result.wanted = examples if state.skipped else 0
+    except KeyboardInterrupt:
+        # Making a failing example smaller takes the longest: who stops that keeps the one that failed.
+        result.stopped = True
+        violation = state.failure[1] if state.failure is not None else None
+    result.wanted = examples if state.skipped or result.stopped else 0
     result.examples, result.seconds = state.tried, time.monotonic() - begun
     result.worst = max((m.worst for m in state.measures), default=0.0)
     result.facts = _averages(state.measures)
@@ -154,6 +158,8 @@ def search(
         case = state.failure[0] if state.failure is not None else None
         result.verdict = "fail"
         result.failure = Failure(violation.message, case, state.needed or state.tried, violation.gap)
+    elif result.stopped:
+        result.verdict = "stopped"
     elif not state.measures:
         result.verdict, result.reason = "not applicable", state.reason
     return result
