@@ -34,6 +34,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("STEM_COMPILE_CACHE") or Path.home() / ".cache" / "stem_compile")
 
 
+def serving_options() -> dict[str, Any] | None:
+    """Options of serving plugins from $STEM_COMPILE_SERVING, such as "budget=0.25; min_length=4096"; None where it is not
+    set, {} (the published schedule) for "1". Raises OptionError for wrong ones."""
+    text = os.environ.get("STEM_COMPILE_SERVING", "").strip()
+    if text in ("", "0"):
+        return None
+    return written_options(part.strip() for part in text.split(";") if part.strip() and text != "1")
+
+
 class OptionError(ValueError):
     """An option that does not exist or cannot have the value given."""
 
