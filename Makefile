@@ -13,7 +13,7 @@ SITE := $(VENV)/.site
 # A GPU build of torch on the machine is kept: the environment sees the machine's packages and pins nothing.
 GPU_BUILD := import torch, sys; sys.exit(not (torch.version.cuda or torch.version.hip))
 
-.PHONY: demo test wheel lint types format docs versions clean
+.PHONY: demo test wheel vllm lint types format docs versions clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -26,6 +26,20 @@ test: $(READY)
 # The wheel in empty environments, alone and with each extra: minutes, and gigabytes of a temporary folder.
 wheel: $(READY)
 	STEM_COMPILE_FULL=1 $(BIN)/python -m pytest tests/test_wheel.py $(ARGS)
+
+# vLLM on a CPU needs an environment of its own: 4 GB. torchvision and its like come as CUDA builds that do not load.
+vllm: .vllm/.ready out/smollm2/config.json
+	.vllm/bin/python -m pytest tests/test_vllm.py $(ARGS)
+
+.vllm/.ready: pyproject.toml Makefile
+	@test -n "$(PYTHON)" && $(PYTHON) -m venv .vllm
+	.vllm/bin/python -m pip install --quiet "setuptools>=77" pytest hypothesis
+	.vllm/bin/python -m pip install --quiet --no-build-isolation -e ".[vllm]"
+	.vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+out/smollm2/config.json: $(READY)
+	$(BIN)/python tools/save_smollm.py out/smollm2
 
 lint: $(LINTERS)
 	$(BIN)/ruff check .
@@ -69,4 +83,4 @@ $(SITE): $(READY)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .versions out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .vllm .versions out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

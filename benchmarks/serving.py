@@ -97,8 +97,8 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             rows.append(row)
             native, stem = row["seconds"]["native"], row["seconds"]["stem"]
             print(
-                f"chunks of {chunk}, {tokens} tokens: native {native:.2f} s, stem {stem:.2f} s, {native / stem:.2f}x, pass"
-                f" keys native {row['pass_keys']['native']} stem {row['pass_keys']['stem']} of {arguments.rounds},"
+                f"chunks of {chunk}, {tokens} tokens: native {native:.2f} s, stem {stem:.2f} s, {native / stem:.2f}x,"
+                f" pass keys native {row['pass_keys']['native']} stem {row['pass_keys']['stem']} of {arguments.rounds},"
                 f" {row['metrics']}",
                 flush=True,
             )

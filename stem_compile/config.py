@@ -35,8 +35,8 @@ def cache_folder() -> Path:
 
 
 def serving_options() -> dict[str, Any] | None:
-    """Options of serving plugins from $STEM_COMPILE_SERVING, such as "budget=0.25; min_length=4096"; None where it is not
-    set, {} (the published schedule) for "1". Raises OptionError for wrong ones."""
+    """Options of serving plugins from $STEM_COMPILE_SERVING, such as "budget=0.25; min_length=4096"; None where it
+    is not set, {} (the published schedule) for "1". Raises OptionError for wrong ones."""
     text = os.environ.get("STEM_COMPILE_SERVING", "").strip()
     if text in ("", "0"):
         return None

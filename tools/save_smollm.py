@@ -17,7 +17,7 @@ def save(folder: Path) -> None:
 
     checkpoint = Checkpoint.smollm()
     loaded = checkpoint.model("cpu", torch.bfloat16)
-    # A model that was read from GGUF refuses to be saved, since it counts as quantised: its weights go into a plain one.
+    # A model read from GGUF refuses to be saved, since it counts as quantised: its weights go into a plain one.
     config = transformers.LlamaConfig.from_dict(
         {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
     )

@@ -3,6 +3,7 @@ attention and why, and the count of both. Knows no engine."""
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -78,7 +79,7 @@ def pieces(part: Part, config: StemConfig) -> Iterator[Piece]:
         yield Piece(part, part.start, part.queries, part.keys, False)
         return
     edges = part.begin, *_aligned(part, config.block_size), part.keys
-    for number, (first, last) in enumerate(zip(edges, edges[1:], strict=False)):
+    for number, (first, last) in enumerate(itertools.pairwise(edges)):
         if last > first:
             yield Piece(part, part.start + first - part.begin, last - first, last, number == 1)
 

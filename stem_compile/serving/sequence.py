@@ -36,8 +36,11 @@ def attention(
     ValueError for shapes, dtypes or devices that do not belong together.
     """
     _check(q, k, v, prompt, sinks)
+    whole_q, whole_k, whole_v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     return Attention(
-        *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)),
+        whole_q,
+        whole_k,
+        whole_v,
         mask_text=_causal(k.shape[0] - q.shape[0]),
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         spec_text=_spec(config, layer, prompt),
@@ -68,7 +71,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prompt: int, sinks
     if not 0 < q.shape[0] <= k.shape[0]:
         raise ValueError(f"{q.shape[0]} queries and {k.shape[0]} keys: queries are the last ones of the sequence")
     if q.shape[1] % k.shape[1]:
-        raise ValueError(f"{q.shape[1]} query heads and {k.shape[1]} key heads: a whole number of query heads a key head")
+        raise ValueError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
     if len({x.dtype for x in (q, k, v)}) > 1 or len({x.device for x in (q, k, v)}) > 1:
         raise ValueError(f"q, k and v must share dtype and device, not {q.dtype}, {k.dtype}, {v.dtype}")
     if prompt < k.shape[0]:

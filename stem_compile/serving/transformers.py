@@ -7,6 +7,11 @@ attention, in which the mask is built and SDPA called exactly as transformers do
 graph as it would rewrite the model's. The selection is therefore the one that ``torch.compile(model, backend="stem")``
 makes, and everything the backend knows about masks holds here too. Decoding, short prompts and what the backend
 refuses go to SDPA.
+
+Continuous batching (``generate_batch``) packs requests and keeps their keys in pages. transformers refuses it to
+attentions that it does not know by name, so ``register_attention`` gives each name a second one for packed batches
+(``PackedAttention``) and teaches continuous batching to take it, to build no mask for it and to tell it each prompt's
+length. All that is known of transformers' internals stands in this file.
 """
 
 from __future__ import annotations
@@ -22,11 +27,22 @@ import torch
 import torch.nn.functional as F
 
 from stem_compile.config import StemConfig
+from stem_compile.serving import routing, sequence
+from stem_compile.serving.routing import Part
 
 MaskFunction = Callable[..., Any]
 
 DENSE_ARGUMENTS = frozenset({"position_bias", "head_mask", "output_attentions", "block_table", "cache"})
 """Keyword arguments of an attention call that change its result and that the sparse path does not know."""
+
+
+PACKED = "_packed"
+"""Ends the name under which an attention serves continuous batching."""
+PARTS = "stem_parts"
+"""Keyword argument by which the packed attention is told what a batch is made of."""
+DENSE_QUERIES = 256
+"""Queries that dense attention of a packed sequence computes at once: its masks are no larger than these times its
+keys."""
 
 
 def register_attention(name: str = "stem", *, options: dict[str, Any] | StemConfig | None = None) -> None:
@@ -44,6 +60,9 @@ def register_attention(name: str = "stem", *, options: dict[str, Any] | StemConf
         raise ValueError(f"name={name!r} is an attention of transformers itself: choose another, such as 'stem'")
     AttentionInterface.register(name, SparseAttention(config))
     AttentionMaskInterface.register(name, functools.partial(prefill_mask, config))
+    AttentionInterface.register(name + PACKED, PackedAttention(config))
+    AttentionMaskInterface.register(name + PACKED, lambda *args, **kwargs: None)
+    _adapt_continuous_batching()
 
 
 class PrefillMask:
@@ -289,6 +308,173 @@ def _compiled(config: StemConfig) -> Callable[..., torch.Tensor]:
 def _layer(module: torch.nn.Module) -> str:
     """Kind of a model's layer: windows and full attention alternate, and each has a program of its own."""
     return f"{type(module).__name__} {getattr(module, 'layer_type', None)} {getattr(module, 'sliding_window', None)}"
+
+
+class PackedAttention:
+    """transformers' attention function for continuous batching, under one ``StemConfig``.
+
+    A layer with a sliding window is dense: its cache holds no more than the window.
+    """
+
+    def __init__(self, config: StemConfig) -> None:
+        self.config = config
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """(output [1, tokens, heads, head dim], None). query: [1, heads, tokens, d]; key, value: [1, key heads, tokens,
+        d] of the tokens that are new. Raises ValueError outside continuous batching."""
+        parts: list[Part] | None = kwargs.get(PARTS)
+        if cache is None or parts is None:
+            raise ValueError("this attention serves generate_batch alone: give the name without '_packed' to a model")
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        lengths = [cache.layer_to_allocator[layer].get_seqlen_k(part.begin, part.queries) for part in parts]
+        key, value = cache.update(key_states=key, value_states=value, layer_idx=layer, kwargs=kwargs)
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        out = q.new_zeros(*q.shape[:2], v.shape[-1])
+        asked = not self.config.keeps_dense(layer) and (self.config.fuel is None or layer < self.config.fuel)
+        sparse = asked and sliding_window is None
+        scores: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
+        first = 0
+        for part, length in zip(parts, lengths, strict=True):
+            own = slice(first, first + length)
+            first += length
+            rows = slice(part.start, part.start + part.queries)
+            if sparse and length == part.keys:
+                self._pieces(out, q, k[own], v[own], part, layer, scores)
+            else:
+                out[rows] = dense_sequence(q[rows], k[own], v[own], window=sliding_window, **scores)
+        return out.unsqueeze(0), None
+
+    def _pieces(
+        self,
+        out: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        part: Part,
+        layer: int,
+        scores: dict[str, Any],
+    ) -> None:
+        for piece in routing.pieces(part, self.config):
+            rows = slice(piece.start, piece.start + piece.queries)
+            own_k, own_v = k[: piece.keys], v[: piece.keys]
+            if piece.sparse:
+                try:
+                    attention = sequence.attention(
+                        q[rows], own_k, own_v, self.config, prompt=part.total, layer=layer, **scores
+                    )
+                    out[rows] = sequence.attend(attention, sequence.select(attention))
+                    continue
+                except Exception as error:
+                    if self.config.fallback == "error":
+                        raise
+                    _warn_once(f"a prefill stays dense: {type(error).__name__}: {error}")
+            out[rows] = dense_sequence(q[rows], own_k, own_v, **scores)
+
+
+def dense_sequence(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of the last queries of one sequence, [queries, heads, dv]. q: [queries, heads, d]; k, v: [keys,
+    key heads, d]. window: keys that a query sees, itself among them. Memory grows with the keys, not with their square.
+    """
+    offset, parts = k.shape[0] - q.shape[0], []
+    for first in range(0, q.shape[0], DENSE_QUERIES):
+        rows = q[first : first + DENSE_QUERIES]
+        begin, end = offset + first, offset + first + rows.shape[0]
+        low = 0 if window is None else max(0, begin - window + 1)
+        mask = None
+        if rows.shape[0] > 1:
+            place = torch.arange(begin, end, device=q.device)[:, None]
+            keys = torch.arange(low, end, device=q.device)
+            mask = (keys <= place) if window is None else (keys <= place) & (keys > place - window)
+        q4, k4, v4 = (x.transpose(0, 1).unsqueeze(0) for x in (rows, k[low:end], v[low:end]))
+        parts.append(dense_attention(q4, k4, v4, mask, False, scale, softcap, sinks)[0].transpose(0, 1))
+    return torch.cat(parts) if parts else q.new_empty(*q.shape[:2], v.shape[-1])
+
+
+def _is_registered(model_config: Any, kind: type) -> bool:
+    from transformers import AttentionInterface
+
+    name = str(getattr(model_config, "_attn_implementation", None))
+    return isinstance(AttentionInterface._global_mapping.get(name), kind)
+
+
+@functools.cache
+def _adapt_continuous_batching() -> None:
+    """Let transformers' continuous batching take packed attentions; once a process. Where its inside is not as known,
+    nothing is changed and one warning says that ``generate_batch`` refuses these names, as it does by itself."""
+    try:
+        from transformers.generation.continuous_batching import cache, continuous_api, input_outputs
+
+        manager: Any = continuous_api.ContinuousBatchingManager
+        memory: Any = cache.PagedAttentionMemoryHandler
+        inputs: Any = input_outputs.ContinuousBatchingIOs
+        paired: Any = input_outputs.ContinuousBatchingAsyncIOs
+        switch, size = manager.switch_to_cb_friendly_attn, memory.__init__
+        gather, gather_paired = inputs.get_model_kwargs, paired.get_model_kwargs
+    except (ImportError, AttributeError) as error:
+        _warn_once(f"generate_batch is not served with this version of transformers ({error})")
+        return
+
+    @functools.wraps(switch)
+    def switched(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+        name = model.config._attn_implementation
+        if _is_registered(model.config, SparseAttention):
+            model.set_attn_implementation(name + PACKED)
+            self._original_attn_impl = name
+        elif not _is_registered(model.config, PackedAttention):
+            switch(self, model, *args, **kwargs)
+
+    @functools.wraps(size)
+    def sized(self: Any, *args: Any, **kwargs: Any) -> None:
+        size(self, *args, **kwargs)
+        if _is_registered(self.config, PackedAttention):
+            self.num_attention_masks = 0
+
+    def told(gather: Callable[..., Any], host: Callable[[Any], Any]) -> Callable[..., Any]:
+        @functools.wraps(gather)
+        def gathered(self: Any, *args: Any, **kwargs: Any) -> Any:
+            arguments = gather(self, *args, **kwargs)
+            if _is_registered(host(self).config, PackedAttention):
+                arguments[PARTS] = _parts(host(self).requests_in_batch)
+            return arguments
+
+        return gathered
+
+    manager.switch_to_cb_friendly_attn, memory.__init__ = switched, sized
+    inputs.get_model_kwargs = told(gather, lambda batch: batch)
+    paired.get_model_kwargs = told(gather_paired, lambda batch: batch.io_pairs[batch.current_pair].host_io)
+
+
+def _parts(requests: Any) -> list[Part]:
+    """What a batch is made of; ``position_offset`` already counts the batch's own tokens."""
+    parts, start = list[Part](), 0
+    for row, request in enumerate(requests):
+        state, queries = request.state, request.query_length
+        parts.append(Part(row, start, queries, state.position_offset, len(state.initial_tokens)))
+        start += queries
+    return parts
 
 
 @functools.cache

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from vllm import _custom_ops as custom_ops
 from vllm import __version__ as vllm_version
+from vllm import _custom_ops as custom_ops
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
@@ -144,7 +145,7 @@ class StemMetadataBuilder(CPUAttentionMetadataBuilder):  # type: ignore[misc]
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.config = options_of(vllm_config)
         if self.config is None:
-            log.info_once("stem-compile is idle: give --additional-config '{\"%s\": {\"budget\": 0.25}}'" % KEY)
+            log.info_once("stem-compile is idle: additional_config={'stem': {'budget': 0.25}} wakes it")
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         native = super().build(common_prefix_len, common_attn_metadata, fast_build)
@@ -167,7 +168,8 @@ class StemMetadataBuilder(CPUAttentionMetadataBuilder):  # type: ignore[misc]
             return None
         cut = [piece for part in parts for piece in routing.pieces(part, config)]
         dense = [piece for piece in cut if not piece.sparse and piece.queries]
-        rows, native = slice(0, 0), None
+        rows: torch.Tensor | slice = slice(0, 0)
+        native = None
         if dense:
             rows = _rows(dense)
             native = super().build(0, _common_of(common, dense))
@@ -185,7 +187,7 @@ def _parts(runner: Any, common: Any) -> list[Part]:
         raise ValueError(f"{len(starts) - 1} requests, {len(keys)} lengths and {len(prompts)} prompts")
     return [
         Part(row, first, last - first, keys[row], prompts[row])
-        for row, (first, last) in enumerate(zip(starts, starts[1:], strict=False))
+        for row, (first, last) in enumerate(itertools.pairwise(starts))
     ]
 
 
@@ -239,28 +241,30 @@ class StemAttentionImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
         """As the native one: query [tokens, heads, d], key and value [tokens, key heads, d], kv_cache [blocks, key
         heads, block size, 2 d]; the result is written into ``output``, [tokens, heads, d] or flat."""
         scales = (output_scale, output_block_scale)
-        native = functools.partial(super().forward, layer, query, key, value, kv_cache)
+        native: Callable[..., torch.Tensor] = functools.partial(super().forward, layer, query, key, value, kv_cache)
         plan: Plan | None = getattr(attn_metadata, "plan", None)
-        if plan is None or plan.failed or self.config is None or scales != (None, None) or not self._is_plain(layer):
+        config = self.config
+        if plan is None or plan.failed or config is None or scales != (None, None) or not self._is_plain(layer, config):
             return native(attn_metadata, output, *scales)
         try:
-            self._sparse(plan, layer, query, key, value, kv_cache, output)
+            self._sparse(plan, config, layer, query, key, value, kv_cache, output)
         except Exception as error:
             # The native answer covers the whole batch, so nothing of what was written before the failure stays.
             _warn_once(f"prefills stay native: {type(error).__name__}: {error}")
             plan.failed = True
-            METRICS.recount(plan.parts, self.config, Reason.INTERNAL)
+            METRICS.recount(plan.parts, config, Reason.INTERNAL)
             return native(attn_metadata, output)
         return output
 
-    def _is_plain(self, layer: Any) -> bool:
+    def _is_plain(self, layer: Any, config: StemConfig) -> bool:
         """Whether this layer is causal attention that the sparse kernels know, and no layer that is to stay dense."""
         plain = self.attn_type == AttentionType.DECODER and self.alibi_slopes is None and self.sliding_window == -1
-        return plain and not self.is_fp8_kv_cache and not self.config.keeps_dense(_index(layer))
+        return plain and not self.is_fp8_kv_cache and not config.keeps_dense(_index(layer))
 
     def _sparse(
         self,
         plan: Plan,
+        config: StemConfig,
         layer: Any,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -281,7 +285,7 @@ class StemAttentionImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
                 query[rows],
                 k,
                 v,
-                self.config,
+                config,
                 prompt=piece.part.total,
                 layer=_index(layer),
                 scale=self.scale,
