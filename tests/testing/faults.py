@@ -9,13 +9,13 @@ import hypothesis
 import torch
 
 from stem_compile.testing import properties
-from tests.testing import faults_of_kernels, faults_of_passes, faults_of_selection
+from tests.testing import faults_of_kernels, faults_of_mass, faults_of_passes, faults_of_selection
 from tests.testing.plants import FAULTS as PLANTED
 from tests.testing.plants import Fault
 
 __all__ = ["FAULTS", "PLACES", "Fault", "table"]
 
-PLACES = (faults_of_passes, faults_of_kernels, faults_of_selection)
+PLACES = (faults_of_passes, faults_of_kernels, faults_of_selection, faults_of_mass)
 FAULTS = sorted(PLANTED, key=lambda fault: properties.names().index(fault.caught_by))
 """In the order of the properties, so that those which share traces run side by side."""
 
