@@ -31,7 +31,7 @@ def decide(attentions: list[AttentionSite | Rejected], config: StemConfig) -> li
 
 
 def _decided(site: AttentionSite, config: StemConfig) -> AttentionSite | Rejected:
-    if config.keeps_dense(site.index):
+    if config.context_parallel is None and config.keeps_dense(site.index):
         return Rejected(site.node, Reason.DENSE_LAYER, f"attention {site.index}")
     attention = site.attention(config)
     policies.check(attention.spec)
@@ -41,6 +41,9 @@ def _decided(site: AttentionSite, config: StemConfig) -> AttentionSite | Rejecte
     kv_len = value(site.k).shape[2]
     if isinstance(kv_len, int) and kv_len == 0:
         return Rejected(site.node, Reason.SHORT, "no keys")
+    if config.context_parallel is not None:
+        # A rank's tokens are a part of the prompt: dense attention over them would be another one.
+        return site
     shortest = config.shortest
     # Short whatever was measured; a symbolic length is compared once only, since each comparison installs a guard.
     asked = config.min_length is not None or (isinstance(kv_len, int) and kv_len < shortest)

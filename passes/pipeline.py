@@ -17,16 +17,19 @@ from torch import fx
 from torch._logging._internal import trace_structured
 
 from stem_compile.config import StemConfig
+from stem_compile.distributed.split import TokenSplit
 from stem_compile.ops import SparseAttentionArgs
 from stem_compile.passes import verify
 from stem_compile.passes.analyze_masks import analyze_masks
 from stem_compile.passes.cleanup import cleanup
 from stem_compile.passes.compare import compare
 from stem_compile.passes.decide import decide
+from stem_compile.passes.distribute import NotDistributed, check, distribute
 from stem_compile.passes.expand import bound, expand, overwritten
 from stem_compile.passes.graph.memory import all_written
 from stem_compile.passes.graph.regions import Region, bodies, regions
 from stem_compile.passes.graph.sites import AttentionSite, Rejected, failed
+from stem_compile.passes.graph.values import value
 from stem_compile.passes.insert_selection import Insertion, insert_selection
 from stem_compile.passes.lower import lower
 from stem_compile.passes.match import attends, match
@@ -117,7 +120,7 @@ def _after(step: str, module: fx.GraphModule) -> None:
 
 def rewrite(module: fx.GraphModule, config: StemConfig, numbers: Numbers | None = None) -> Rewrite:
     """Rewrite ``module`` in place. An attention that a step fails on stays as it was, with ``Reason.INTERNAL``; so do
-    all where no single one can be blamed. Never raises."""
+    all where no single one can be blamed. Raises NotDistributed, under ``context_parallel``, and nothing else."""
     numbers = numbers or Numbers()
     pristine = [(region.module, copied(region.graph)) for region in regions(module)]
     failures: dict[int, SiteFailure] = {}
@@ -130,6 +133,9 @@ def rewrite(module: fx.GraphModule, config: StemConfig, numbers: Numbers | None 
             if failure.place in failures or len(failures) == ATTEMPTS:
                 return _dense(module, failure.step, failure.error)
             failures[failure.place] = failure
+        except NotDistributed:
+            _restore(pristine)
+            raise
         except Exception as error:
             log.debug("the pipeline failed; the graph stays as it was", exc_info=True)
             _restore(pristine)
@@ -198,6 +204,10 @@ def _planned(plans: list[Plan], config: StemConfig, numbers: Numbers, failures: 
     attentions = compare(decide(attentions, config))
     if config.verify:
         verify.after_analyze(attentions)
+    if config.context_parallel is not None:
+        for plan in plans:
+            own = [hit for hit in attentions if hit.node.graph is plan.region.graph]
+            check(own, config.context_parallel)
     return attentions
 
 
@@ -221,6 +231,10 @@ def _apply(plan: Plan, sites: dict[int, AttentionSite], config: StemConfig) -> N
     if not sites:
         if plan.pristine is not None:
             plan.region.module.graph = plan.pristine
+        return
+    split = config.context_parallel
+    if split is not None:
+        _apply_over_ranks(plan, list(sites.values()), split, config)
         return
     replaced = {site.node for site in sites.values()}
     roots = {place: [n for n in site.node.all_input_nodes if n not in replaced] for place, site in sites.items()}
@@ -248,6 +262,31 @@ def _apply(plan: Plan, sites: dict[int, AttentionSite], config: StemConfig) -> N
         for place, site in sites.items():
             with _blamed(place, "cleanup"):
                 verify.after_cleanup(graph, [site])
+    plan.region.module.recompile()
+
+
+def _apply_over_ranks(plan: Plan, sites: list[AttentionSite], split: TokenSplit, config: StemConfig) -> None:
+    """Rewrite one graph of a rank. A chunk's selection is that of the whole prompt."""
+    graph = plan.region.graph
+    state = Insertion("", config.fallback, all_written(graph))
+    parts = []
+    for site in sites:
+        length = int(value(site.q).shape[2]) * split.ranks
+        spec = config.selection_of(site.index)
+        spec = dataclasses.replace(spec, prompt_length=spec.prompt_length or length)
+        for part in distribute(graph, site, split):
+            state.spec = spec.text()
+            insert_selection(graph, part, state)
+            parts.append(part)
+    _after("distribute", plan.region.module)
+    for part in parts:
+        lower(graph, part)
+        if config.verify:
+            verify.after_lower(graph, [part])
+    for site in sites:
+        site.kernel = parts[0].kernel
+    graph.eliminate_dead_code()
+    _after("lower", plan.region.module)
     plan.region.module.recompile()
 
 

@@ -23,6 +23,7 @@ from torch._dynamo.exc import ShortenTraceback
 from stem_compile import running
 from stem_compile.config import OptionError, StemConfig
 from stem_compile.passes import pipeline
+from stem_compile.passes.distribute import NotDistributed
 from stem_compile.passes.graph.values import module_path
 from stem_compile.passes.pipeline import Numbers, Rewrite
 from stem_compile.passes.pipeline import copied_module as copied
@@ -66,7 +67,10 @@ def stem(
     place = running.Place.of(module, example_inputs, model)
     numbered = config.fuel is not None or bool(config.dense_layers)
     untouched = copied(module) if numbered else None
-    result = rewrite(module, config, model.numbers(place.key))
+    try:
+        result = rewrite(module, config, model.numbers(place.key))
+    except NotDistributed as error:
+        raise StemError(f"context_parallel: {error}") from None
     graph = model.compiled(place, result)
     model.counted(place.key, graph.sites)
     for listener in _listeners:
@@ -98,6 +102,9 @@ def _owner() -> object | None:
 
 
 def _refuse(result: Rewrite, config: StemConfig) -> None:
+    if config.context_parallel is not None and result.rejected:
+        hit = result.rejected[0]
+        raise StemError(f"context_parallel: {module_path(hit.node)} cannot be computed over all ranks: {hit.words}")
     refused = [hit for hit in result.rejected if hit.reason not in BENIGN]
     if config.fallback == "error" and refused:
         raise StemError(
@@ -164,7 +171,8 @@ def _by_number(
 
 
 def rewrite(module: fx.GraphModule, config: StemConfig, numbers: Numbers | None = None) -> Rewrite:
-    """Run the passes on ``module`` in place. What they fail on stays as it was, with one warning; it never raises."""
+    """Run the passes on ``module`` in place. What they fail on stays as it was, with one warning. Raises NotDistributed,
+    under ``context_parallel``, and nothing else."""
     result = pipeline.rewrite(module, config, numbers)
     broken = [hit for hit in result.rejected if hit.reason is Reason.INTERNAL]
     if broken:

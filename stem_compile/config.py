@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stem_compile.distributed.split import ORDERS, SplitError, TokenSplit
 from stem_compile.registry import RegistryError
 from stem_compile.selection import OptionValue, SelectionSpec, policies
 from stem_compile.selection.policy import Option
@@ -82,6 +83,9 @@ class StemConfig:
     (kernels/crossover.py).
     prompt_length: tokens of the whole prompt when it is prefilled in chunks, so that chunks select as one shot would;
     None is each call's length. A chunk that cuts a block of queries in two stays dense.
+    context_parallel: 1-D DeviceMesh or process group over whose ranks the tokens of a sequence are split, as
+    ``stem_compile.distributed.shard`` splits them; context_parallel_order is its ``order``. Then no attention stays
+    dense for its length, ``dense_layers`` compute all blocks, and what cannot be rewritten is an error.
     inner: the backend that gets the rewritten graph. mode: Inductor's mode ("reduce-overhead", "max-autotune", ...),
     since torch.compile takes either ``mode=`` or ``options=``. fallback: "dense" leaves an attention that cannot be
     rewritten as it is, and answers a call whose kernel fails by dense attention; "error" raises. when_dense: what to
@@ -111,6 +115,8 @@ class StemConfig:
     dense_layers: int | tuple[int, ...] = 0
     min_length: int | None = None
     prompt_length: int | None = None
+    context_parallel: TokenSplit | None = None
+    context_parallel_order: str = "zigzag"
     inner: str = "inductor"
     mode: str | None = None
     fallback: str = "dense"
@@ -125,6 +131,13 @@ class StemConfig:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         _one_of("policy", self.policy, policies.names())
         object.__setattr__(self, "policy_options", _policy_options(self.policy, self.policy_options))
+        if self.context_parallel is not None:
+            try:
+                split = TokenSplit.of(self.context_parallel, self.context_parallel_order)
+            except SplitError as error:
+                raise OptionError(str(error)) from None
+            object.__setattr__(self, "context_parallel", split)
+        _one_of("context_parallel_order", self.context_parallel_order, ORDERS)
         _one_of("metric", self.metric, METRICS)
         if self.pooling is not None:
             _one_of("pooling", self.pooling, POOLINGS)
@@ -230,6 +243,8 @@ class StemConfig:
     def selection_of(self, index: int) -> SelectionSpec:
         """The part that the selection of attention number ``index`` of the model depends on."""
         budget = self.budget[min(index, len(self.budget) - 1)] if isinstance(self.budget, tuple) else self.budget
+        if self.context_parallel is not None and self.keeps_dense(index):
+            return dataclasses.replace(self, dense_layers=0, budget=1.0, coverage=None).selection_of(index)
         published = budget is None and self.coverage is None
         pooling = self.pooling or _default_pooling(published)
         sinks, locals_ = (4, 4) if published else (1, 2)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 # Layers from bottom to top; a module may import its own layer and those below.
 LAYERS = (
-    ("algebra", "reasons", "registry", "timing", "packages"),
+    ("algebra", "reasons", "registry", "timing", "packages", "distributed"),
     ("selection",),
     ("config", "ops"),
     ("kernels",),

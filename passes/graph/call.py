@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx
 
 from stem_compile.passes.graph.values import value
@@ -15,7 +16,7 @@ def call(graph: fx.Graph, target: Any, arguments: tuple[Any, ...], origin: fx.No
     node = graph.call_function(target, arguments)
     node.meta = {k: v for k, v in origin.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")}
     examples = fx.node.map_arg(arguments, value)
-    tensors = [e for e in examples if isinstance(e, torch.Tensor) and hasattr(e, "fake_mode")]
+    tensors = [e for e in pytree.tree_leaves(examples) if isinstance(e, torch.Tensor) and hasattr(e, "fake_mode")]
     if tensors:
         with tensors[0].fake_mode:
             node.meta["example_value"] = target(*examples)
