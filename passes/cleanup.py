@@ -16,7 +16,8 @@ def cleanup(graph: fx.Graph, roots: list[fx.Node]) -> list[fx.Node]:
 
     Only operations known to be free of effects go: those of the vocabulary that do not write, and our own.
     """
-    frontier, erased = list(roots), set()
+    # A pass over several ranks' tokens has already erased what it left without users.
+    frontier, erased = list(roots), set(roots) - set(graph.nodes)
     while frontier:
         node = frontier.pop()
         if node in erased or node.users or not _pure(node):

@@ -41,3 +41,11 @@ def test_a_thousand_calls_from_four_threads_are_one_threads() -> None:
     assert "0 graphs compiled after the warm-up, 0 answers that are not one thread's" in printed
     # Allocators keep arenas of their own for each thread; a leak of one prompt's activations would be 300 MiB.
     assert last - first < 48
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does() -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    printed = run(*torchrun, "examples/context_parallel.py", "--models", "llama", "gemma3")
+    lines = [line for line in printed.splitlines() if line.endswith("of the blocks, all as in one process")]
+    assert [line.split(":")[0] for line in lines] == ["llama", "llama, left padding", "gemma3", "gemma3, left padding"]
