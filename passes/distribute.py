@@ -55,8 +55,8 @@ def check(attentions: Sequence[AttentionSite | Rejected], split: TokenSplit) -> 
 
 
 def distribute(graph: fx.Graph, site: AttentionSite, split: TokenSplit) -> list[AttentionSite]:
-    """Write ``site`` as one attention a chunk of this rank's queries. Rewrites ``graph`` in place; the chunks' sites are
-    attentions that insert_selection replaces in their turn. Raises NotDistributed."""
+    """Write ``site`` as one attention a chunk of this rank's queries. Rewrites ``graph`` in place; the chunks' sites
+    are attentions that insert_selection replaces in their turn. Raises NotDistributed."""
     local = _local_length(site, split)
     chunk = split.chunk_length(local)
     with graph.inserting_before(site.node):
@@ -170,8 +170,8 @@ class _Tokens:
             by_token = [(d, a) for d, a in by_token if a.has(Q, KV)]
             if any(a not in found for _, a in by_token) or len(by_token) > 1:
                 raise NotDistributed(
-                    f"{site.name}: the mask or bias T{number} {tuple(shape)} holds numbers for pairs of tokens, of which"
-                    " a rank knows its own only; give the model attention_mask and position_ids of"
+                    f"{site.name}: the mask or bias T{number} {tuple(shape)} holds numbers for pairs of tokens, of"
+                    " which a rank knows its own only; give the model attention_mask and position_ids of"
                     " stem_compile.distributed.shard instead"
                 )
             for dim, place in by_token:

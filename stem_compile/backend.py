@@ -171,8 +171,8 @@ def _by_number(
 
 
 def rewrite(module: fx.GraphModule, config: StemConfig, numbers: Numbers | None = None) -> Rewrite:
-    """Run the passes on ``module`` in place. What they fail on stays as it was, with one warning. Raises NotDistributed,
-    under ``context_parallel``, and nothing else."""
+    """Run the passes on ``module`` in place. What they fail on stays as it was, with one warning. Raises
+    NotDistributed, under ``context_parallel``, and nothing else."""
     result = pipeline.rewrite(module, config, numbers)
     broken = [hit for hit in result.rejected if hit.reason is Reason.INTERNAL]
     if broken:

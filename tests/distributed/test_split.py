@@ -36,7 +36,7 @@ def test_what_cannot_be_split_is_named() -> None:
         TokenSplit("", 0, 2).part(torch.zeros(7), 0)
     with pytest.raises(SplitError, match=r"stem_compile\.distributed\.shard"):
         TokenSplit("", 0, 2).chunk_length(7)
-    with pytest.raises(OptionError, match="a 1-D torch.distributed DeviceMesh or a ProcessGroup"):
+    with pytest.raises(OptionError, match=r"a 1-D torch\.distributed DeviceMesh or a ProcessGroup"):
         StemConfig(context_parallel="gloo")  # type: ignore[arg-type]
     with pytest.raises(SplitError, match="'zigzag', 'contiguous'"):
         TokenSplit.of(None, "ring")
