@@ -74,10 +74,31 @@ def check_model(
     more = PROFILES[profile]
     if subject.large:
         max_examples, seconds = max_examples or FEW * more, SECONDS * more if seconds is None else seconds
-    begun, kept = time.monotonic(), Database(database, report.settings)
+    begun = time.monotonic()
     torch._dynamo.reset()
+    _run(subject, modules, report, max_examples, more, seconds, Database(database, report.settings), progress, seed)
+    torch._dynamo.reset()
+    report.settings["seconds"] = round(time.monotonic() - begun, 1)
+    if report.stopped:
+        raise CheckInterrupted(report)
+    return report
+
+
+def _run(
+    subject: Subject,
+    modules: Sequence[Any],
+    report: Report,
+    most: int | None,
+    more: int,
+    seconds: float | None,
+    kept: Database,
+    progress: Progress | None,
+    seed: int,
+) -> None:
+    """Try one property after the other, and add their results to ``report``; after Ctrl-C the rest is only named."""
+    begun = time.monotonic()
     for number, module in enumerate(modules):
-        examples = _examples(module.EXAMPLES, max_examples, more)
+        examples = _examples(module.EXAMPLES, most, more)
         if report.stopped:
             skipped = Result(module.NAME, module.TITLE, "stopped", wanted=examples, stopped=True)
             report.results.append(skipped)
@@ -89,11 +110,6 @@ def check_model(
         if result.failure is not None or not result.stopped:  # an unfinished search disproves no earlier failure
             kept.keep(module.NAME, None if result.failure is None else result.failure.case)
         report.results.append(result)
-    torch._dynamo.reset()
-    report.settings["seconds"] = round(time.monotonic() - begun, 1)
-    if report.stopped:
-        raise CheckInterrupted(report)
-    return report
 
 
 def _examples(own: int, most: int | None, more: int) -> int:
