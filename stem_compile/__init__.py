@@ -1,9 +1,10 @@
 """``torch.compile(model, backend="stem")``: training-free block-sparse prefill for any model's attention.
 
 The backend is found by its entry point and needs no import. This package names what users write down: ``StemConfig``
-(every option), ``explain`` (what would be rewritten and why), ``report`` and ``last_report`` (what runs), errors,
-warnings and reasons, ``testing``, and the registries ``policies``,
-``patterns`` and ``targets`` to which others add. Importing it loads neither triton nor transformers.
+(every option), ``explain`` (what would be rewritten and why), ``report`` and ``last_report`` (what runs),
+``sparse_prefill`` (packed and paged prefill for serving engines), ``register_attention`` (transformers without
+compiling), errors, warnings and reasons, ``testing``, and the registries ``policies``, ``patterns`` and ``targets`` to
+which others add. Importing it loads neither triton nor transformers.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from stem_compile.reasons import Reason, StemWarning
     from stem_compile.running import Site
     from stem_compile.selection.policies import POLICIES as policies
+    from stem_compile.serving.packed import sparse_prefill
     from stem_compile.serving.transformers import register_attention
 
 __version__ = "0.1.0"
@@ -40,6 +42,7 @@ __all__ = [
     "policies",
     "register_attention",
     "report",
+    "sparse_prefill",
     "targets",
     "testing",
 ]
@@ -58,6 +61,7 @@ _HOMES = {
     "policies": ("stem_compile.selection.policies", "POLICIES"),
     "register_attention": ("stem_compile.serving.transformers", "register_attention"),
     "report": ("stem_compile.explanation", "report"),
+    "sparse_prefill": ("stem_compile.serving.packed", "sparse_prefill"),
     "targets": ("stem_compile.kernels.contract", "TARGETS"),
 }
 
