@@ -242,7 +242,8 @@ def _tables(table: torch.Tensor, keys: Sequence[int], k: torch.Tensor) -> list[l
         used = -(-length // page)
         if used > len(row):
             raise ValueError(
-                f"block_table is too narrow: {length} keys of sequence {i} fill {used} pages of {page}, it has {len(row)}"
+                f"block_table is too narrow: {length} keys of sequence {i} fill {used} pages of {page}, it has"
+                f" {len(row)}"
             )
         wrong = next((n for n in row[:used] if not 0 <= n < pages), None)
         if wrong is not None:
