@@ -83,7 +83,8 @@ def sparse_prefill(
     held: tuple[int, Any, Any] = (-1, None, None)
     for piece in pieces:
         if held[0] != piece.row:
-            held = piece.row, *(_sequence(x, piece.row, offsets, keys, tables) for x in (k, v))
+            whole = [_sequence(x, piece.row, offsets, keys, tables) for x in (k, v)]
+            held = (piece.row, whole[0], whole[1])
         rows = slice(piece.start, piece.start + piece.queries)
         attention = texts.attention(q[rows], held[1][: piece.keys], held[2][: piece.keys], piece)
         result[rows], lse[rows] = _computed(attention, piece)
@@ -128,8 +129,11 @@ class _Texts:
 
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, piece: _Piece) -> Attention:
         """q: [queries, heads, d]; k, v: [keys, key heads, d or dv]."""
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
         return Attention(
-            *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)),
+            q,
+            k,
+            v,
             mask_text=_mask(piece.keys - piece.queries, self.window),
             scale=self.scale,
             spec_text=_spec(self.config, piece.prompt),
@@ -163,8 +167,8 @@ def _sequence(
 
 def _refuse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, texts: _Texts) -> None:
     """Raise ValueError where the device has no kernel for sequences of this kind."""
-    one = [x.new_zeros(1, *x.shape[-2:]) for x in (q, k, v)]
-    reason = launch.refusal(texts.attention(*one, _Piece(0, 0, 1, 1, 1, False)))
+    queries, keys, values = (x.new_zeros(1, *x.shape[-2:]) for x in (q, k, v))
+    reason = launch.refusal(texts.attention(queries, keys, values, _Piece(0, 0, 1, 1, 1, False)))
     if reason is not None:
         raise ValueError(
             f"{q.device.type}, {q.dtype}, head dims {q.shape[-1]} and {v.shape[-1]}: {reason.value}; compute these"
