@@ -1,17 +1,18 @@
 """Thousands of trials over several processes, within a limit of time, whatever happens to any of them.
 
-Every trial has a number, and its seed and number alone say what it is. Workers take numbers one by one and tell which
-they are at, so one that dies or hangs costs that trial and is replaced.
+Every trial has a number, and its seed and number alone say what it is. Workers are given numbers one by one, each over
+a pipe of its own, so one that dies or hangs costs the trial it was given and is replaced.
 """
 
 from __future__ import annotations
 
 import collections
 import datetime
+import itertools
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
-import queue
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ SHRINK_SECONDS, SHRINKS = 45.0, 4
 """Time for making one failure smaller, and how many of a verdict a worker makes smaller."""
 HANG_SECONDS = 240.0
 """A trial that takes longer is ended and counted as "hung"."""
+START_SECONDS = 240.0
+"""Time for a worker to import what it needs."""
 RESET_EVERY = 40
 """Trials after which a worker has Dynamo forget what it compiled."""
 
@@ -111,27 +114,33 @@ class Tally:
         }
 
 
-def campaign(plan: Plan, tell: Callable[[Tally], None] = lambda tally: None) -> Tally:
-    """Run ``plan``. tell: called with the counts so far, a few times a second. Ctrl-C keeps what was counted."""
+def campaign(
+    plan: Plan, tell: Callable[[Tally], None] = lambda tally: None, trial: Callable[..., dict[str, Any]] | None = None
+) -> Tally:
+    """Run ``plan``. tell: called with the counts so far, a few times a second. Ctrl-C keeps what was counted. trial:
+    what a worker does with a number, a function of a module (its own: draw the program and judge it)."""
     tally, begun = Tally(), time.monotonic()
     Path(plan.out).mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")
-    numbers, messages = context.Value("q", plan.first), context.Queue()
     last = None if plan.programs is None else plan.first + plan.programs
     deadline = None if plan.seconds is None else time.time() + plan.seconds
+    numbers = iter(range(plan.first, 1 << 62) if last is None else range(plan.first, last))
+
+    def following() -> int | None:
+        return None if deadline is not None and time.time() > deadline else next(numbers, None)
 
     def started() -> _Worker:
-        return _Worker(context, plan, numbers, last, deadline, messages)
+        return _Worker(plan, deadline, trial or _tried)
 
     workers = [started() for _ in range(plan.jobs)]
     try:
         while workers:
-            _take(messages, tally, {w.process.pid: w for w in workers})
+            multiprocessing.connection.wait([w.pipe for w in workers], timeout=0.2)
+            for worker in workers:
+                worker.listen(tally, following)
             tally.seconds = time.monotonic() - begun
             tell(tally)
             late = deadline is not None and time.time() > deadline + SHRINK_SECONDS
             workers = [w for old in workers for w in _kept(old, tally, started, late)]
-        _take(messages, tally, {})
     except KeyboardInterrupt:
         pass
     finally:
@@ -143,57 +152,60 @@ def campaign(plan: Plan, tell: Callable[[Tally], None] = lambda tally: None) -> 
 
 
 class _Worker:
-    """One process. at: the number of the trial it is at, None between two."""
+    """One process and a pipe of its own to it, so that what another does, or how it dies, touches neither. at: the
+    number given to it that it has not answered; began: it once asked for one; gone: it will say no more."""
 
-    def __init__(self, context: Any, plan: Plan, numbers: Any, last: Any, deadline: Any, messages: Any) -> None:
-        self.plan, self.at, self.since, self.began = plan, None, time.monotonic(), False
-        self.process = context.Process(target=_work, args=(plan, numbers, last, deadline, messages), daemon=True)
+    def __init__(self, plan: Plan, deadline: float | None, trial: Callable[..., dict[str, Any]]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.plan, self.since, self.began, self.gone = plan, time.monotonic(), False, False
+        self.at: int | None = None
+        self.pipe, far = context.Pipe()
+        self.process = context.Process(target=_work, args=(plan, deadline, far, trial), daemon=True)
         self.process.start()
+        far.close()
+
+    def listen(self, tally: Tally, following: Callable[[], int | None]) -> None:
+        """Count what it has said by now, and give it the next number (None: it ends) where it waits for one."""
+        try:
+            while not self.gone and self.pipe.poll():
+                message = self.pipe.recv()
+                if message is not None:
+                    tally.add(message)
+                self.at = None
+                self.at, self.since, self.began = following(), time.monotonic(), True
+                self.pipe.send(self.at)
+        except (EOFError, OSError):
+            self.gone = True
 
     def end(self) -> None:
         """Stop it, whatever it does."""
         if self.process.is_alive():
             self.process.kill()
         self.process.join(5)
-
-
-def _take(messages: Any, tally: Tally, workers: dict[int | None, _Worker]) -> None:
-    """Count what workers have said by now."""
-    timeout = 0.2
-    while True:
-        try:
-            message = messages.get(timeout=timeout)
-        except (queue.Empty, EOFError):
-            return
-        timeout = 0.0
-        worker = workers.get(message["worker"])
-        if worker is not None:
-            worker.at, worker.since, worker.began = message.get("begins"), time.monotonic(), True
-        if "verdict" in message:
-            tally.add(message)
+        self.pipe.close()
 
 
 def _kept(worker: _Worker, tally: Tally, started: Callable[[], _Worker], late: bool) -> list[_Worker]:
     """The worker, the one that replaces it, or none where it is done."""
-    hung = time.monotonic() - worker.since > HANG_SECONDS + SHRINK_SECONDS
-    if worker.process.is_alive() and not hung and not late:
+    limit = HANG_SECONDS + SHRINK_SECONDS if worker.began else START_SECONDS
+    hung = time.monotonic() - worker.since > limit and not worker.pipe.poll()
+    if not worker.gone and not hung and not late:
         return [worker]
-    alive = worker.process.is_alive()
+    if worker.gone:
+        # Its exit status comes a moment after its pipe has closed.
+        worker.process.join(5)
     worker.end()
-    if late:
+    if late or (worker.gone and worker.process.exitcode == 0):
         return []
-    if not alive and worker.process.exitcode == 0:
-        return []
-    verdict = "hung" if alive else "crashed"
-    detail = f"exit status {worker.process.exitcode}" if not alive else f"no verdict within {HANG_SECONDS:.0f} s"
-    if worker.at is None and worker.began:
-        return [started()]
-    if worker.at is None:
+    verdict = "crashed" if worker.gone else "hung"
+    detail = f"exit status {worker.process.exitcode}" if worker.gone else f"no verdict within {HANG_SECONDS:.0f} s"
+    if worker.at is not None:
+        tally.add(_message(worker.plan, worker.at, verdict, detail, _saved(worker.plan, worker.at, detail)))
+    elif not worker.began:
         # It died before its first trial: another would, too.
         tally.failures.append({"number": -1, "verdict": verdict, "detail": detail, "file": "", "inner": ""})
         tally.verdicts[verdict] += 1
         return []
-    tally.add(_message(worker.plan, worker.at, verdict, detail, _saved(worker.plan, worker.at, detail)))
     return [started()]
 
 
@@ -214,8 +226,8 @@ def _saved(plan: Plan, number: int, detail: str, trial: Any = None) -> str:
     return str(path)
 
 
-def _work(plan: Plan, numbers: Any, last: int | None, deadline: float | None, messages: Any) -> None:
-    """A worker: trials until numbers or time run out."""
+def _work(plan: Plan, deadline: float | None, pipe: Any, trial: Callable[..., dict[str, Any]]) -> None:
+    """A worker: trials of the numbers it is given, until it is given none."""
     import logging
     import warnings
 
@@ -225,24 +237,18 @@ def _work(plan: Plan, numbers: Any, last: int | None, deadline: float | None, me
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
-    me, shrunk = os.getpid(), collections.Counter[str]()
-    for done in range(1 << 60):
-        with numbers.get_lock():
-            number = numbers.value
-            if last is not None and number >= last:
-                return
-            numbers.value = number + 1
-        if deadline is not None and time.time() > deadline:
+    shrunk = collections.Counter[str]()
+    message = None
+    for done in itertools.count(1):
+        pipe.send(message)
+        number = pipe.recv()
+        if number is None:
             return
-        messages.put({"worker": me, "begins": number})
-        message = _tried(plan, number, deadline, shrunk)
+        message = trial(plan, number, deadline, shrunk)
         if "CUDA error" in message["detail"]:
-            # Nothing runs in this process any more: another takes over, and counts this trial as a crash.
-            messages.close()
-            messages.join_thread()
+            # Nothing runs in this process any more: another takes over, and this trial counts as a crash.
             os._exit(1)
-        messages.put(message | {"worker": me})
-        if done % RESET_EVERY == RESET_EVERY - 1:
+        if done % RESET_EVERY == 0:
             torch._dynamo.reset()
 
 
