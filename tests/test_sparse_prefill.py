@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from stem_compile import OptionError, sparse_prefill
 from stem_compile.selection import Observed, observe
+from tests.numerics import assert_close
 
 OPTIONS: dict[str, Any] = {"budget": 0.25, "block_size": 64, "min_length": 0, "sink_blocks": 1, "local_blocks": 1}
 HEADS, KEY_HEADS, DIM = 4, 2, 16
@@ -104,7 +105,7 @@ def test_result_is_softmax_over_the_selected_blocks(variant: dict[str, Any], bud
         expected = oracle(q, k, v, None, **settings_)
     elif "window" not in variant:
         assert blocks[0].sum() < 0.9 * torch.ones(700 // 64 + 1, 700 // 64 + 1).tril().sum() * HEADS
-    assert torch.allclose(out, expected[0], rtol=1e-6, atol=1e-6) and torch.allclose(lse, expected[1], atol=1e-6)
+    assert_close((out, lse), expected, computed=torch.float32)
 
 
 @settings(max_examples=20, deadline=None)
@@ -139,7 +140,7 @@ def test_chunks_of_whole_blocks_are_one_shot(length: int, cuts: list[int], seed:
     for low, high in itertools.pairwise(edges):
         part, blocks = watched(q[low:high], k[:high], v[:high], prompt_lengths=[length])
         assert torch.equal(blocks[0], whole[0][:, low // 64 : -(-high // 64), : -(-high // 64)])
-        assert torch.allclose(part[0], out[low:high], atol=1e-10) and torch.allclose(part[1], lse[low:high], atol=1e-10)
+        assert_close(part, (out[low:high], lse[low:high]))
 
 
 def test_blocks_that_a_chunk_cuts_are_dense_and_the_others_are_one_shots() -> None:
@@ -164,7 +165,7 @@ def test_short_prompts_and_decoding_are_dense_in_the_same_call() -> None:
         )  # fmt: skip
     assert blocks == [640]
     expected, _ = oracle(q[300:301], k[300:500], v[300:500], None, DIM**-0.5, None, None, None)
-    assert torch.allclose(out[300:301], expected, atol=1e-6)
+    assert_close(out[300:301], expected, computed=torch.float32)
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,26 +68,18 @@ def sparse_prefill(
     _check_extras(q, v, scale, window, sinks, softcap, out)
     starts = _numbers("cu_seqlens_q", cu_seqlens_q)
     prompts = keys if prompt_lengths is None else _prompts(prompt_lengths, keys)
-    pieces = [
-        piece
-        for row, (first, last) in enumerate(itertools.pairwise(starts))
-        for piece in _pieces(row, first, last - first, keys[row], prompts[row], config)
-    ]
+    pieces = _all_pieces(starts, keys, prompts, config)
     texts = _Texts(config, q.shape[-1] ** -0.5 if scale is None else float(scale), window, softcap, sinks)
     if pieces:
         _refuse(q, k, v, texts)
     result = q.new_zeros(q.shape[0], q.shape[1], v.shape[-1]) if out is None else out
     result[starts[-1] :] = 0
     lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-    offsets = _numbers("cu_seqlens_k", cu_seqlens_k)
-    held: tuple[int, Any, Any] = (-1, None, None)
+    whole = _sequences(k, v, _numbers("cu_seqlens_k", cu_seqlens_k), keys, tables)
     for piece in pieces:
-        if held[0] != piece.row:
-            whole = [_sequence(x, piece.row, offsets, keys, tables) for x in (k, v)]
-            held = (piece.row, whole[0], whole[1])
         rows = slice(piece.start, piece.start + piece.queries)
-        attention = texts.attention(q[rows], held[1][: piece.keys], held[2][: piece.keys], piece)
-        result[rows], lse[rows] = _computed(attention, piece)
+        keyed, valued = (x[: piece.keys] for x in whole(piece.row))
+        result[rows], lse[rows] = _computed(texts.attention(q[rows], keyed, valued, piece), piece)
     return result, lse
 
 
@@ -102,6 +94,14 @@ class _Piece:
     keys: int
     prompt: int
     sparse: bool
+
+
+def _all_pieces(starts: Sequence[int], keys: Sequence[int], prompts: Sequence[int], config: StemConfig) -> list[_Piece]:
+    return [
+        piece
+        for row, (first, last) in enumerate(itertools.pairwise(starts))
+        for piece in _pieces(row, first, last - first, keys[row], prompts[row], config)
+    ]
 
 
 def _pieces(row: int, start: int, queries: int, keys: int, prompt: int, config: StemConfig) -> Iterator[_Piece]:
@@ -153,6 +153,22 @@ def _computed(attention: Attention, piece: _Piece) -> tuple[torch.Tensor, torch.
     attend: Any = target.attend
     out = attend(attention, lists, names.attend, lse)
     return out[0].transpose(0, 1), lse[0].transpose(0, 1)
+
+
+def _sequences(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: Sequence[int],
+    keys: Sequence[int],
+    tables: Sequence[list[int]] | None,
+) -> Callable[[int], tuple[torch.Tensor, ...]]:
+    """Keys and values of a sequence, kept until another one is asked for."""
+
+    @functools.lru_cache(maxsize=1)
+    def whole(row: int) -> tuple[torch.Tensor, ...]:
+        return tuple(_sequence(x, row, offsets, keys, tables) for x in (k, v))
+
+    return whole
 
 
 def _sequence(
