@@ -22,6 +22,7 @@ ROOMS = {
     "passes": ("Passes", "passes/**/*.py"),
     "kernels": ("Kernels", "kernels/**/*.py"),
     "serving": ("Serving", "stem_compile/serving/**/*.py"),
+    "distributed": ("Several devices", "stem_compile/distributed/**/*.py"),
     "commands": ("Commands", "stem_compile/commands/**/*.py"),
     "bench": ("Measuring", "stem_compile/bench/**/*.py"),
     "demo": ("The demonstration", "stem_compile/demo/**/*.py"),
