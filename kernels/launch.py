@@ -207,5 +207,19 @@ def blind_rows(q: torch.Tensor, k: torch.Tensor, tensors: Tensors, scalars: Sequ
     return BoundMask(decode(mask), shape, tensors, scalars, q.device).blind_rows().contiguous()
 
 
-for _name in ("oam_scores", "tpd_select", "select", "sparse_attention", "blind_rows"):
+def blind_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    blind: torch.Tensor,
+    tensors: Tensors,
+    scalars: Sequence[int],
+    logits: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """stem::blind_attention."""
+    return reference.blind_attention(q, k, v, blind, tensors, scalars, logits, dtype)
+
+
+for _name in ("oam_scores", "tpd_select", "select", "sparse_attention", "blind_rows", "blind_attention"):
     ops.LIBRARY.impl(_name, globals()[_name], "CompositeExplicitAutograd")

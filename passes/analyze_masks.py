@@ -25,12 +25,13 @@ from stem_compile.passes.reading.expressions import as_expr, boolean, broadcast_
 from stem_compile.passes.reading.interpret import Interpreter, SymTensor
 from stem_compile.passes.reading.logits import read_logits
 from stem_compile.passes.reading.order import runs_forward
-from stem_compile.passes.reading.split_logits import faintly_hidden, split_logits
+from stem_compile.passes.reading.split_logits import faintly_hidden, in_floats, split_logits
 from stem_compile.passes.reading.unreadable import Unreadable
-from stem_compile.passes.reading.weigh_hidden import evenly_hidden
+from stem_compile.passes.reading.weigh_hidden import evenly_hidden, weighed_hidden
 from stem_compile.reasons import Reason
 
 log = logging.getLogger(__name__)
+CASTS = ("to", "type_as", "type", "float", "half", "bfloat16")
 
 
 class Written(Unreadable):
@@ -207,15 +208,17 @@ def _of_logits(
 
 def _settle(site: AttentionSite, reading: Reading, interpreter: Interpreter, q_len: Any, kv_len: Any) -> None:
     """Write a reading down in what the kernels are given: lengths, tensors T0, T1, ... and scalars S0, S1, ..."""
-    score, even = reading.score, None
+    score, even, unseen, dtype = reading.score, None, None, _rounded_to(site, reading.dtype)
     # A sink takes all that hidden keys have.
     if reading.logits is not None and score.sink is None and not site.cleared:
         even = evenly_hidden(
-            reading.logits, reading.dtype, [value(t).dtype for t in interpreter.leaves], interpreter.row_maximum
+            reading.logits, dtype, [value(t).dtype for t in interpreter.leaves], interpreter.row_maximum
         )
+        if even is None and weighed_hidden(reading.logits, dtype, interpreter.row_maximum):
+            even, unseen = reading.predicate, in_floats(reading.logits)
     if even is not None and not _may_be_blind(reading.predicate, q_len, kv_len):
-        even = None
-    parts = [reading.predicate, score.expr, *(e for e in (score.sink, even) if e is not None)]
+        even = unseen = None
+    parts = [reading.predicate, score.expr, *(e for e in (score.sink, unseen, even) if e is not None)]
     parts = [_in_lengths(sympy.sympify(p), q_len, kv_len) for p in parts]
     parts, tensors = _renumbered(parts, interpreter.leaves)
     parts, scalars = _with_scalars(parts, site.node.graph)
@@ -223,7 +226,19 @@ def _settle(site: AttentionSite, reading: Reading, interpreter: Interpreter, q_l
         raise Unreadable("a condition without dimensions, known only at run time")
     site.mask, site.score = masks.predicate(parts[0]), Score(parts[1], parts[2] if score.sink is not None else None)
     site.average = None if even is None else masks.predicate(parts[-1])
+    site.unseen, site.logits_dtype = None if unseen is None else parts[-2], dtype
     site.scale, site.tensors, site.scalars = reading.scale, tensors, scalars
+
+
+def _rounded_to(site: AttentionSite, dtype: torch.dtype) -> torch.dtype:
+    """The coarsest dtype of the logits up to the softmax; ``dtype`` is what they are computed in. Casts on the way are
+    no part of ``site.logits``."""
+    frontier, dtypes = [] if site.logits is None else [site.logits], [dtype]
+    while frontier:
+        node = frontier.pop()
+        dtypes.append(value(node).dtype)
+        frontier += [u for u in node.users if normalize.spelling(u) in CASTS and value(u).dtype.is_floating_point]
+    return max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
 
 
 def _may_be_blind(predicate: Any, q_len: Any, kv_len: Any) -> bool:

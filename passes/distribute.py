@@ -117,6 +117,7 @@ def _part(
         result=(),
         mask=masks.predicate(moved(site.mask.predicate)),
         average=None if site.average is None else masks.predicate(moved(site.average.predicate)),
+        unseen=None if site.unseen is None else moved(site.unseen),
         score=Score(moved(site.score.expr), None if site.score.sink is None else moved(site.score.sink)),
         tensors=tensors,
     )
@@ -158,7 +159,7 @@ class _Tokens:
         """Raises NotDistributed for a tensor that is read by token in another way than at its query or its key."""
         assert site.mask is not None
         average = None if site.average is None else site.average.predicate
-        expressions = [site.mask.predicate, site.score.expr, site.score.sink, average]
+        expressions = [site.mask.predicate, site.score.expr, site.score.sink, average, site.unseen]
         loads = {f for e in expressions if e is not None for f in sympy.sympify(e).atoms(AppliedUndef)}
         found: dict[Any, dict[int, int]] = {Q: {}, KV: {}}
         for load in loads:
@@ -217,6 +218,7 @@ def _point(site: AttentionSite, number: int, twin: int) -> None:
     assert site.mask is not None
     site.mask = masks.predicate(pointed(site.mask.predicate))
     site.average = None if site.average is None else masks.predicate(pointed(site.average.predicate))
+    site.unseen = None if site.unseen is None else pointed(site.unseen)
     site.score = Score(pointed(site.score.expr), None if site.score.sink is None else pointed(site.score.sink))
 
 

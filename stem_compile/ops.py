@@ -3,8 +3,9 @@ kernels.
 
 A graph after insert_selection holds ``oam_scores -> tpd_select -> sparse_attention``; lowering fuses the first two into
 ``select`` where the device has a kernel for it. ``blind_rows`` is there where rows without a visible key are not to
-give 0. Masks, scores and selections travel as text (``masks.encode``, ``Score.text``, ``SelectionSpec.text``), their
-runtime parts as ``tensors`` (T0, T1, ... of mask and score) and ``scalars`` (S0, S1, ...). ``fallback`` says what
+give 0, and ``blind_attention`` where they are not the mean of all values either. Masks, scores and selections travel as
+text (``masks.encode``, ``Score.text``, ``SelectionSpec.text``), their runtime parts as ``tensors`` (T0, T1, ... of mask
+and score) and ``scalars`` (S0, S1, ...). ``fallback`` says what
 happens when a kernel fails: "dense" answers the call by dense attention under the same mask, "error" raises.
 """
 
@@ -46,12 +47,18 @@ LIBRARY.define(
     tags=_TAGS,
 )
 LIBRARY.define(f"blind_rows(Tensor q, Tensor k, {_MASK}) -> Tensor")
+LIBRARY.define(
+    "blind_attention(Tensor q, Tensor k, Tensor v, Tensor blind, Tensor[] tensors, SymInt[] scalars, str logits,"
+    " ScalarType dtype) -> Tensor",
+    tags=_TAGS,
+)
 
 OAM_SCORES = torch.ops.stem.oam_scores.default
 TPD_SELECT = torch.ops.stem.tpd_select.default
 SELECT = torch.ops.stem.select.default
 SPARSE_ATTENTION = torch.ops.stem.sparse_attention.default
 BLIND_ROWS = torch.ops.stem.blind_rows.default
+BLIND_ATTENTION = torch.ops.stem.blind_attention.default
 
 
 class SparseAttentionArgs(NamedTuple):
@@ -205,6 +212,20 @@ def _(
 def _(q: torch.Tensor, k: torch.Tensor, tensors: Any, scalars: Any, mask: str) -> torch.Tensor:
     heads = q.shape[1] if H in masks.decode(mask).predicate.free_symbols else 1
     return q.new_empty(q.shape[0], heads, q.shape[2], 1, dtype=torch.bool)
+
+
+@_fake("blind_attention")  # type: ignore[untyped-decorator]
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    blind: torch.Tensor,
+    tensors: Any,
+    scalars: Any,
+    logits: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return attention_output(q, v)
 
 
 def _lists(like: torch.Tensor, blocks: Any, spec: selection.SelectionSpec) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from stem_compile.algebra.masks import Full, Mask, encode
@@ -62,7 +63,8 @@ class AttentionSite:
     result: steps that give ``node``'s layout from [B, H, q_len, dv].
     mask: what it means; None until analyze_masks.
     average: mask whose blind rows are the mean of all values, as a softmax over equal scores makes them; None: they
-    give 0, or there are none.
+    give 0, or there are none. unseen: logits in the raw product, computed in logits_dtype, where those rows weigh keys
+    by them instead.
     score: what happens to scaled products. tensors, scalars: graph values of T0.. and S0.. scale: float factor of q.k;
     given_scale: what it was before the mask was read, which may move it into the score.
     name: where in the model it is.
@@ -84,6 +86,8 @@ class AttentionSite:
     result: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     mask: Mask | None = None
     average: Mask | None = None
+    unseen: Any = None
+    logits_dtype: torch.dtype = torch.float32
     is_causal: bool = False
     tensors: list[fx.Node | View] = field(default_factory=list)
     scalars: list[Any] = field(default_factory=list)

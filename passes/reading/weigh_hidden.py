@@ -1,9 +1,9 @@
 """What eager attention makes of a row that sees no key: the mean of all values, where all its scores are hidden ones
-and those are equal and finite.
+and those are equal and finite; where some are finite and they differ, its keys are weighed by them.
 
 A hidden score may hide twice as much where it is hidden twice (then it is -inf, or counts for nothing beside the
 others), and one that is not very
-negative keeps what it was: there a row that sees no key is no plain mean, and this says so.
+negative keeps what it was: there a row that sees no key is no plain mean, and must be computed.
 """
 
 from __future__ import annotations
@@ -41,13 +41,27 @@ def evenly_hidden(
         return _lowest_entries(hides[0].load, visible_logits, dtype, dtypes)
     if not 0 < len(hides) <= MOST or any(h.load is not None for h in hides):
         return None
-    levels = {
+    levels = _levels(expr, hides, dtype)
+    even = len(levels) == 1 and None not in levels and -torch.inf not in levels
+    return in_floats(sympy.And(*(h.visible for h in hides))) if even else None
+
+
+def weighed_hidden(expr: Any, dtype: torch.dtype, row_maximum: RowMaximum = lambda load: None) -> bool:
+    """Whether a row that sees no key may have finite scores: False only where all that hides is known to give -inf. For
+    logits of which ``evenly_hidden`` says None."""
+    hides, _ = hidden_conditions(expr, row_maximum)
+    if any(h.load is not None for h in hides) or len(hides) > MOST:
+        return True
+    return bool(_levels(expr, hides, dtype) - {-torch.inf})
+
+
+def _levels(expr: Any, hides: list[Hide], dtype: torch.dtype) -> set[float | None]:
+    """Levels of a key that some of the hides hide, whichever."""
+    return {
         _level(expr.xreplace(_replacements(hides, hidden)), dtype)
         for hidden in itertools.product((False, True), repeat=len(hides))
         if any(hidden)
     }
-    even = len(levels) == 1 and None not in levels and -torch.inf not in levels
-    return in_floats(sympy.And(*(h.visible for h in hides))) if even else None
 
 
 def _replacements(hides: list[Hide], hidden: tuple[bool, ...]) -> dict[Any, Any]:
