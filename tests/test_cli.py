@@ -179,10 +179,19 @@ def test_explain_prints_a_table_or_json(folder: str) -> None:
 def test_explain_says_why_a_short_prompt_computes_more_than_its_budget(folder: str) -> None:
     options = ["-o", "inner=eager", "-o", "budget=0.25"]
     short = stem_compile("explain", folder, "--tokens", "2048", *options)
-    assert "budget 0.25: 43% of a causal prompt of 2,048 tokens is computed" in short.out
-    assert "the budget is kept from 10,240 tokens on" in short.out
+    said = " ".join(short.out.split())
+    assert "budget 0.25: 43% of a causal prompt of 2,048 tokens is computed" in said
+    assert "the budget is kept from 10,240 tokens on" in said
     half = stem_compile("explain", folder, "--tokens", "4096", "-o", "inner=eager", "-o", "budget=0.5")
     assert "is computed, since" not in half.out
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80])
+def test_explain_of_a_shell_fits_the_terminal(folder: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    printed = stem_compile("explain", folder, "--tokens", "2048", "-o", "budget=0.25").out
+    assert "10,240 tokens" in " ".join(printed.split())
+    assert max(map(len, printed.splitlines())) <= columns
 
 
 def test_a_prompt_that_the_model_cannot_take_is_the_users(tmp_path: Path) -> None:

@@ -41,12 +41,9 @@ def run(arguments: argparse.Namespace) -> int:
         if (own := target.explain_failure(tokens, error)) is not None:
             raise own from error
         raise
-    if arguments.json:
-        print(json.dumps(explanation.to_dict(), indent=2))
-        return 0
-    print(explanation)
     if remark := forced(options, tokens):
-        print(remark)
+        explanation.notes.append(remark)
+    print(json.dumps(explanation.to_dict(), indent=2) if arguments.json else explanation)
     return 0
 
 
