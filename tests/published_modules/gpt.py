@@ -105,7 +105,7 @@ class GPT2(Projected):
         return self.proj(merge((w / w.sum(dim=-1, keepdim=True)) @ v))
 
 
-@published("huggingface/transformers, GPT-2", inputs=padded, everywhere=False)
+@published("huggingface/transformers, GPT-2", inputs=padded)
 class GPT2WithPadding(Projected):
     def __init__(self) -> None:
         super().__init__()
@@ -364,7 +364,7 @@ class Tensor2Tensor(Projected):
         return self.proj(merge(torch.matmul(torch.softmax(logits, -1), v)))
 
 
-@published("google-research/bert used as a decoder, UniLM", inputs=padded, everywhere=False)
+@published("google-research/bert used as a decoder, UniLM", inputs=padded)
 class UniLM(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -534,7 +534,7 @@ class Cohere(Projected):
         return x + self.proj(merge(out)) + self.down(F.silu(self.up(y)))
 
 
-@published("huggingface/transformers, OpenAI GPT", inputs=padded, everywhere=False)
+@published("huggingface/transformers, OpenAI GPT", inputs=padded)
 class OpenAIGPTWithPadding(Projected):
     def __init__(self) -> None:
         super().__init__()

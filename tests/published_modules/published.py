@@ -33,8 +33,7 @@ class Published:
     """One module.
 
     source: the repository that writes attention so. reason: why it must stay dense, None where it must be rewritten.
-    causal: whether later keys are hidden from earlier queries. everywhere: whether rows that are padding are eager's
-    too; where a mask adds up two finite numbers, eager gives them a mean of some keys, which nothing reads.
+    causal: whether later keys are hidden from earlier queries.
     """
 
     name: str
@@ -43,7 +42,6 @@ class Published:
     inputs: Inputs
     reason: Reason | None
     causal: bool
-    everywhere: bool
 
 
 PUBLISHED: dict[str, Published] = {}
@@ -55,12 +53,11 @@ def published(
     inputs: Inputs = tokens,
     reason: Reason | None = None,
     causal: bool = True,
-    everywhere: bool = True,
 ) -> Callable[[type[nn.Module]], type[nn.Module]]:
     """Add a module to the table."""
 
     def add(build: type[nn.Module]) -> type[nn.Module]:
-        PUBLISHED[build.__name__] = Published(build.__name__, source, build, inputs, reason, causal, everywhere)
+        PUBLISHED[build.__name__] = Published(build.__name__, source, build, inputs, reason, causal)
         return build
 
     return add
