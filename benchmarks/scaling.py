@@ -15,24 +15,17 @@ import torch
 
 from stem_compile.config import StemConfig
 from stem_compile.distributed import ORDERS, TokenSplit
-from stem_compile.selection import SelectionSpec
-from stem_compile.selection.tpd import full_rows, row_limits
+from stem_compile.distributed.balance import blocks_of_rows, table
 
 BUDGETS = (0.0625, 0.125, 0.25, 0.5, 1.0)
 
 
-def blocks_of_rows(spec: SelectionSpec, tokens: int) -> torch.Tensor:
-    """Blocks that each row of blocks of a causal prompt computes: int64 [query blocks]."""
-    ends = torch.arange(0, tokens, spec.block_q).add(spec.block_q).clamp(max=tokens)
-    visible = (ends + spec.block_k - 1) // spec.block_k
-    limit = row_limits(visible, spec)
-    return torch.where(full_rows(visible, limit, spec), visible, limit)
-
-
-def blocks_of_ranks(rows: torch.Tensor, ranks: int, order: str) -> torch.Tensor:
-    """Blocks that each of ``ranks`` ranks computes: int64 [ranks]. rows: blocks a row, whole chunks of them. Raises
-    SplitError where they are none."""
-    return torch.stack([TokenSplit("", rank, ranks, order).part(rows, 0).sum() for rank in range(ranks)])
+def blocks_of_ranks(
+    rows: torch.Tensor, ranks: int, order: str = "zigzag", held: tuple[tuple[int, ...], ...] = ()
+) -> torch.Tensor:
+    """Blocks that each of ``ranks`` ranks computes: int64 [ranks]. rows: blocks a row, whole chunks of them. held: a
+    table of chunks in place of the order's. Raises SplitError where rows are no whole chunks."""
+    return torch.stack([TokenSplit("", rank, ranks, order, held).part(rows, 0).sum() for rank in range(ranks)])
 
 
 def imbalance(blocks: torch.Tensor) -> float:
@@ -45,12 +38,15 @@ def main() -> None:
     parser.add_argument("--ranks", default="8")
     parser.add_argument("--lengths", default="131072")
     given = parser.parse_args()
-    print("| tokens | ranks | budget | blocks a head | zigzag | contiguous |\n|---|---|---|---|---|---|")
+    print("| tokens | ranks | budget | blocks a head | balanced | zigzag | contiguous |\n|---|---|---|---|---|---|---|")
     for tokens in map(int, given.lengths.split(",")):
         for ranks in map(int, given.ranks.split(",")):
             for budget in BUDGETS:
-                rows = blocks_of_rows(StemConfig(budget=budget).selection_of(0), tokens)
-                shares = [f"{imbalance(blocks_of_ranks(rows, ranks, order)):.1%}" for order in ORDERS]
+                spec = StemConfig(budget=budget).selection_of(0)
+                rows = blocks_of_rows(spec, tokens)
+                splits = [blocks_of_ranks(rows, ranks, held=table(spec, tokens, ranks))]
+                splits += [blocks_of_ranks(rows, ranks, order) for order in ORDERS]
+                shares = [f"{imbalance(blocks):.1%}" for blocks in splits]
                 print(f"| {tokens:,} | {ranks} | {budget} | {int(rows.sum()):,} | {' | '.join(shares)} |", flush=True)
 
 

@@ -1,6 +1,7 @@
 """One prompt over several processes: its tokens split, every attention computed over all of them.
 
     torchrun --nproc-per-node 2 examples/context_parallel.py
+    torchrun --nproc-per-node 2 examples/context_parallel.py --balanced
     torchrun --nproc-per-node 4 examples/context_parallel.py --tensor-parallel 2
 
 Small models of four families with random weights, with and without left padding, on CPUs. Each compares the logits with
@@ -27,7 +28,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from stem_compile.distributed import shard, unshard
+from stem_compile.config import StemConfig
+from stem_compile.distributed import TokenSplit, balanced, shard, unshard
 from stem_compile.selection.observe import observe
 
 LENGTH, PADS, BLOCK = 500, 37, 64
@@ -102,7 +104,7 @@ def run(model: Any, options: dict[str, Any], given: dict[str, torch.Tensor]) -> 
     return logits, blocks
 
 
-def compare(family: str, padded: bool, tokens: DeviceMesh, heads: DeviceMesh | None) -> str:
+def compare(family: str, padded: bool, tokens: TokenSplit, heads: DeviceMesh | None) -> str:
     """What the ranks make of one model against one process, in a line. Raises AssertionError where they differ."""
     whole, given = model_of(family), prompt(padded)
     part = model_of(family) if heads is None else tensor_parallel(model_of(family), heads)
@@ -127,17 +129,16 @@ def compare(family: str, padded: bool, tokens: DeviceMesh, heads: DeviceMesh | N
 
 
 def compare_blocks(
-    family: str, blocks: list[torch.Tensor], wanted: list[torch.Tensor], tokens: DeviceMesh, heads: DeviceMesh | None
+    family: str, blocks: list[torch.Tensor], wanted: list[torch.Tensor], tokens: TokenSplit, heads: DeviceMesh | None
 ) -> float:
     """Share of the causal blocks that one process computes. Raises AssertionError unless the rank's are the same."""
-    ranks, rank = tokens.size(), tokens.get_local_rank()
-    chunks = (rank, 2 * ranks - 1 - rank)
-    assert len(blocks) == 2 * len(wanted)
+    rank, chunks = tokens.rank, tokens.held
+    assert len(blocks) == len(chunks) * len(wanted)
     for layer, whole in enumerate(wanted):
         if heads is not None:
             whole = whole.chunk(heads.size(), 1)[heads.get_local_rank()]
-        for half, chunk in enumerate(chunks):
-            mine = blocks[2 * layer + half]
+        for place, chunk in enumerate(chunks):
+            mine = blocks[len(chunks) * layer + place]
             rows = whole[:, :, chunk * mine.shape[2] : (chunk + 1) * mine.shape[2]]
             columns = min(mine.shape[3], rows.shape[3])
             same = mine[:, :, : rows.shape[2], :columns] == rows[..., :columns]
@@ -152,6 +153,7 @@ def main() -> None:
     parser.add_argument(
         "--tensor-parallel", type=int, default=1, metavar="T", help="ranks that share each token's heads"
     )
+    parser.add_argument("--balanced", action="store_true", help="split by the blocks computed at budget 0.25")
     parser.add_argument("--models", nargs="*", default=[*FAMILIES], choices=[*FAMILIES])
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -162,10 +164,12 @@ def main() -> None:
     mesh = init_device_mesh(
         "cpu", (size // given.tensor_parallel, given.tensor_parallel), mesh_dim_names=("tokens", "heads")
     )
+    selection = StemConfig.from_options({**SPARSE, "budget": 0.25}).selection
+    tokens = balanced(mesh["tokens"], selection, LENGTH) if given.balanced else TokenSplit.of(mesh["tokens"])
     heads = mesh["heads"] if given.tensor_parallel > 1 else None
     for family in given.models:
         for padded in (False, True):
-            line = compare(family, padded, mesh["tokens"], heads)
+            line = compare(family, padded, tokens, heads)
             if dist.get_rank() == 0:
                 print(f"{family}{', left padding' if padded else ''}: {line}", flush=True)
     dist.destroy_process_group()

@@ -135,7 +135,11 @@ def _gathered(graph: fx.Graph, x: fx.Node, dim: int, split: TokenSplit, origin: 
     ready = call(graph, collectives.wait_tensor.default, (flat,), origin)
     stacked = View(ready, (("reshape", (split.ranks, *map(int, known.shape))),))
     ordered = (("movedim", (0, dim)), ("flatten", (dim, dim + 1)))
-    if split.order == "zigzag":
+    pieces: list[tuple[tuple[str, tuple[Any, ...]], ...]]
+    if split.table:
+        chunk = split.chunk_length(int(known.shape[dim]))
+        pieces = [(("select", (0, r)), ("narrow", (dim, place * chunk, chunk))) for r, place in split.places]
+    elif split.order == "zigzag":
         half = int(known.shape[dim]) // 2
         heads, tails = (("narrow", (dim + 1, start, half)) for start in (0, half))
         pieces = [(heads, *ordered), (tails, ("flip", (0,)), *ordered)]

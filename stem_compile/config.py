@@ -84,8 +84,9 @@ class StemConfig:
     prompt_length: tokens of the whole prompt when it is prefilled in chunks, so that chunks select as one shot would;
     None is each call's length. A chunk that cuts a block of queries in two stays dense.
     context_parallel: 1-D DeviceMesh or process group over whose ranks the tokens of a sequence are split, as
-    ``stem_compile.distributed.shard`` splits them; context_parallel_order is its ``order``. Then no attention stays
-    dense for its length, ``dense_layers`` compute all blocks, and what cannot be rewritten is an error.
+    ``stem_compile.distributed.shard`` splits them, or the split that ``stem_compile.distributed.balanced`` makes for
+    one; context_parallel_order is shard's ``order``. Then no attention stays dense for its length, ``dense_layers``
+    compute all blocks, and what cannot be rewritten is an error.
     inner: the backend that gets the rewritten graph. mode: Inductor's mode ("reduce-overhead", "max-autotune", ...),
     since torch.compile takes either ``mode=`` or ``options=``. fallback: "dense" leaves an attention that cannot be
     rewritten as it is, and answers a call whose kernel fails by dense attention; "error" raises. when_dense: what to

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 
 # Layers from bottom to top; a module may import its own layer and those below.
 LAYERS = (
-    ("algebra", "reasons", "registry", "timing", "packages", "distributed"),
-    ("selection",),
+    ("algebra", "reasons", "registry", "timing", "packages"),
+    ("selection", "distributed"),
     ("config", "ops"),
     ("kernels",),
     ("passes",),

@@ -44,8 +44,9 @@ def test_a_thousand_calls_from_four_threads_are_one_threads() -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_compute_what_one_does() -> None:
+@pytest.mark.parametrize("flags", [(), ("--balanced",)], ids=["zigzag", "balanced"])
+def test_two_processes_compute_what_one_does(flags: tuple[str, ...]) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    printed = run(*torchrun, "examples/context_parallel.py", "--models", "llama", "gemma3")
+    printed = run(*torchrun, "examples/context_parallel.py", *flags, "--models", "llama", "gemma3")
     lines = [line for line in printed.splitlines() if line.endswith("of the blocks, all as in one process")]
     assert [line.split(":")[0] for line in lines] == ["llama", "llama, left padding", "gemma3", "gemma3, left padding"]

@@ -4,7 +4,8 @@
 computes every attention over all of them, and ``unshard`` puts outputs together again.
 """
 
+from stem_compile.distributed.balance import balanced
 from stem_compile.distributed.shard import Shard, shard, unshard
 from stem_compile.distributed.split import ORDERS, SplitError, TokenSplit
 
-__all__ = ["ORDERS", "Shard", "SplitError", "TokenSplit", "shard", "unshard"]
+__all__ = ["ORDERS", "Shard", "SplitError", "TokenSplit", "balanced", "shard", "unshard"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from stem_compile.distributed.split import SplitError, TokenSplit
@@ -32,11 +31,11 @@ def shard(
 ) -> Shard:
     """This rank's part of prompts that every rank holds.
 
-    mesh: 1-D DeviceMesh or ProcessGroup. input_ids: int64 [B, N]. position_ids: [B, N] or [1, N], None: 0 to N - 1.
-    attention_mask: [B, N], 1 is a real token, None: all are. order: as option ``context_parallel_order``. block_size:
-    as the option of that name; chunks are whole blocks, so that blocks are those of one process. Prompts are padded on
-    the right with ``pad_token``, which causal attention of real tokens never sees; ``unshard(..., length=N)`` cuts it
-    off.
+    mesh: 1-D DeviceMesh or ProcessGroup, or the split that ``balanced`` makes for one. input_ids: int64 [B, N].
+    position_ids: [B, N] or [1, N], None: 0 to N - 1. attention_mask: [B, N], 1 is a real token, None: all are. order:
+    as option ``context_parallel_order``. block_size: as the option of that name; chunks are whole blocks, so that
+    blocks are those of one process. Prompts are padded on the right with ``pad_token``, which causal attention of real
+    tokens never sees; ``unshard(..., length=N)`` cuts it off.
 
     Position ids continue through the padding. The attention mask is always there: without one, models take jumps of
     the position ids for the borders of packed documents.
@@ -74,8 +73,8 @@ def unshard(
     """
     split = TokenSplit.of(mesh, order)
     split.chunk_length(x.shape[dim])
-    parts = x.new_empty(split.ranks, *x.shape)
-    group = mesh.get_group() if hasattr(mesh, "get_group") else mesh
-    dist.all_gather(list(parts.unbind(0)), x.contiguous(), group=group)
+    collectives = torch.ops._c10d_functional
+    flat = collectives.all_gather_into_tensor(x.contiguous(), split.ranks, split.group)
+    parts = collectives.wait_tensor(flat).reshape(split.ranks, *x.shape)
     whole = split.gathered(parts, dim if dim >= 0 else dim + x.dim())
     return whole if length is None else whole.narrow(dim, 0, length)

@@ -22,18 +22,20 @@ class TokenSplit:
     """How one sequence lies on the ranks of a process group. Frozen and hashable.
 
     group: name of the process group, as torch's functional collectives know it. rank: this process's in the group;
-    ranks: its size. order: one of ``ORDERS``.
+    ranks: its size. order: one of ``ORDERS``. table: numbers of the chunks that each rank holds, equally many each, in
+    place of an order's (``distributed.balanced`` makes one); empty: the order's.
     """
 
     group: str
     rank: int
     ranks: int
     order: str = "zigzag"
+    table: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def of(cls, mesh: Any, order: str = "zigzag") -> TokenSplit:
-        """Split over a 1-D ``DeviceMesh`` or a ``ProcessGroup`` (of which this process is a member). Raises SplitError
-        for anything else."""
+        """Split over a 1-D ``DeviceMesh`` or a ``ProcessGroup`` (of which this process is a member). A split is
+        returned as it is. Raises SplitError for anything else."""
         if isinstance(mesh, cls):
             return mesh
         if order not in ORDERS:
@@ -54,7 +56,7 @@ class TokenSplit:
     @property
     def chunks(self) -> int:
         """Chunks of equal length that the sequence is cut into."""
-        return 2 * self.ranks if self.order == "zigzag" else self.ranks
+        return len(self.held) * self.ranks
 
     @property
     def held(self) -> tuple[int, ...]:
@@ -63,7 +65,15 @@ class TokenSplit:
 
     def held_by(self, rank: int) -> tuple[int, ...]:
         """Numbers of the chunks that a rank holds."""
+        if self.table:
+            return self.table[rank]
         return (rank, 2 * self.ranks - 1 - rank) if self.order == "zigzag" else (rank,)
+
+    @property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """(rank, place among its chunks) of each chunk, in the order of the sequence."""
+        found = {number: (rank, place) for rank in range(self.ranks) for place, number in enumerate(self.held_by(rank))}
+        return tuple(found[number] for number in range(self.chunks))
 
     def chunk_length(self, local: int) -> int:
         """Tokens a chunk where a rank holds ``local`` tokens. Raises SplitError where they are no whole number."""
@@ -80,11 +90,8 @@ class TokenSplit:
         stacked: [R, ...], each rank's tensor with its tokens in dimension ``dim`` of [...]. Returns [...] with R times
         as many tokens.
         """
-        if self.order == "contiguous":
-            return stacked.movedim(0, dim).flatten(dim, dim + 1)
-        heads, tails = stacked.chunk(2, dim + 1)
-        both = (heads, tails.flip(0))
-        return torch.cat([x.movedim(0, dim).flatten(dim, dim + 1) for x in both], dim)
+        pieces = stacked.chunk(len(self.held), dim + 1)
+        return torch.cat([pieces[place][rank] for rank, place in self.places], dim)
 
     def part(self, whole: torch.Tensor, dim: int) -> torch.Tensor:
         """This rank's tokens of a tensor that holds all of them in dimension ``dim``: ``gathered``'s inverse."""

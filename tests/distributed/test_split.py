@@ -7,9 +7,10 @@ import itertools
 import pytest
 import torch
 
-from benchmarks.scaling import BUDGETS, blocks_of_ranks, blocks_of_rows, imbalance
+from benchmarks.scaling import BUDGETS, blocks_of_ranks, imbalance
 from stem_compile.config import OptionError, StemConfig
 from stem_compile.distributed import ORDERS, SplitError, TokenSplit
+from stem_compile.distributed.balance import blocks_of_rows, dealt, table
 
 
 @pytest.mark.parametrize(("order", "ranks", "dim"), itertools.product(ORDERS, (1, 2, 3, 8), (0, 1)))
@@ -29,6 +30,28 @@ def test_zigzag_is_more_even_than_contiguous(budget: float) -> None:
     zigzag, contiguous = (imbalance(blocks_of_ranks(rows, 8, order)) for order in ("zigzag", "contiguous"))
     assert zigzag < contiguous
     assert zigzag < 1e-9 or budget < 1
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_balanced_ranks_compute_nearly_the_same_number_of_blocks(budget: float) -> None:
+    spec = StemConfig(budget=budget).selection_of(0)
+    assert imbalance(blocks_of_ranks(blocks_of_rows(spec, 131072), 8, held=table(spec, 131072, 8))) < 0.05
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_a_table_of_chunks_is_put_together_too(ranks: int) -> None:
+    held = table(StemConfig(budget=0.25, block_size=64).selection, 5000, ranks)
+    assert sorted(n for hand in held for n in hand) == list(range(4 * ranks))
+    whole = torch.arange(96 * ranks).reshape(-1, 2)
+    parts = torch.stack([TokenSplit("", rank, ranks, table=held).part(whole, 0) for rank in range(ranks)])
+    assert torch.equal(TokenSplit("", 0, ranks, table=held).gathered(parts, 0), whole)
+
+
+def test_hands_are_dealt_evenly_and_are_of_one_size() -> None:
+    costs = [9, 7, 6, 5, 4, 3, 2, 0]
+    hands = dealt(costs, 2)
+    assert [len(hand) for hand in hands] == [4, 4]
+    assert [sum(costs[n] for n in hand) for hand in hands] == [18, 18]
 
 
 def test_what_cannot_be_split_is_named() -> None:
