@@ -69,10 +69,14 @@ def _beyond_a_tie(observed: Observed, own: torch.Tensor, want: torch.Tensor) -> 
 
 
 def _unlike(scores: torch.Tensor, taken: torch.Tensor, left: torch.Tensor, noise: float) -> torch.Tensor:
-    """Bool [..., rows]: rows in which ``taken`` blocks are not as many as those ``left`` for them, or score higher."""
-    best = scores.masked_fill(~taken, -torch.inf).amax(-1)
-    worst = scores.masked_fill(~left, torch.inf).amin(-1)
-    unlike: torch.Tensor = (taken.sum(-1) != left.sum(-1)) | ((best - worst > noise) & taken.any(-1))
+    """Bool [..., rows]: rows in which ``taken`` blocks are not as many as those ``left`` for them, or in which their
+    scores are not all one up to ``noise``: a row that takes worse blocks is as wrong as one that leaves them."""
+    differing = taken | left
+    highest = scores.masked_fill(~differing, -torch.inf).amax(-1)
+    lowest = scores.masked_fill(~differing, torch.inf).amin(-1)
+    # A block that is no candidate scores -inf; two of them differ by NaN, and are no tie either.
+    tie = (highest - lowest <= noise) | ~differing.any(-1)
+    unlike: torch.Tensor = (taken.sum(-1) != left.sum(-1)) | ~tie
     return unlike
 
 

@@ -66,6 +66,15 @@ def _(patch: Patch) -> None:
     means(patch, late)
 
 
+@fault("query groups are read one group late behind a cached prefix", "prefix-invariance")
+def _(patch: Patch) -> None:
+    def late(groups: Any) -> None:
+        if groups.attention.shape[3] > groups.attention.shape[2]:
+            groups.queries = groups.queries._replace(mean=groups.queries.mean.roll(-1, 2))
+
+    means(patch, late)
+
+
 @fault("key groups are read one group late", "block-causality")
 def _(patch: Patch) -> None:
     def late(groups: Any) -> None:
