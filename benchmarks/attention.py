@@ -123,8 +123,8 @@ class Problem:
         r, c = torch.arange(rows, device="cuda")[:, None], torch.arange(columns, device="cuda")[None, :]
         partial = (c + 1) * bk > r * bq + 1
 
-        def lists(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return chosen.sum(-1).int(), torch.argsort(chosen.int(), dim=-1, descending=True, stable=True).int()
+        def lists(computed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return computed.sum(-1).int(), torch.argsort(computed.int(), dim=-1, descending=True, stable=True).int()
 
         cut, full = lists(self.blocks & partial), lists(self.blocks & ~partial)
         mask = BlockMask.from_kv_blocks(
@@ -304,11 +304,11 @@ def million(options: argparse.Namespace) -> int:
         times = measure(
             {"selection": problem.select, "whole": functools.partial(problem.whole, kernel)}, options.milliseconds
         )
-        chosen, whole = times["selection"], times["whole"]
-        rate = problem.flop / (whole["ms"] - chosen["ms"]) / 1e9
+        select, whole = times["selection"], times["whole"]
+        rate = problem.flop / (whole["ms"] - select["ms"]) / 1e9
         print(
             f"1M tokens, {spec.pooling} pooling, {spec.score_dtype} scores, blocks {spec.block_q}x{spec.block_k},"
-            f" density {problem.density:.3f}: {kernel} + selection {whole['ms']:.1f} ms, selection {chosen['ms']:.1f}"
+            f" density {problem.density:.3f}: {kernel} + selection {whole['ms']:.1f} ms, selection {select['ms']:.1f}"
             f" ms, {rate:.0f} TFLOP/s, error {error:.1e}, {extra / 1e9:.2f} GB beyond inputs and output",
             flush=True,
         )

@@ -42,23 +42,23 @@ SAMPLES = 5
 
 
 def error(
-    out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chosen: BlockSelection, scale: float
+    out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: BlockSelection, scale: float
 ) -> tuple[float, float]:
     """(ours, SDPA's) largest absolute error against fp64 on sampled query row blocks, the first and the last among
     them."""
     batch, heads, length, _ = q.shape
-    dense = chosen.dense(
-        candidates(decode(MASK), (batch, heads, length, k.shape[2]), [], [], chosen.block_q, chosen.block_k, "cpu")
+    dense = lists.dense(
+        candidates(decode(MASK), (batch, heads, length, k.shape[2]), [], [], lists.block_q, lists.block_k, "cpu")
     )
     rows = dense.shape[2]
     worst = [0.0, 0.0]
     for row in sorted({i * (rows - 1) // (SAMPLES - 1) for i in range(SAMPLES)}):
-        tokens = slice(row * chosen.block_q, min((row + 1) * chosen.block_q, length))
-        seen = dense[:, :, row, None].repeat_interleave(chosen.block_k, -1)[..., : k.shape[2]]
-        seen = seen & (torch.arange(k.shape[2]) <= torch.arange(tokens.start, tokens.stop)[:, None])
+        tokens = slice(row * lists.block_q, min((row + 1) * lists.block_q, length))
+        visible = dense[:, :, row, None].repeat_interleave(lists.block_k, -1)[..., : k.shape[2]]
+        visible = visible & (torch.arange(k.shape[2]) <= torch.arange(tokens.start, tokens.stop)[:, None])
         golden, plain = (
             F.scaled_dot_product_attention(
-                q[:, :, tokens].to(t), k.to(t), v.to(t), attn_mask=seen, scale=scale, enable_gqa=True
+                q[:, :, tokens].to(t), k.to(t), v.to(t), attn_mask=visible, scale=scale, enable_gqa=True
             )
             for t in (torch.float64, q.dtype)
         )
@@ -93,16 +93,16 @@ def benchmark(length: int, dtype: torch.dtype, spec: SelectionSpec, options: arg
         return fresh.selection(*cpu.select(fresh, names.select))
 
     def attend() -> torch.Tensor:
-        return cpu.attend(attention(), chosen, names.attend)
+        return cpu.attend(attention(), lists, names.attend)
 
     def dense() -> torch.Tensor:
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=options.heads != options.key_heads
         )
 
-    chosen, possible = select(), attention().candidates
-    chosen.check(possible)
-    ours, theirs = error(attend(), q, k, v, chosen, scale)
+    lists, possible = select(), attention().candidates
+    lists.check(possible)
+    ours, theirs = error(attend(), q, k, v, lists, scale)
     if not ours <= SAMPLED_ROWS.allowed(theirs, 1.0, dtype):
         raise SystemExit(f"wrong at {length} {dtype}: error {ours:.2e}, SDPA's {theirs:.2e}")
     memory = {"dense_mib": peak_memory(dense), "ours_mib": peak_memory(lambda: (select(), attend()))}
@@ -114,7 +114,7 @@ def benchmark(length: int, dtype: torch.dtype, spec: SelectionSpec, options: arg
         "dtype": str(dtype).removeprefix("torch."),
         "budget": spec.budget,
         "pooling": spec.pooling,
-        "density": chosen.density(possible),
+        "density": lists.density(possible),
         "kernel": names.attend,
         "error": ours,
         "sdpa_error": theirs,

@@ -27,14 +27,14 @@ CAUSAL = "kv <= q"
 
 def inputs(length: int, heads: int = 32, key_heads: int = 8, dim: int = 128, seed: int = 0) -> tuple[Any, ...]:
     """q, k, v whose neighbouring tokens are alike, as they are in models."""
-    made = []
+    tensors = []
     generator = torch.Generator(device="cuda").manual_seed(seed)
     for h in (heads, key_heads, key_heads):
         coarse = torch.randn(1, h, length // 16 + 2, dim, device="cuda", generator=generator)
         x = coarse.repeat_interleave(16, 2)[:, :, :length]
         fine = torch.randn(1, h, length, dim, device="cuda", generator=generator)
-        made.append((x + 0.7 * fine).bfloat16())
-    return made[0] * 1.5, made[1], made[2]
+        tensors.append((x + 0.7 * fine).bfloat16())
+    return tensors[0] * 1.5, tensors[1], tensors[2]
 
 
 def milliseconds(run: Callable[[], Any], rounds: int = 9) -> float:
@@ -110,8 +110,8 @@ def times(length: int, variants: bool) -> None:
             one = milliseconds(functools.partial(means.scores, 0, rows))
             print(f"  {groups} keys {keys} masses {one:.3f} ms, {registers} registers", flush=True)
         masses.HOPPER = default
-        made = milliseconds(functools.partial(masses.Means, means.attention))
-        print(f"  {groups} keys {keys} means {made:.3f} ms", flush=True)
+        duration = milliseconds(functools.partial(masses.Means, means.attention))
+        print(f"  {groups} keys {keys} means {duration:.3f} ms", flush=True)
         for budget in (0.25, 0.125, 0.0625):
             attention = attention_of(q, k, v, spec_of(groups, budget, keys))
             kernel = target.kernels(attention).attend

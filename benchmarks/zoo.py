@@ -163,11 +163,11 @@ def _compiled(model: Any, given: dict[str, Any], record: dict[str, Any]) -> torc
         rewrites: list[Rewrite] = []
         with backend.listen(rewrites.append):
             compiled = backend.stem(module, example_inputs, options=OPTIONS)
-        found = rewrites[-1].attentions
+        attentions = rewrites[-1].attentions
         record["graphs"] += 1
         record["handwritten"] += len(chains)
-        record["found"] += len(found)
-        rejected = [hit for hit in found if isinstance(hit, Rejected)]
+        record["found"] += len(attentions)
+        rejected = [hit for hit in attentions if isinstance(hit, Rejected)]
         sites = rewrites[-1].sites
         record["rewritten"] += len(sites)
         record["rejected"] += [
@@ -192,12 +192,12 @@ def _compiled(model: Any, given: dict[str, Any], record: dict[str, Any]) -> torc
 def _squares_above(tensors: list[torch.fx.Node]) -> int:
     """Tensors of tokens x tokens that are computed to make what an attention reads beside q, k and v (whose own history
     may hold other layers' masks)."""
-    seen, frontier = set(tensors), list(tensors)
+    visited, frontier = set(tensors), list(tensors)
     while frontier:
-        new = [n for n in frontier.pop().all_input_nodes if n not in seen]
-        seen.update(new)
+        new = [n for n in frontier.pop().all_input_nodes if n not in visited]
+        visited.update(new)
         frontier.extend(new)
-    return sum(_is_square(n) for n in seen)
+    return sum(_is_square(n) for n in visited)
 
 
 def _is_square(node: torch.fx.Node) -> bool:
@@ -383,10 +383,10 @@ def main() -> None:
     sweep([(n, i) for n in names for i in implementations], records, arguments.json, arguments.jobs, arguments.limit)
     from benchmarks import zoo_table
 
-    chosen = [records[f"{n}/{i}"] for n in names for i in implementations]
-    zoo_table.show(chosen)
+    rows = [records[f"{n}/{i}"] for n in names for i in implementations]
+    zoo_table.show(rows)
     if arguments.markdown:
-        arguments.markdown.write_text(zoo_table.markdown(chosen))
+        arguments.markdown.write_text(zoo_table.markdown(rows))
 
 
 if __name__ == "__main__":

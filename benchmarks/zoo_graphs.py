@@ -45,7 +45,7 @@ class Chain:
 
 def handwritten(graph: fx.Graph) -> list[Chain]:
     """Chains product -> softmax -> product of ``graph``, one a softmax."""
-    found = []
+    chains = []
     for node in graph.nodes:
         if name_of(node) != "softmax":
             continue
@@ -54,7 +54,7 @@ def handwritten(graph: fx.Graph) -> list[Chain]:
         if not (any(name_of(n) in PRODUCTS for n in above) and any(name_of(n) in PRODUCTS for n in below)):
             continue
         nodes = _between(node, above, below, graph)
-        found.append(
+        chains.append(
             Chain(
                 nodes,
                 node,
@@ -63,7 +63,7 @@ def handwritten(graph: fx.Graph) -> list[Chain]:
                 module_path(node),
             )
         )
-    return found
+    return chains
 
 
 def name_of(node: fx.Node) -> str:
@@ -72,22 +72,22 @@ def name_of(node: fx.Node) -> str:
 
 def _walk(start: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
     """Nodes reached from ``start`` through ops that pass elements on; products are reached, not passed."""
-    seen: set[fx.Node] = set()
+    visited: set[fx.Node] = set()
     frontier = [start]
-    while frontier and len(seen) < 4 * LONGEST:
+    while frontier and len(visited) < 4 * LONGEST:
         for node in step(frontier.pop()):
             known = value(node)
-            if node in seen or node.op not in ("call_function", "call_method"):
+            if node in visited or node.op not in ("call_function", "call_method"):
                 continue
             if isinstance(known, torch.Tensor) and not known.is_floating_point():
                 continue
             name = name_of(node)
             if name in PRODUCTS:
-                seen.add(node)
+                visited.add(node)
             elif name in PASSED:
-                seen.add(node)
+                visited.add(node)
                 frontier.append(node)
-    return seen
+    return visited
 
 
 def _between(softmax: fx.Node, above: set[fx.Node], below: set[fx.Node], graph: fx.Graph) -> list[fx.Node]:

@@ -288,17 +288,17 @@ def _layers(fields: dict[str, Any], how: str) -> dict[str, Any]:
         for n, v in fields.items()
         if isinstance(v, list | tuple) and len(v) == total > 2 and n not in INDICES
     }
-    chosen: set[int] = set()
+    indices: set[int] = set()
     for values in lists.values():
-        seen: list[Any] = []
+        distinct: list[Any] = []
         for index, v in enumerate(values):
-            if v not in seen and len(seen) < MOST_LAYERS:
-                seen.append(v)
-                chosen.add(index)
+            if v not in distinct and len(distinct) < MOST_LAYERS:
+                distinct.append(v)
+                indices.add(index)
     rest = iter(range(total))
-    while len(chosen) < min(LAYERS, total):
-        chosen.add(next(rest))
-    kept = sorted(chosen)[:MOST_LAYERS]
+    while len(indices) < min(LAYERS, total):
+        indices.add(next(rest))
+    kept = sorted(indices)[:MOST_LAYERS]
     if how == "first":
         kept = list(range(max(kept) + 1))[:MOST_LAYERS]
     cut = {n: min(len(kept), fields[n]) if n == counts[0] else LAYERS for n in counts}
@@ -320,7 +320,7 @@ def build(model_type: str, implementation: str) -> Any:
     """Model in eval mode and fp32, the same weights every time. Raises what the last recipe raised."""
     from transformers import AutoModelForCausalLM
 
-    made = model_class(model_type)._from_config if model_type in PART else AutoModelForCausalLM.from_config
+    construct = model_class(model_type)._from_config if model_type in PART else AutoModelForCausalLM.from_config
     failure: Exception | None = None
     for config in configs(model_type):
         try:
@@ -329,11 +329,11 @@ def build(model_type: str, implementation: str) -> Any:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 with torch.device("meta"):
-                    size = sum(p.numel() for p in made(config, dtype=torch.float32).parameters())
+                    size = sum(p.numel() for p in construct(config, dtype=torch.float32).parameters())
                 if size > MOST_WEIGHTS:
                     raise MemoryError(f"{size / 1e6:.0f}M weights after shrinking")
                 torch.manual_seed(0)
-                model = made(config, attn_implementation=implementation, dtype=torch.float32).eval()
+                model = construct(config, attn_implementation=implementation, dtype=torch.float32).eval()
                 plain = copy.deepcopy(model.state_dict())
                 stir(model)
                 with torch.no_grad():

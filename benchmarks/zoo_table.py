@@ -26,7 +26,7 @@ def totals(records: Iterable[Record]) -> dict[str, Any]:
         for x in r["rejected"]
     )
     missed = sum(len(r["missed"]) for r in ok)
-    found = sum(r["found"] for r in ok)
+    recognised = sum(r["found"] for r in ok)
     return {
         "types": len(all_of_them),
         "unsupported": sum(r["status"] == "unsupported" for r in all_of_them),
@@ -34,9 +34,9 @@ def totals(records: Iterable[Record]) -> dict[str, Any]:
         "failed": sum(r["status"] not in ("ok", "unsupported", "build") for r in all_of_them),
         "run": len(ok),
         "with attention": sum(bool(r["found"] or r["missed"]) for r in ok),
-        "attentions": found + missed,
+        "attentions": recognised + missed,
         "missed": missed,
-        "causal": found + missed - other,
+        "causal": recognised + missed - other,
         "rewritten": sum(r["rewritten"] for r in ok),
         "kept": sum(r.get("kept", 0) for r in ok),
         "differ": sum(not r["verdict"].startswith("equal") for r in ok),

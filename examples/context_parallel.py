@@ -99,7 +99,7 @@ def run(model: Any, options: dict[str, Any], given: dict[str, torch.Tensor]) -> 
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="stem", options={"inner": "eager", "min_length": 1, **SPARSE, **options})
     blocks: list[torch.Tensor] = []
-    with observe(lambda seen: blocks.append(seen.selection.dense(seen.candidates))), torch.no_grad():
+    with observe(lambda observed: blocks.append(observed.selection.dense(observed.candidates))), torch.no_grad():
         logits = compiled(**given, use_cache=False).logits
     return logits, blocks
 

@@ -113,9 +113,9 @@ def main() -> None:
     if (status := shell("tune", TARGET, *tuning)) == 0:
         options = json.loads((folder / "options.json").read_text())
     assert status in (0, 3)
-    chosen = [f"--option={name}={value}" for name, value in options.items()]
+    flags = [f"--option={name}={value}" for name, value in options.items()]
     checks = ["-p", "dense-equivalence", "-p", "coverage", "--examples", "2"]
-    assert shell("check", TARGET, *checks, *chosen) == 0
+    assert shell("check", TARGET, *checks, *flags) == 0
     serve(options)
 
 

@@ -88,11 +88,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=1000)
     arguments = parser.parse_args()
-    found = soak(arguments.calls)
+    stats = soak(arguments.calls)
     print(
-        f"{arguments.calls} calls from {THREADS} threads in {found['seconds']:.0f} s: {found['first']:.0f} MiB resident"
-        f" after a tenth, {found['last']:.0f} MiB at the end, {found['graphs']:.0f} graphs compiled after the warm-up,"
-        f" {found['different']:.0f} answers that are not one thread's"
+        f"{arguments.calls} calls from {THREADS} threads in {stats['seconds']:.0f} s: {stats['first']:.0f} MiB resident"
+        f" after a tenth, {stats['last']:.0f} MiB at the end, {stats['graphs']:.0f} graphs compiled after the warm-up,"
+        f" {stats['different']:.0f} answers that are not one thread's"
     )
 
 

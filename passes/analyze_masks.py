@@ -110,7 +110,7 @@ def _is_learned(tensor: fx.Node | View) -> bool:
     """Whether a floating-point tensor is computed from others of the kind: weights, queries. One that comes from
     outside as it is may hold a mask."""
     tensor = tensor.node if isinstance(tensor, View) else tensor
-    seen, frontier = {tensor}, [tensor]
+    visited, frontier = {tensor}, [tensor]
     while frontier:
         node = frontier.pop()
         if node.op in ("placeholder", "get_attr") and not _covers(value(node).shape, value(tensor).shape):
@@ -122,9 +122,11 @@ def _is_learned(tensor: fx.Node | View) -> bool:
         )
         sources = sources[:1] if name in ("to", "type_as", "expand_as", "view_as", "reshape_as") else sources
         floats = [
-            n for n in sources if n not in seen and isinstance(value(n), torch.Tensor) and value(n).is_floating_point()
+            n
+            for n in sources
+            if n not in visited and isinstance(value(n), torch.Tensor) and value(n).is_floating_point()
         ]
-        seen.update(floats)
+        visited.update(floats)
         frontier.extend(floats)
     return False
 
@@ -170,13 +172,13 @@ def _read(site: AttentionSite, interpreter: Interpreter) -> None:
 
 def _of_functions(site: AttentionSite, mods: Mods, interpreter: Interpreter) -> Reading:
     """flex_attention: a function of positions hides, another one changes scaled scores."""
-    seen, modified = sympy.true, SCORE
+    visible, modified = sympy.true, SCORE
     if mods.mask is not None:
-        seen = boolean(interpreter.call(mods.mask, [B, H, Q, KV], mods.mask_buffers))
+        visible = boolean(interpreter.call(mods.mask, [B, H, Q, KV], mods.mask_buffers))
     if mods.score is not None:
         modified = number(interpreter.call(mods.score, [SCORE, B, H, Q, KV], mods.score_buffers))
     predicate, scale, score = split_logits(sympy.sympify(modified).subs(SCORE, SCORE * sympy.Rational(site.scale)))
-    return Reading(sympy.And(seen, predicate), scale, score)
+    return Reading(sympy.And(visible, predicate), scale, score)
 
 
 def _of_mask(site: AttentionSite, interpreter: Interpreter) -> Reading:

@@ -136,7 +136,7 @@ def _is_plain(known: Any) -> bool:
 
 def _agree(site: AttentionSite, example: Example) -> None:
     """Raises Differs, or NotShown where the graph cannot be asked."""
-    leaves = {leaf: example.made_up(value(leaf)) for leaf in site.tensors if isinstance(leaf, fx.Node)}
+    leaves = {leaf: example.stand_in(value(leaf)) for leaf in site.tensors if isinstance(leaf, fx.Node)}
     for leaf in _multiplied(site):
         leaves[leaf] = (leaves[leaf] > 0).to(leaves[leaf].dtype)
     if site.mods is not None:
@@ -186,14 +186,14 @@ class _Site:
 
     def visible(self, shape: Shape) -> torch.Tensor:
         """The recovered mask as a tensor, expanded to ``shape``; its bounds over blocks are tried on the way."""
-        seen = self.mask.dense(shape, self.tensors, self.scalars).expand(shape)
+        shown = self.mask.dense(shape, self.tensors, self.scalars).expand(shape)
         pairs = blocks.candidates(
             self.mask, shape, self.tensors, self.scalars, BLOCK, BLOCK, torch.device("cpu")
         ).expand(shape[0], shape[1], -1, -1)
         tokens = pairs.repeat_interleave(BLOCK, 2)[:, :, : shape[2]].repeat_interleave(BLOCK, 3)[..., : shape[3]]
-        if bool((seen & ~tokens).any()):
+        if bool((shown & ~tokens).any()):
             raise Differs("the mask's bounds over blocks lose visible keys")
-        return seen
+        return shown
 
     def logits(self, products: torch.Tensor, scale: float, visible: torch.Tensor) -> torch.Tensor:
         """The recovered score, -inf at hidden keys; with a column for a sink where there is one."""
@@ -214,13 +214,13 @@ def _agree_on_mask(site: AttentionSite, given: torch.Tensor, read: _Site) -> Non
     shape = (batch, heads, read.shape[2], read.shape[3])
     if math.prod(shape) > LARGEST:
         raise NotShown("too many scores")
-    seen = read.visible(shape)
+    visible = read.visible(shape)
     if given.dtype == torch.bool:
-        _same(seen, given.expand(shape), shape)
+        _same(visible, given.expand(shape), shape)
         return
     products = _products(shape)
     logits = products * site.given_scale + given.double()
-    _same_weights(read.logits(products, site.scale, seen), logits, given.dtype, read.shape[3], site.cleared)
+    _same_weights(read.logits(products, site.scale, visible), logits, given.dtype, read.shape[3], site.cleared)
 
 
 def _agree_on_logits(site: AttentionSite, example: Example, leaves: dict[fx.Node, Any]) -> None:
@@ -236,15 +236,15 @@ def _agree_on_logits(site: AttentionSite, example: Example, leaves: dict[fx.Node
     if min(read.shape) < 1:
         raise NotShown("lengths this small are none of the model's")
     products = _products(read.shape)
-    made: torch.Tensor = products.reshape(shape).to(known.dtype)
-    products = made.double().reshape(read.shape)
+    product: torch.Tensor = products.reshape(shape).to(known.dtype)
+    products = product.double().reshape(read.shape)
     if op is not None and op.name in ("baddbmm", "addmm", "addbmm"):
         added = [n for n in (op["input"], op["beta"], op["alpha"]) if isinstance(n, fx.Node)]
         parts = leaves | example.run(added, leaves)
         first, beta, alpha = (parts[n] if isinstance(n, fx.Node) else n for n in (op["input"], op["beta"], op["alpha"]))
-        made = (alpha * made + (beta * first if beta != 0 else 0)).to(known.dtype)
+        product = (alpha * product + (beta * first if beta != 0 else 0)).to(known.dtype)
     extra = [site.gate] if site.gate is not None else []
-    ran = example.run([site.logits, *extra], leaves | {site.product: made})
+    ran = example.run([site.logits, *extra], leaves | {site.product: product})
     logits = ran[site.logits]
     if logits.dim() != 4:
         logits = logits.reshape(*read.shape[:3], logits.shape[-1])
@@ -252,8 +252,8 @@ def _agree_on_logits(site: AttentionSite, example: Example, leaves: dict[fx.Node
     logits = torch.cat([logits[..., site.first :], logits[..., : site.first]], -1).double()
     if site.gate is not None:
         logits = torch.cat([logits, ran[site.gate].double().expand(logits.shape[:3])[..., None]], -1)
-    seen = read.visible(read.shape)
-    have = read.logits(products, site.scale, seen)
+    visible = read.visible(read.shape)
+    have = read.logits(products, site.scale, visible)
     coarse = max((known.dtype, value(site.logits).dtype), key=lambda d: torch.finfo(d).eps)
     _same_weights(have, logits, coarse, read.shape[3], site.cleared)
 

@@ -165,7 +165,7 @@ class _Tokens:
         average = None if site.average is None else site.average.predicate
         expressions = [site.mask.predicate, site.score.expr, site.score.sink, average, site.unseen]
         loads = {f for e in expressions if e is not None for f in sympy.sympify(e).atoms(AppliedUndef)}
-        found: dict[Any, dict[int, int]] = {Q: {}, KV: {}}
+        dims: dict[Any, dict[int, int]] = {Q: {}, KV: {}}
         for load in loads:
             number = symbolic.load_index(load)
             if number is None:
@@ -173,23 +173,23 @@ class _Tokens:
             shape = value(site.tensors[number]).shape
             by_token = [(d, a) for d, a in enumerate(load.args) if d < len(shape) and int(shape[d]) == local and a != 0]
             by_token = [(d, a) for d, a in by_token if a.has(Q, KV)]
-            if any(a not in found for _, a in by_token) or len(by_token) > 1:
+            if any(a not in dims for _, a in by_token) or len(by_token) > 1:
                 raise NotDistributed(
                     f"{site.name}: the mask or bias T{number} {tuple(shape)} holds numbers for pairs of tokens, of"
                     " which a rank knows its own only; give the model attention_mask and position_ids of"
                     " stem_compile.distributed.shard instead"
                 )
             for dim, place in by_token:
-                if found[place].setdefault(number, dim) != dim:
+                if dims[place].setdefault(number, dim) != dim:
                     raise NotDistributed(f"{site.name}: T{number} is read by token in two of its dimensions")
-        both = found[Q].keys() & found[KV].keys()
+        both = dims[Q].keys() & dims[KV].keys()
         if both:
             # One copy for queries, one for keys.
             for number in sorted(both):
                 site.tensors.append(site.tensors[number])
                 _point(site, number, len(site.tensors) - 1)
             return cls.of(site, local)
-        return cls(found[Q], found[KV])
+        return cls(dims[Q], dims[KV])
 
     def moved(self, offset: int, chunk: int, total: int) -> Any:
         """A function that puts positions of a rank's sequence where they stand in the whole one. Loads of queries stay

@@ -264,7 +264,7 @@ def _traced(function: Callable[..., Any], inputs: int) -> fx.Graph:
 def _splice(graph: fx.Graph, node: fx.Node, function: Callable[..., Any], inputs: list[fx.Node]) -> None:
     """Replace ``node`` by the operations of ``function`` of ``inputs``, with example values."""
     traced = _traced(function, len(inputs))
-    made: dict[fx.Node, Any] = dict(zip((n for n in traced.nodes if n.op == "placeholder"), inputs))
+    copies: dict[fx.Node, Any] = dict(zip((n for n in traced.nodes if n.op == "placeholder"), inputs))
     mode = value(inputs[0]).fake_mode
     results = value(node)
     needs_grad = any(
@@ -276,9 +276,9 @@ def _splice(graph: fx.Graph, node: fx.Node, function: Callable[..., Any], inputs
             if inner.op == "placeholder":
                 continue
             if inner.op == "output":
-                result = fx.node.map_arg(inner.args[0], lambda n: made[n])
+                result = fx.node.map_arg(inner.args[0], lambda n: copies[n])
                 break
-            copy = graph.node_copy(inner, lambda n: made[n])
+            copy = graph.node_copy(inner, lambda n: copies[n])
             copy.meta = {
                 k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")
             }
@@ -289,7 +289,7 @@ def _splice(graph: fx.Graph, node: fx.Node, function: Callable[..., Any], inputs
                 else:
                     example = copy.target(*arguments, **keywords)  # type: ignore[operator]
                 copy.meta["example_value"] = example
-            made[inner] = copy
+            copies[inner] = copy
     if isinstance(result, fx.Node):
         node.replace_all_uses_with(result)
     else:

@@ -179,10 +179,12 @@ def _with_heads(x: fx.Node | View, heads: int) -> fx.Node | View:
 def _computed_in(hit: AttentionSite) -> list[torch.dtype]:
     """Dtypes that q, k and v are multiplied in: autocast narrows them on the way into a product, and only the product's
     dtype tells."""
-    made = [value(hit.node if hit.product is None or x is hit.v else hit.product).dtype for x in (hit.q, hit.k, hit.v)]
+    dtypes = [
+        value(hit.node if hit.product is None or x is hit.v else hit.product).dtype for x in (hit.q, hit.k, hit.v)
+    ]
     return [
         m if m in HALF and value(x).dtype == torch.float32 else value(x).dtype
-        for m, x in zip(made, (hit.q, hit.k, hit.v))
+        for m, x in zip(dtypes, (hit.q, hit.k, hit.v))
     ]
 
 

@@ -161,9 +161,9 @@ def _by_number(
             sites = [running.Site.of(hit) for hit in pipeline.rewrite(variant, config, numbers).attentions]
             inner = variant.forward if config.inner == "eager" else torch.compile(variant, backend=config.inner)
             variants[asked] = inner, sites
-        chosen, graph.sites = variants[asked]
+        runnable, graph.sites = variants[asked]
         homes[key].counted(key, graph.sites)
-        result = chosen(*args)
+        result = runnable(*args)
         graph.layers[key] = graph.sites, graph.last
         return result
 

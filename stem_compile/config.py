@@ -298,8 +298,8 @@ def written_options(pairs: Iterable[str]) -> dict[str, Any]:
     """Options of NAME=VALUE texts, such as "budget=0.25" or "pooling=max", validated. Raises OptionError."""
     values: dict[str, Any] = {}
     for pair in pairs:
-        name, found, text = (part.strip() for part in pair.partition("="))
-        if not found:
+        name, equals, text = (part.strip() for part in pair.partition("="))
+        if not equals:
             raise OptionError(f"{pair!r}: write NAME=VALUE, such as budget=0.25")
         try:
             values[name] = ast.literal_eval(text)

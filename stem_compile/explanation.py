@@ -138,7 +138,7 @@ def report(compiled: Callable[..., Any]) -> Explanation:
 
     Raises ValueError for anything else, and for a model that was not called yet.
     """
-    model = running.known(_made_by_compile(compiled))
+    model = running.known(_owner_of(compiled))
     if model is None:
         raise ValueError(
             f"{type(compiled).__name__}: nothing of it was compiled by backend 'stem'; give what torch.compile(...,"
@@ -166,14 +166,14 @@ def _breaks() -> list[str]:
     return [str(reason).strip().splitlines()[0] for reason in counters["graph_break"]]
 
 
-def _made_by_compile(compiled: Any) -> object | None:
+def _owner_of(compiled: Any) -> object | None:
     """The object that ``torch.compile`` made beside what it returned."""
     context = getattr(compiled, "dynamo_ctx", None)
     cells = [getattr(context, "callback", None)] if context is not None else []
     for cell in getattr(compiled, "__closure__", None) or ():
         with contextlib.suppress(ValueError):
             cells.append(cell.cell_contents)
-    return next((owner for found in cells if (owner := running.owner_of(found)) is not None), None)
+    return next((owner for cell_value in cells if (owner := running.owner_of(cell_value)) is not None), None)
 
 
 @contextlib.contextmanager

@@ -192,16 +192,16 @@ def _origin(point: EntryPoint) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _files(folder: Path, layout: str) -> tuple[str, ...]:
-    found = (path.relative_to(folder).parts[0].removesuffix(".py") for path in folder.glob(layout.format("*")))
-    return tuple(sorted(name for name in found if not name.startswith("_")))
+    names = (path.relative_to(folder).parts[0].removesuffix(".py") for path in folder.glob(layout.format("*")))
+    return tuple(sorted(name for name in names if not name.startswith("_")))
 
 
 @functools.lru_cache(maxsize=16)
 def _entry_points(group: str, path: tuple[str, ...]) -> dict[str, tuple[EntryPoint, ...]]:
     """Entry points by name. path: ``sys.path`` that they are searched on, so that another one is searched anew."""
-    found: dict[str, tuple[EntryPoint, ...]] = {}
+    points: dict[str, tuple[EntryPoint, ...]] = {}
     for point in entry_points(group=group):
         # A distribution that is on the path twice (an editable install beside its source) is one.
-        if not any(point.value == other.value for other in found.get(point.name, ())):
-            found[point.name] = (*found.get(point.name, ()), point)
-    return found
+        if not any(point.value == other.value for other in points.get(point.name, ())):
+            points[point.name] = (*points.get(point.name, ()), point)
+    return points

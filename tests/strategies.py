@@ -50,15 +50,15 @@ class Case:
             (self.key_heads, kv_len, self.head_dim),
             (self.key_heads, kv_len, self.value_dim),
         )
-        made = []
+        tensors = []
         for h, n, d in sizes:
             x = (
                 torch.randn(batch, n, h, d, generator=generator).transpose(1, 2)
                 if self.transposed
                 else torch.randn(batch, h, n, d, generator=generator)
             )
-            made.append(x.to(self.dtype).to(dtype or self.dtype))
-        return made[0], made[1], made[2]
+            tensors.append(x.to(self.dtype).to(dtype or self.dtype))
+        return tensors[0], tensors[1], tensors[2]
 
     def mask(self) -> tuple[Mask, list[torch.Tensor]]:
         """The mask and its tensors."""

@@ -37,30 +37,30 @@ X = torch.randn(2, 100, 32, generator=torch.Generator().manual_seed(0))
 
 
 def test_a_plain_module_is_rewritten() -> None:
-    model, made = Block(), []
-    with torch.no_grad(), backend.listen(made.append):
+    model, rewrites = Block(), []
+    with torch.no_grad(), backend.listen(rewrites.append):
         out = torch.compile(model, backend="stem", options=OPTIONS, fullgraph=True)(X)
         assert_close(out, model(X))
-    assert len(made[0].sites) == 1
+    assert len(rewrites[0].sites) == 1
 
 
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_fused_encoder_layers_are_rewritten(first: bool, dynamic: bool | None) -> None:
     """With dynamic=True Dynamo makes their epsilon an input of the graph."""
-    layer, made = torch.nn.TransformerEncoderLayer(32, 2, 48, batch_first=True, norm_first=first).eval(), []
+    layer, rewrites = torch.nn.TransformerEncoderLayer(32, 2, 48, batch_first=True, norm_first=first).eval(), []
     mask = torch.ones(100, 100, dtype=torch.bool).triu(1)
-    with torch.no_grad(), backend.listen(made.append):
+    with torch.no_grad(), backend.listen(rewrites.append):
         out = torch.compile(layer, backend="stem", options=OPTIONS, fullgraph=True, dynamic=dynamic)(X, src_mask=mask)
         assert_close(out, layer(X, src_mask=mask))
-    assert len(made[0].sites) == 1
+    assert len(rewrites[0].sites) == 1
 
 
 def test_training_goes_on_dense() -> None:
-    model, made = Block(), []
-    with backend.listen(made.append):
+    model, rewrites = Block(), []
+    with backend.listen(rewrites.append):
         torch.compile(model, backend="stem", options=OPTIONS, fullgraph=True)(X).sum().backward()
-    assert [h.reason for h in made[0].attentions] == [Reason.GRADIENT]
+    assert [h.reason for h in rewrites[0].attentions] == [Reason.GRADIENT]
     assert model.qkv.weight.grad is not None
 
 
@@ -72,9 +72,9 @@ def test_our_own_failure_leaves_the_graph_as_it_was(
         raise RuntimeError("planted")
 
     monkeypatch.setattr(pipeline, step, broken)
-    model, made = Block(), []
+    model, rewrites = Block(), []
     caplog.set_level("DEBUG", "stem_compile")
-    with torch.no_grad(), backend.listen(made.append), warnings.catch_warnings(record=True) as caught:
+    with torch.no_grad(), backend.listen(rewrites.append), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         out = torch.compile(model, backend="stem", options=OPTIONS, fullgraph=True)(X)
         assert torch.equal(out, model(X))
@@ -83,8 +83,8 @@ def test_our_own_failure_leaves_the_graph_as_it_was(
     assert "planted" in str(told[0].message)
     # The traceback is for those who ask: see the warning.
     assert [r.levelname for r in caplog.records if r.name == "stem_compile.passes.pipeline" and r.exc_info] == ["DEBUG"]
-    assert [h.reason for h in made[0].attentions] == [Reason.INTERNAL]
-    assert not [n for n in made[0].module.graph.nodes if "stem" in str(n.target)]
+    assert [h.reason for h in rewrites[0].attentions] == [Reason.INTERNAL]
+    assert not [n for n in rewrites[0].module.graph.nodes if "stem" in str(n.target)]
 
 
 def test_fallback_error_names_the_site_and_the_way_out() -> None:
@@ -98,30 +98,30 @@ def test_fallback_error_lets_pass_what_was_asked_for() -> None:
 
 
 def test_a_graph_without_attention_is_untouched() -> None:
-    made: list[Any] = []
+    rewrites: list[Any] = []
     linear = torch.nn.Linear(32, 4)
-    with backend.listen(made.append):
+    with backend.listen(rewrites.append):
         out = torch.compile(linear, backend="stem", options={"inner": "eager"})(X)
     assert torch.equal(out, linear(X))
-    assert made[0].attentions == []
-    assert not made[0].changed
+    assert rewrites[0].attentions == []
+    assert not rewrites[0].changed
 
 
 def test_a_rejected_attention_is_bitwise_what_it_was() -> None:
-    model, made = Block(causal=False), []
-    with torch.no_grad(), backend.listen(made.append):
+    model, rewrites = Block(causal=False), []
+    with torch.no_grad(), backend.listen(rewrites.append):
         assert torch.equal(torch.compile(model, backend="stem", options=OPTIONS)(X), model(X))
-    assert isinstance(made[0].attentions[0], Rejected)
+    assert isinstance(rewrites[0].attentions[0], Rejected)
 
 
 def test_fuel_bisects() -> None:
     model = torch.nn.Sequential(Block(), Block(), Block())
     for fuel in range(4):
         torch._dynamo.reset()
-        made: list[Any] = []
-        with torch.no_grad(), backend.listen(made.append):
+        rewrites: list[Any] = []
+        with torch.no_grad(), backend.listen(rewrites.append):
             torch.compile(model, backend="stem", options={**OPTIONS, "fuel": fuel})(X)
-        assert len(made[0].sites) == fuel
+        assert len(rewrites[0].sites) == fuel
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 32), (0, 100, 32)])
@@ -143,14 +143,14 @@ def test_views_behind_an_attention_keep_working() -> None:
 def test_mode_reaches_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import compile_fx
 
-    seen: list[Any] = []
+    patches: list[Any] = []
     monkeypatch.setattr(
         compile_fx,
         "compile_fx",
-        lambda module, inputs, config_patches=None: seen.append(config_patches) or module.forward,
+        lambda module, inputs, config_patches=None: patches.append(config_patches) or module.forward,
     )
     with torch.no_grad():
         torch.compile(Block(), backend="stem", mode="max-autotune-no-cudagraphs")(X)
         torch._dynamo.reset()
         torch.compile(Block(), backend="stem", options={"mode": "max-autotune-no-cudagraphs"})(X)
-    assert [s["max_autotune"] for s in seen] == [True, True]
+    assert [s["max_autotune"] for s in patches] == [True, True]

@@ -119,5 +119,5 @@ def test_the_schedule_is_published_and_a_budget_takes_what_selects_best() -> Non
     assert (published.pooling, published.sink_blocks, published.local_blocks) == ("mean", 4, 4)
     assert (asked.pooling, asked.sink_blocks, asked.local_blocks) == ("mass", 1, 2)
     assert (asked.share, asked.group_sizes, published.share) == ("heads", (8, 8), "none")
-    chosen = StemConfig(budget=0.25, pooling="mean", sink_blocks=4, local_blocks=4).selection
-    assert (chosen.pooling, chosen.sink_blocks, chosen.local_blocks) == ("mean", 4, 4)
+    selection = StemConfig(budget=0.25, pooling="mean", sink_blocks=4, local_blocks=4).selection
+    assert (selection.pooling, selection.sink_blocks, selection.local_blocks) == ("mean", 4, 4)

@@ -18,7 +18,7 @@ COLUMNS = 120
 LINES = 60
 """Of one function, outside the kernel templates, whose bodies are one program each."""
 HOW_NOT_WHAT = {"found", "made", "chosen", "lit", "seen"}
-"""Names that say how a value came about and not what it is; no public signature or field has them."""
+"""Names that say how a value came about and not what it is; nothing is called so, whether public or local."""
 MACHINE = re.compile(r"(?<![\w.])/(work|root|farm|tmp/w)/|artifactory|--(extra-)?index-url|trusted-host|proxy\.local")
 """Paths and hosts of one machine."""
 CONTRACTS = (
@@ -72,28 +72,24 @@ def test_functions_are_short(path: Path) -> None:
     assert not long, f"{name(path)}: {long}, at most {LINES} lines a function"
 
 
-def public_names(path: Path) -> Iterator[tuple[str, str]]:
-    """(owner, name): parameters of public functions, fields of public classes, and the public names themselves."""
-    top = ast.parse(path.read_text()).body
-    methods = [member for node in top if isinstance(node, ast.ClassDef) for member in node.body]
-    for node in top + methods:
-        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
-            continue
-        yield node.name, node.name
-        if isinstance(node, ast.FunctionDef):
-            arguments = node.args
-            yield from ((node.name, a.arg) for a in arguments.posonlyargs + arguments.args + arguments.kwonlyargs)
-        else:
-            yield from (
-                (node.name, field.target.id)
-                for field in node.body
-                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-            )
+def identifiers(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, name): whatever a file gives a name to: variables, parameters, attributes, functions and classes."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.lineno, node.name
+        elif isinstance(node, ast.alias | ast.ExceptHandler):
+            yield node.lineno, getattr(node, "asname", None) or node.name or ""
 
 
-@pytest.mark.parametrize("path", product(), ids=name)
-def test_public_names_say_what_a_value_is(path: Path) -> None:
-    bad = {owner: word for owner, word in public_names(path) if word in HOW_NOT_WHAT}
+@pytest.mark.parametrize("path", sources(), ids=name)
+def test_names_say_what_a_value_is(path: Path) -> None:
+    bad = [(line, word) for line, word in identifiers(path) if word.strip("_").lower() in HOW_NOT_WHAT]
     assert not bad, f"{name(path)}: {bad}"
 
 
@@ -132,14 +128,24 @@ def test_public_names_are_documented(path: Path) -> None:
     assert not bare, f"{module}: {sorted(bare)} have no docstring"
 
 
+def annotations(node: ast.AST) -> Iterator[ast.expr | None]:
+    """Types that a public function, method or field of a class is annotated with."""
+    if isinstance(node, ast.FunctionDef) and (not node.name.startswith("_") or node.name == "__init__"):
+        arguments = node.args
+        every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
+        yield from (argument.annotation for argument in every if argument is not None)
+        yield node.returns
+    elif isinstance(node, ast.ClassDef):
+        fields = (member for member in node.body if isinstance(member, ast.AnnAssign))
+        yield from (f.annotation for f in fields if isinstance(f.target, ast.Name) and not f.target.id.startswith("_"))
+
+
 @pytest.mark.parametrize("path", CONTRACTS)
 def test_contracts_name_their_types(path: str) -> None:
-    """No bare ``Any`` in the public signatures of a contract."""
+    """No bare ``Any`` in the public signatures and fields of a contract."""
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
-        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-            arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
-            annotations = [*(a.annotation for a in arguments), node.returns]
-            assert not any(isinstance(a, ast.Name) and a.id == "Any" for a in annotations), f"{path}: {node.name}"
+        bare = [a.lineno for a in annotations(node) if isinstance(a, ast.Name) and a.id == "Any"]
+        assert not bare, f"{path}: {getattr(node, 'name', '')}, lines {bare}"
 
 
 @pytest.mark.parametrize("path", [p for p in sources() if p.relative_to(ROOT).parts[0] != "stem_compile"], ids=name)

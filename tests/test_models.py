@@ -23,9 +23,9 @@ LENGTH = 300
 
 @contextmanager
 def rewrites() -> Iterator[list[Rewrite]]:
-    made: list[Rewrite] = []
-    with backend.listen(made.append):
-        yield made
+    rewritten: list[Rewrite] = []
+    with backend.listen(rewritten.append):
+        yield rewritten
 
 
 def compare(name: str, words: str, ids: torch.Tensor, **inputs: Any) -> None:
@@ -34,10 +34,10 @@ def compare(name: str, words: str, ids: torch.Tensor, **inputs: Any) -> None:
     with torch.no_grad():
         eager = model(ids, **inputs).logits
         golden = build(name, torch.float64)(ids, **inputs).logits
-        with rewrites() as made:
+        with rewrites() as rewritten:
             ours = torch.compile(model, backend="stem", options=OPTIONS, fullgraph=True)(ids, **inputs).logits
-    assert len(made) == 1
-    assert [s.words for s in made[0].sites] == [words] * LAYERS == [words] * len(made[0].attentions)
+    assert len(rewritten) == 1
+    assert [s.words for s in rewritten[0].sites] == [words] * LAYERS == [words] * len(rewritten[0].attentions)
     real = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones(ids.shape, dtype=torch.bool)
     assert not ours.isnan().any()
     assert_within(ours[real], golden[real], eager[real])
@@ -70,11 +70,11 @@ def test_a_second_call_on_a_cached_prefix(name: str) -> None:
         logits: torch.Tensor = call(ids[:, 130:], attention_mask=mask, past_key_values=cache).logits
         return logits
 
-    with torch.no_grad(), rewrites() as made:
+    with torch.no_grad(), rewrites() as rewritten:
         ours = second(model, torch.compile(model, backend="stem", options=OPTIONS, fullgraph=True))
         eager, wide = second(model, model), build(name, torch.float64)
         golden = second(wide, wide)
-    assert [s.words for s in made[0].sites] == ["causal(offset=130) & padding"] * LAYERS
+    assert [s.words for s in rewritten[0].sites] == ["causal(offset=130) & padding"] * LAYERS
     assert_within(ours, golden, eager)
 
 
@@ -108,11 +108,11 @@ def test_explain_says_why_not() -> None:
 
 
 def test_no_tensor_of_n_by_n_is_left() -> None:
-    with torch.no_grad(), rewrites() as made:
+    with torch.no_grad(), rewrites() as rewritten:
         torch.compile(build("llama"), backend="stem", options=OPTIONS)(
             tokens(LENGTH), attention_mask=left_padding(LENGTH), use_cache=False
         )
-    shapes = [tuple(value(n).shape) for n in made[0].module.graph.nodes if isinstance(value(n), torch.Tensor)]
+    shapes = [tuple(value(n).shape) for n in rewritten[0].module.graph.nodes if isinstance(value(n), torch.Tensor)]
     assert shapes
     assert not [s for s in shapes if s[-2:] == (LENGTH, LENGTH)]
 
@@ -121,27 +121,27 @@ def test_one_model_serves_all_lengths() -> None:
     """First compilation static, second symbolic, third for what is under min_length: no more."""
     model = build("llama")
     compiled = torch.compile(model, backend="stem", options={**OPTIONS, "min_length": 512}, fullgraph=True)
-    with torch.no_grad(), rewrites() as made:
+    with torch.no_grad(), rewrites() as rewritten:
         for length in (1024, 1500, 1111, 300, 100, 2000, 777, 512, 511):
             ids, mask = tokens(length), left_padding(length)
             ours = compiled(ids, attention_mask=mask, use_cache=False, logits_to_keep=8).logits
             eager = model(ids, attention_mask=mask, use_cache=False, logits_to_keep=8).logits
             assert_close(ours, eager)
-    assert [len(m.sites) for m in made] == [LAYERS, LAYERS, 0]
+    assert [len(m.sites) for m in rewritten] == [LAYERS, LAYERS, 0]
 
 
 def test_symbolic_chunks_on_a_cache() -> None:
     model = build("llama")
     compiled = torch.compile(model, backend="stem", options=OPTIONS, fullgraph=True)
-    with torch.no_grad(), rewrites() as made:
+    with torch.no_grad(), rewrites() as rewritten:
         for first, more in ((130, 90), (200, 100), (171, 77), (160, 64)):
             ids = tokens(first + more, 1)
             caches = [model(ids[:, :first]).past_key_values for _ in range(2)]
             ours = compiled(ids[:, first:], past_key_values=caches[0]).logits
             eager = model(ids[:, first:], past_key_values=caches[1]).logits
             assert_close(ours, eager)
-    assert all(len(m.sites) == LAYERS for m in made)
-    assert len(made) <= 3
+    assert all(len(m.sites) == LAYERS for m in rewritten)
+    assert len(rewritten) <= 3
 
 
 @pytest.mark.slow

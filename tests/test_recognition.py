@@ -157,7 +157,7 @@ MODELS = {
 def run(model: Any, inputs: dict[str, Any], budget: float) -> tuple[torch.Tensor, Rewrite]:
     """(logits through the backend, what was rewritten)."""
     ids = torch.randint(1, 100, (2, LENGTH), generator=torch.Generator().manual_seed(0))
-    made: list[Rewrite] = []
+    rewrites: list[Rewrite] = []
     torch._dynamo.reset()
     options = {
         "budget": budget,
@@ -167,10 +167,10 @@ def run(model: Any, inputs: dict[str, Any], budget: float) -> tuple[torch.Tensor
         "block_size": 64,
         "key_block_size": 32,
     }
-    with backend.listen(made.append):
+    with backend.listen(rewrites.append):
         out = torch.compile(model, backend="stem", options=options)(ids, **inputs).logits
-    assert len(made) == 1
-    return out, made[0]
+    assert len(rewrites) == 1
+    return out, rewrites[0]
 
 
 def _golden(case: Model, ids: torch.Tensor) -> torch.Tensor:

@@ -225,7 +225,10 @@ def test_a_policy_is_asked_everything_before_a_graph_is_touched() -> None:
 def test_a_policy_of_ones_own_selects() -> None:
     q = torch.randn(1, 2, 1024, 16)
     options = {"policy": "toy", "toy_strength": 7, "block_size": 64, "sink_blocks": 1, "min_length": 0}
-    with stem_compile.policies.register("toy", toy()), selection.observe(lambda seen: lists.append(seen.selection)):
+    with (
+        stem_compile.policies.register("toy", toy()),
+        selection.observe(lambda observed: lists.append(observed.selection)),
+    ):
         lists: list[selection.BlockSelection] = []
         attention = lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)  # noqa: E731
         out = torch.compile(attention, backend="stem", options={**options, "inner": "eager"})(q)

@@ -66,10 +66,10 @@ def compiled(model: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 
 def dense_sites(run: Callable[..., Any], *inputs: Any) -> list[bool]:
     """Which attentions of a call, in order, stay dense."""
-    seen: list[bool] = []
-    with torch.no_grad(), running.listen_to_runs(lambda g: seen.extend(s.decision == "rejected" for s in g.sites)):
+    rejected: list[bool] = []
+    with torch.no_grad(), running.listen_to_runs(lambda g: rejected.extend(s.decision == "rejected" for s in g.sites)):
         run(*inputs)
-    return seen
+    return rejected
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -237,18 +237,18 @@ def test_a_compiled_function_is_reported() -> None:
 
 
 def test_explain_runs_without_gradients_and_says_so() -> None:
-    found = explain(Model(), OPTIONS)(prompt())
-    assert [s.decision for s in found.sites] == ["rewritten"] * 4
-    assert "without gradients" in str(found)
+    explanation = explain(Model(), OPTIONS)(prompt())
+    assert [s.decision for s in explanation.sites] == ["rewritten"] * 4
+    assert "without gradients" in str(explanation)
     with torch.inference_mode():
         assert not explain(Model(), OPTIONS)(prompt()).notes
 
 
 def test_explain_counts_every_call_of_a_shared_frame() -> None:
-    found = explain(Model(True), OPTIONS)(prompt())
-    assert len(found.sites) == 4
-    assert found.breaks
-    assert all(s.density is not None for s in found.sites)
+    explanation = explain(Model(True), OPTIONS)(prompt())
+    assert len(explanation.sites) == 4
+    assert explanation.breaks
+    assert all(s.density is not None for s in explanation.sites)
 
 
 def test_equal_layers_are_one_line() -> None:
@@ -260,10 +260,10 @@ def test_equal_layers_are_one_line() -> None:
 @pytest.mark.parametrize("columns", [40, 60, 80])
 def test_explain_fits_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    found = explain(Model(), {**OPTIONS, "dense_layers": (1,)})(prompt())
-    lines = str(found).splitlines()
+    explanation = explain(Model(), {**OPTIONS, "dense_layers": (1,)})(prompt())
+    lines = str(explanation).splitlines()
     assert max(map(len, lines)) <= columns
-    density = f"{found.sites[0].density:.1%}"
+    density = f"{explanation.sites[0].density:.1%}"
     assert any(density in line for line in lines)
 
 

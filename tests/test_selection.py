@@ -19,26 +19,26 @@ def select(case: Case, spec: SelectionSpec) -> tuple[BlockSelection, torch.Tenso
     """(selection, its dense form, candidates)."""
     mask, tensors = case.mask()
     attention = Attention(*case.qkv(), encode(mask), case.scale, spec.text(), tensors=tensors)
-    chosen = tpd.tpd_select(oam.oam_scores(attention), spec)
-    found = attention.candidates.expand(*chosen.counts.shape, chosen.key_blocks)
-    return chosen, chosen.dense(found), found
+    selection = tpd.tpd_select(oam.oam_scores(attention), spec)
+    candidates = attention.candidates.expand(*selection.counts.shape, selection.key_blocks)
+    return selection, selection.dense(candidates), candidates
 
 
 @given(cases(longest=700), specs())
 def test_what_must_be_kept_is_kept(case: Case, spec: SelectionSpec) -> None:
-    chosen, dense, found = select(case, spec)
-    chosen.check(found)
-    assert not (dense & ~found).any()
-    rank, total = found.cumsum(-1), found.sum(-1, keepdim=True)
-    assert dense[found & (rank <= spec.sinks)].all()
-    assert dense[found & (rank > total - spec.locals)].all()
-    assert (dense.sum(-1) > 0).eq(found.sum(-1) > 0).all(), "a row that sees something computes something"
+    selection, dense, candidates = select(case, spec)
+    selection.check(candidates)
+    assert not (dense & ~candidates).any()
+    rank, total = candidates.cumsum(-1), candidates.sum(-1, keepdim=True)
+    assert dense[candidates & (rank <= spec.sinks)].all()
+    assert dense[candidates & (rank > total - spec.locals)].all()
+    assert (dense.sum(-1) > 0).eq(candidates.sum(-1) > 0).all(), "a row that sees something computes something"
 
 
 @given(cases(longest=700), specs())
 def test_the_prompt_end_is_dense(case: Case, spec: SelectionSpec) -> None:
-    _, dense, found = select(dataclasses.replace(case, padding="none"), spec)
-    assert torch.equal(dense[:, :, -1], found[:, :, -1])
+    _, dense, candidates = select(dataclasses.replace(case, padding="none"), spec)
+    assert torch.equal(dense[:, :, -1], candidates[:, :, -1])
 
 
 @given(cases(longest=700), specs())
@@ -133,17 +133,17 @@ def test_padding_on_the_right_selects_as_the_row_alone() -> None:
     ],
 )
 def test_check_finds_what_is_wrong(indices: list[int], count: int, words: str) -> None:
-    made = BlockSelection(
+    selection = BlockSelection(
         torch.tensor([[[indices]]], dtype=torch.int32), torch.tensor([[[count]]], dtype=torch.int32), 64, 64, 4
     )
     with pytest.raises(ValueError, match=words):
-        made.check(torch.tensor([True, True, True, False]))
+        selection.check(torch.tensor([True, True, True, False]))
 
 
 def test_full_rows_compute_their_candidates() -> None:
-    made = BlockSelection(
+    selection = BlockSelection(
         torch.zeros(1, 1, 2, 1, dtype=torch.int32), torch.tensor([[[FULL, 0]]], dtype=torch.int32), 64, 64, 3
     )
-    found = torch.tensor([[[[True, False, True], [True, True, True]]]])
-    assert torch.equal(made.dense(found), torch.tensor([[[[True, False, True], [False, False, False]]]]))
-    assert made.density(found) == pytest.approx(2 / 5)
+    candidates = torch.tensor([[[[True, False, True], [True, True, True]]]])
+    assert torch.equal(selection.dense(candidates), torch.tensor([[[[True, False, True], [False, False, False]]]]))
+    assert selection.density(candidates) == pytest.approx(2 / 5)

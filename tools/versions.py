@@ -111,12 +111,12 @@ def counts(report: Path) -> dict[str, str]:
 
 def rows(text: str) -> dict[str, dict[str, str]]:
     """The table's rows by torch's "major.minor"."""
-    found = {}
+    versions = {}
     for line in text.splitlines():
         cells = [c.strip() for c in line.strip().strip("|").split("|")]
         if len(cells) == len(COLUMNS) and re.match(r"\d+\.\d+", cells[0]):
-            found[".".join(cells[0].split(".")[:2])] = dict(zip(COLUMNS, cells, strict=True))
-    return found
+            versions[".".join(cells[0].split(".")[:2])] = dict(zip(COLUMNS, cells, strict=True))
+    return versions
 
 
 def page(known: dict[str, dict[str, str]]) -> str:

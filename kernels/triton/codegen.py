@@ -354,8 +354,8 @@ def generate(kernel_spec: KernelSpec) -> str:
     """Source of ``kernel_spec``'s module. A pure function of the kernel_spec and the template file."""
     template = TEMPLATES.get(kernel_spec.template).source()
     before, _, rest = template.partition(BEGIN + "\n")
-    defaults, found, after = rest.partition(END + "\n")
-    if not found:
+    defaults, marker, after = rest.partition(END + "\n")
+    if not marker:
         raise ValueError(f"template {kernel_spec.template} has no region {BEGIN!r} to {END!r}")
     module, decorator = ("gl", "@gluon.jit") if "import gluon" in before else ("tl", "@triton.jit")
     mask, score = decode(kernel_spec.mask), decode_score(kernel_spec.score)

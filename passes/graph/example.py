@@ -56,7 +56,7 @@ class Example:
             raise NotShown(f"a tensor of {elements} elements")
         return shape
 
-    def made_up(self, known: torch.Tensor) -> torch.Tensor:
+    def stand_in(self, known: torch.Tensor) -> torch.Tensor:
         """A tensor with the dtype and, in the example, the shape of an example value."""
         shape, dtype = self.shape(known), known.dtype
         if dtype == torch.bool:
@@ -113,7 +113,7 @@ class Example:
         if node.op in ("placeholder", "get_attr"):
             if not isinstance(recorded, torch.Tensor):
                 raise NotShown(f"{node.name} is no tensor")
-            return self.made_up(recorded)
+            return self.stand_in(recorded)
         if isinstance(recorded, torch.Tensor):
             self.shape(recorded)
         try:

@@ -42,14 +42,14 @@ class Region:
 
 def regions(module: fx.GraphModule) -> list[Region]:
     """Every graph that a run of ``module`` may execute, the outermost first; one called twice is there once."""
-    found = [Region(module)]
-    for region in found:
+    reachable = [Region(module)]
+    for region in reachable:
         for node in region.graph.nodes:
             for inner in bodies(node):
-                if all(inner is not r.module for r in found):
+                if all(inner is not r.module for r in reachable):
                     name = str(normalize.spelling(node))
-                    found.append(Region(inner, name, region.inline and name in INLINE))
-    return found
+                    reachable.append(Region(inner, name, region.inline and name in INLINE))
+    return reachable
 
 
 def bodies(node: fx.Node) -> Iterator[fx.GraphModule]:

@@ -51,10 +51,10 @@ def blind_rows(
     parts = split(mask)
     heads = shape[1] if H in mask.predicate.free_symbols else 1
     if parts.others or not all(band.is_interval for band in parts.bands):
-        seen = _looked_up(mask, (shape[0], heads, *shape[2:]), tensors, scalars, device)
+        sighted = _looked_up(mask, (shape[0], heads, *shape[2:]), tensors, scalars, device)
     else:
-        seen = _between(mask, shape, tensors, scalars, device)[:, None]
-    return ~seen.expand(shape[0], heads, shape[2])[..., None]
+        sighted = _between(mask, shape, tensors, scalars, device)[:, None]
+    return ~sighted.expand(shape[0], heads, shape[2])[..., None]
 
 
 def _between(
@@ -86,12 +86,12 @@ def _looked_up(
 ) -> torch.Tensor:
     """Bool [B, H, q_len] by looking at every key, at a few rows in a piece."""
     batch, heads, q_len, kv_len = shape
-    seen = _own_key(mask, shape, tensors, scalars, device).expand(batch, heads, q_len).clone()
+    sighted = _own_key(mask, shape, tensors, scalars, device).expand(batch, heads, q_len).clone()
     # On a CPU most rows are done by now; on a device, asking which would wait for it.
-    rows = (~seen).any(1).any(0).nonzero()[:, 0] if device.type == "cpu" else torch.arange(q_len, device=device)
+    rows = (~sighted).any(1).any(0).nonzero()[:, 0] if device.type == "cpu" else torch.arange(q_len, device=device)
     for some in rows.split(max(1, ELEMENTS // (batch * heads * kv_len))):
-        seen[:, :, some] |= mask.dense(shape, tensors, scalars, device, some).any(-1)
-    return seen
+        sighted[:, :, some] |= mask.dense(shape, tensors, scalars, device, some).any(-1)
+    return sighted
 
 
 def _own_key(

@@ -124,17 +124,17 @@ def candidates(
         H: torch.arange(shape[1], device=device).view(1, -1, 1, 1),
     }
     first = first_visible(key_visible(mask, shape, tensors, scalars, device), kv_len, block_k, device)[:, None, None, :]
-    found = (first < kv_len).expand(-1, -1, rows, -1)
+    possible = (first < kv_len).expand(-1, -1, rows, -1)
     start = torch.arange(rows, device=device).view(1, 1, -1, 1) * block_q
     if causal is not None:
         last = (start + block_q).clamp(max=q_len) - 1 + symbolic.evaluate(sympy.sympify(causal), env)
-        found = found & (first <= last)
+        possible = possible & (first <= last)
     if bands:
         end = torch.arange(1, first.shape[-1] + 1, device=device) * block_k - 1
-        found = found & (end >= symbolic.evaluate(sympy.sympify(parts.far), env | {Q: start}))
+        possible = possible & (end >= symbolic.evaluate(sympy.sympify(parts.far), env | {Q: start}))
     for term in others:
-        found = found & _possible(term.predicate, shape, tensors, scalars, block_q, block_k, device)
-    return found
+        possible = possible & _possible(term.predicate, shape, tensors, scalars, block_q, block_k, device)
+    return possible
 
 
 def _possible(
@@ -171,7 +171,7 @@ def _box(shape: Shape, scalars: Sequence[int], block_q: int, block_k: int, devic
 def _widths(predicate: Any, box: dict[Any, Any]) -> dict[int, list[int | None]]:
     """For each tensor and dimension that ``predicate`` reads, the most entries that a block pair reads there; None
     where that depends on tensors."""
-    found: dict[int, list[int | None]] = {}
+    widths: dict[int, list[int | None]] = {}
     for load in predicate.atoms(sympy.core.function.AppliedUndef):
         most = []
         for index in load.args:
@@ -182,9 +182,9 @@ def _widths(predicate: Any, box: dict[Any, Any]) -> dict[int, list[int | None]]:
             most.append(int(width) if width < symbolic.INFINITE else None)
         number = symbolic.load_index(load)
         assert number is not None
-        before = found.get(number, most)
-        found[number] = [None if a is None or b is None else max(a, b) for a, b in zip(before, most)]
-    return found
+        before = widths.get(number, most)
+        widths[number] = [None if a is None or b is None else max(a, b) for a, b in zip(before, most)]
+    return widths
 
 
 def _extremes(values: torch.Tensor, widths: Sequence[int | None]) -> Any:

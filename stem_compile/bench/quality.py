@@ -149,9 +149,9 @@ def _read(
     if selections:
         outcome.density = statistics.fmean(s.density for s in selections)
     reference = references.setdefault(text.name, rows)
-    found = fidelity(reader, reference, rows, text.ids)
-    outcome.texts[text.name] = found.summary()
-    mine = found.by_position()
+    comparison = fidelity(reader, reference, rows, text.ids)
+    outcome.texts[text.name] = comparison.summary()
+    mine = comparison.by_position()
     before = outcome.positions or mine
     done = len(outcome.texts)
     outcome.positions = [

@@ -80,8 +80,8 @@ def _derived(target: str, model: torch.nn.Module, make_inputs: Any, checkpoint: 
         raise UserError(f"{target}: inputs drawn by a Hypothesis strategy serve check_model only; give a function")
 
     def inputs(tokens: int) -> Arguments:
-        made = source.make(Case(length=tokens))
-        return made.args, made.kwargs | _prefill_arguments(model, source, make_inputs)
+        given = source.make(Case(length=tokens))
+        return given.args, given.kwargs | _prefill_arguments(model, source, make_inputs)
 
     return Target(target, model, inputs, make_inputs, source.longest, checkpoint)
 
@@ -106,7 +106,7 @@ def _from_factory(target: str, device: str, dtype: torch.dtype) -> Target:
     def inputs(tokens: int) -> Arguments:
         # The model of the first call is kept: only the inputs of this one are.
         example = factory(device, dtype, tokens).inputs
-        made = source_of(product.model, lambda batch, length, seed: example).make(Case(length=tokens))
-        return made.args, made.kwargs
+        given = source_of(product.model, lambda batch, length, seed: example).make(Case(length=tokens))
+        return given.args, given.kwargs
 
     return Target(target, product.model, inputs, product.inputs, derived.longest)

@@ -186,17 +186,17 @@ class Tuner:
                 milliseconds, out = timed(lambda t=text: function(*t.args, **t.kwargs), self.device)  # type: ignore[misc]
             # The first call is traced as well; the others tell the time.
             seconds = milliseconds / 1e3 if number == 0 else min(seconds, milliseconds / 1e3)
-            found = fidelity(self.reader, self._references[text.name], self.reader.rows(out), text.ids)
-            means[text.name] = found.summary()
-        made = Trial(
+            comparison = fidelity(self.reader, self._references[text.name], self.reader.rows(out), text.ids)
+            means[text.name] = comparison.summary()
+        outcome = Trial(
             dict(options),
             self.bound.excess(means),
             means,
             seconds,
             statistics.fmean(selections) if selections else None,
         )
-        self.search.trials.append(made)
-        return made
+        self.search.trials.append(outcome)
+        return outcome
 
     def least_budget(self, family: Mapping[str, Any], doing: Callable[[str], None]) -> Iterator[Trial]:
         """Trials of a bisection for the least budget within the bound."""

@@ -128,7 +128,7 @@ def _score(
     result.nll_change = float((mine.nll - reference.nll).mean())
     result.agreement = float((mine.top1 == reference.top1).float().mean())
     attentions = model.config.num_hidden_layers
-    result.density = (sum(made.density for made in selections) + attentions - len(selections)) / attentions
+    result.density = (sum(observed.density for observed in selections) + attentions - len(selections)) / attentions
     answer = greedy(model, logits, cache, len(prompt.answer))
     result.answer = tokenizer.decode(answer)
     result.passkey_found = answer == prompt.answer

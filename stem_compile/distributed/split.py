@@ -72,8 +72,10 @@ class TokenSplit:
     @property
     def places(self) -> tuple[tuple[int, int], ...]:
         """(rank, place among its chunks) of each chunk, in the order of the sequence."""
-        found = {number: (rank, place) for rank in range(self.ranks) for place, number in enumerate(self.held_by(rank))}
-        return tuple(found[number] for number in range(self.chunks))
+        by_chunk = {
+            number: (rank, place) for rank in range(self.ranks) for place, number in enumerate(self.held_by(rank))
+        }
+        return tuple(by_chunk[number] for number in range(self.chunks))
 
     def chunk_length(self, local: int) -> int:
         """Tokens a chunk where a rank holds ``local`` tokens. Raises SplitError where they are no whole number."""

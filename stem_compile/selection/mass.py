@@ -120,16 +120,16 @@ def counting(attention: Attention, last: torch.Tensor, groups: slice) -> torch.T
     causal, bands, _, others = mask.parts
     position = torch.arange(groups.start * size, groups.stop * size, device=last.device)
     env = positions(attention, last) | {KV: position.view(1, 1, 1, -1)}
-    seen = torch.ones(1, 1, 1, len(position), dtype=torch.bool, device=last.device)
+    shown = torch.ones(1, 1, 1, len(position), dtype=torch.bool, device=last.device)
     if causal is not None:
-        seen = seen & symbolic.as_tensor(symbolic.evaluate(sympy.Le(KV, Q + causal), env), last.device)
-        seen = seen & (position < kv_len)
+        shown = shown & symbolic.as_tensor(symbolic.evaluate(sympy.Le(KV, Q + causal), env), last.device)
+        shown = shown & (position < kv_len)
     if bands or others:
         present = torch.ones(1, kv_len, dtype=torch.bool, device=last.device) if mask.visible is None else mask.visible
         present = F.pad(present, (0, max(0, int(groups.stop) * size - kv_len)))[:, None, None, position]
         predicate = sympy.And(*(term.predicate for term in (*bands, *others)))
-        seen = seen & (~present | symbolic.as_tensor(symbolic.evaluate(predicate, env), last.device))
-    whole: torch.Tensor = seen.unflatten(-1, (-1, size)).all(-1)
+        shown = shown & (~present | symbolic.as_tensor(symbolic.evaluate(predicate, env), last.device))
+    whole: torch.Tensor = shown.unflatten(-1, (-1, size)).all(-1)
     return whole
 
 

@@ -52,9 +52,9 @@ def assert_equivalent(
     torch._dynamo.reset()
     try:
         compared = _compare(subject, inputs)
-        found = numerics.gap(compared.run.output, compared.golden, compared.allowed, inputs.valid)
-        if not found.ok:
-            raise Violation("\n".join(_explained(subject, inputs, compared, found)), found)
+        gap = numerics.gap(compared.run.output, compared.golden, compared.allowed, inputs.valid)
+        if not gap.ok:
+            raise Violation("\n".join(_explained(subject, inputs, compared, gap)), gap)
     finally:
         torch._dynamo.reset()
 
@@ -63,7 +63,7 @@ def _compare(subject: Subject, inputs: Inputs) -> _Compared:
     run = subject.run(inputs)
     if not run.selections:
         reasons = "".join(f"\n  {module_path(hit.node)}: {hit.words}" for hit in run.attentions)
-        raise Violation(f"no attention was rewritten, so there is nothing to compare{reasons or ': none was found'}")
+        raise Violation(f"no attention was rewritten, so there is nothing to compare{reasons or ': none was gap'}")
     subject.run_eager(inputs)  # a model that fails by itself says so in its own words
     try:
         return _witnessed(subject, inputs, run)
@@ -89,12 +89,12 @@ def _witnessed(subject: Subject, inputs: Inputs, run: Run) -> _Compared:
     return _Compared(run, golden, numerics.tolerance(own, golden, subject.dtype, inputs.valid), own_taps, golden_taps)
 
 
-def _explained(subject: Subject, inputs: Inputs, compared: _Compared, found: numerics.Gap) -> list[str]:
+def _explained(subject: Subject, inputs: Inputs, compared: _Compared, gap: numerics.Gap) -> list[str]:
     """The failure, line by line."""
     sites = [hit for hit in compared.run.attentions if isinstance(hit, AttentionSite)]
     lines = [
         "the compiled model is not equivalent",
-        f"  output: {found.words}, worst at {named(found.where)}",
+        f"  output: {gap.words}, worst at {named(gap.where)}",
         *_first(subject, inputs, compared, sites),
     ]
     options = ", ".join(f"{k}={v}" for k, v in subject.options.items())
@@ -108,20 +108,20 @@ def _explained(subject: Subject, inputs: Inputs, compared: _Compared, found: num
 
 
 def _first(subject: Subject, inputs: Inputs, compared: _Compared, sites: list[AttentionSite]) -> list[str]:
-    seen = numerics.first_beyond(compared.run.output, compared.golden, compared.allowed, inputs.valid)
-    position = f"  first position: {named(seen)}" if seen else ""
+    first = numerics.first_beyond(compared.run.output, compared.golden, compared.allowed, inputs.valid)
+    position = f"  first position: {named(first)}" if first else ""
     rows = None if inputs.valid is None else inputs.valid[:, None]
-    for index, (made, site, own, golden) in enumerate(
+    for index, (observed, site, own, golden) in enumerate(
         zip(compared.run.selections, sites, compared.own_taps, compared.golden_taps)
     ):
-        args = SparseAttentionArgs.for_(made.attention, made.selection, site.kernel)
+        args = SparseAttentionArgs.for_(observed.attention, observed.selection, site.kernel)
         out = torch.ops.stem.sparse_attention(*args)
         valid = None if rows is None or rows.shape[-1] != out.shape[2] else rows.expand(out.shape[:3])
         allowed = numerics.tolerance(own, golden, out.dtype, valid)
         place = numerics.first_beyond(out, golden, allowed, valid)
         if place is not None:
             error = float(numerics.errors(out, golden)[place])
-            block = place[2] // made.selection.block_q
+            block = place[2] // observed.selection.block_q
             return [
                 (
                     f"  first attention: {module_path(site.node)} (number {index} of {len(sites)}, mask {site.words},"

@@ -17,6 +17,6 @@ Cut = Callable[[torch.Tensor], torch.Tensor]
 
 def own_holds(subject: Subject, first: Inputs, second: Inputs, of_first: Cut, of_second: Cut, allowed: float) -> None:
     """Inapplicable when the model itself gives different values for the parts of two inputs that are to be compared."""
-    found = numerics.gap(of_second(subject.own(second)), of_first(subject.own(first)), allowed)
-    if not found.ok:
-        raise Inapplicable(f"the model itself does not have this property ({found.words})")
+    gap = numerics.gap(of_second(subject.own(second)), of_first(subject.own(first)), allowed)
+    if not gap.ok:
+        raise Inapplicable(f"the model itself does not have this property ({gap.words})")

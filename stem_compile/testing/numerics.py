@@ -79,16 +79,16 @@ def tolerance(
 
 def gap(actual: torch.Tensor, golden: torch.Tensor, allowed: float, valid: torch.Tensor | None = None) -> Gap:
     """The worst position of ``actual`` against ``golden``. valid: bool, positions that count; None is all."""
-    found = errors(actual, golden)
-    if valid is not None and valid.shape == found.shape:
-        found = found.masked_fill(~valid, 0)
-    if not found.numel():
+    error = errors(actual, golden)
+    if valid is not None and valid.shape == error.shape:
+        error = error.masked_fill(~valid, 0)
+    if not error.numel():
         return Gap(0.0, allowed, ())
-    worst = int(found.argmax())
+    worst = int(error.argmax())
     return Gap(
-        float(found.flatten()[worst]),
+        float(error.flatten()[worst]),
         allowed,
-        tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), found.shape)),
+        tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape)),
     )
 
 

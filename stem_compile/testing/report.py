@@ -136,7 +136,7 @@ class Report:
         """Python that runs the failing example alone; all of them where they fail together or cannot be written out."""
         assert result.failure is not None
         given = {k: v for k in ("expected", "bounds", "max_examples") if (v := self.settings.get(k)) is not None}
-        made = "make_inputs" if self.settings.get("make_inputs") else ""
+        factory = "make_inputs" if self.settings.get("make_inputs") else ""
         deployed = self.settings.get("as_deployed")
         options = f"options={(changed if deployed else brief)(self.settings['options'])!r}"
         needs = "".join(f"{line}\n" for line in self.imports)
@@ -144,7 +144,7 @@ class Report:
         if case is None or case.given is not None or "bounds" in given:
             words = [
                 self.model,
-                made,
+                factory,
                 options,
                 f"properties={[result.name]!r}",
                 *(f"{k}={v!r}" for k, v in given.items()),
@@ -157,7 +157,7 @@ class Report:
             )
         words = [
             options,
-            made and f"make_inputs={made}",
+            factory and f"make_inputs={factory}",
             f"expected={given['expected']}" if "expected" in given else "",
             "as_deployed=True" if deployed else "",
         ]

@@ -177,9 +177,11 @@ class Subject:
 
     def _cached(self, case: Case) -> Inputs:
         """What a case makes, with the cache that chunks need, so that they share its graph."""
-        made = self.source.make(case)
+        inputs = self.source.make(case)
         return (
-            dataclasses.replace(made, kwargs=made.kwargs | {"use_cache": True}) if "cache" in self.source.can else made
+            dataclasses.replace(inputs, kwargs=inputs.kwargs | {"use_cache": True})
+            if "cache" in self.source.can
+            else inputs
         )
 
     def _lowered(self, dtype: torch.dtype) -> Subject:

@@ -81,9 +81,9 @@ def primary(result: Any) -> torch.Tensor:
     """The output that is compared: logits, else the last hidden state, else the first floating tensor. Raises TypeError
     without one."""
     for name in ("logits", "last_hidden_state"):
-        found = getattr(result, name, None)
-        if isinstance(found, torch.Tensor):
-            return found
+        output = getattr(result, name, None)
+        if isinstance(output, torch.Tensor):
+            return output
     for leaf in torch.utils._pytree.tree_leaves(result):
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
             return leaf

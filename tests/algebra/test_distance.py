@@ -31,9 +31,9 @@ CASES: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_sums_of_the_distance_are_written_in_it(name: str) -> None:
     expr, written = CASES[name]
-    found = by_distance(symbolic.expand(expr))
-    assert found == text.decode(written)
-    apart = found.replace(lambda f: isinstance(f, Distance), lambda f: f.args[0] - f.args[1])
+    rewritten = by_distance(symbolic.expand(expr))
+    assert rewritten == text.decode(written)
+    apart = rewritten.replace(lambda f: isinstance(f, Distance), lambda f: f.args[0] - f.args[1])
     assert symbolic.expand(apart - expr) == 0
 
 

@@ -312,9 +312,9 @@ def test_arithmetic_in_a_dtype_is_that_of_torch(name: str, tmp_path: Path) -> No
     assert mask.predicate == predicate
     assert torch.equal(mask.dense((1, 1, 64, 64))[0, 0], expected)
     module = cache.load(KernelSpec("portable", mask=masks.encode(mask)))
-    found = torch.zeros(64, 64, dtype=torch.int32)
-    store_visible[(1,)](found, 64, (), (), (), module.visible, BLOCK=64)
-    assert torch.equal(found.bool(), expected)
+    printed = torch.zeros(64, 64, dtype=torch.int32)
+    store_visible[(1,)](printed, 64, (), (), (), module.visible, BLOCK=64)
+    assert torch.equal(printed.bool(), expected)
     for rows in POSITIONS.split(16):
         for keys in POSITIONS.split(16):
             at = {Q: (int(rows[0]), int(rows[-1])), KV: (int(keys[0]), int(keys[-1]))}

@@ -48,10 +48,10 @@ def test_combinators_are_elementwise(a: Mask, b: Mask) -> None:
 @given(terms(), st.integers(0, 36), st.integers(1, 20), st.integers(0, 44), st.integers(1, 20))
 def test_classification_is_sound(mask: Mask, row: int, rows: int, key: int, keys: int) -> None:
     row_end, key_end = min(row + rows, 37), min(key + keys, 45)
-    found = mask.classify((row, row_end), (key, key_end), SHAPE)
+    kind = mask.classify((row, row_end), (key, key_end), SHAPE)
     block = dense(mask)[:, :, row:row_end, key:key_end]
-    assert found is not Block.FULL or block.all()
-    assert found is not Block.EMPTY or not block.any()
+    assert kind is not Block.FULL or block.all()
+    assert kind is not Block.EMPTY or not block.any()
 
 
 @pytest.mark.parametrize(
@@ -118,9 +118,9 @@ def test_a_term_from_outside_is_named_and_its_geometry_used(prefix: None) -> Non
     assert blocks.split(mask).bands == (Prefix(20),)
     assert masks.decode("(kv <= q) | (kv < 20)").words == "causal | the first 20 keys"
     visible = dense(mask)
-    found = blocks.candidates(mask, SHAPE, [], [], 16, 16, "cpu").expand(2, 1, 3, 3)
+    possible = blocks.candidates(mask, SHAPE, [], [], 16, 16, "cpu").expand(2, 1, 3, 3)
     padded = torch.nn.functional.pad(visible, (0, 3, 0, 11))
-    assert (found | ~padded.unflatten(3, (3, 16)).unflatten(2, (3, 16)).any(5).any(3)).all()
+    assert (possible | ~padded.unflatten(3, (3, 16)).unflatten(2, (3, 16)).any(5).any(3)).all()
     assert torch.equal(blind.blind_rows(mask, SHAPE, [], [], torch.device("cpu"))[..., 0], ~visible.any(-1))
     with pytest.raises(ValueError, match="Prefix is registered already"):
         masks.register(Prefix)
@@ -150,14 +150,14 @@ def test_text_that_is_no_mask_is_refused() -> None:
 @given(cases(), st.sampled_from((16, 64)), st.sampled_from((16, 32)))
 def test_candidates_are_exact(case: Case, block_q: int, block_k: int) -> None:
     mask, tensors = case.mask()
-    found = blocks.candidates(mask, case.shape, tensors, [], block_q, block_k, "cpu").expand(
+    possible = blocks.candidates(mask, case.shape, tensors, [], block_q, block_k, "cpu").expand(
         case.batch, case.shape[1], -1, -1
     )
     visible = mask.dense(case.shape, tensors).expand(case.shape)
     rows, columns = blocks.cdiv(case.q_len, block_q), blocks.cdiv(case.shape[3], block_k)
     padded = torch.nn.functional.pad(visible, (0, columns * block_k - case.shape[3], 0, rows * block_q - case.q_len))
     expected = padded.unflatten(3, (columns, block_k)).unflatten(2, (rows, block_q)).any(5).any(3)
-    assert torch.equal(found, expected)
+    assert torch.equal(possible, expected)
 
 
 @given(st.integers(-50, 50), st.integers(1, 9), st.integers(-5, 5))

@@ -96,9 +96,9 @@ def test_scores_with_division_and_exponentials_pass(score: str) -> None:
     ],
 )
 def test_what_would_fail_at_run_time_is_told(mask: str, score: str, why: str) -> None:
-    found = trial.failure(mask, score, ((IDS, (2,)),), 0, (codegen.printed,))
-    assert found is not None
-    assert why in found
+    failure = trial.failure(mask, score, ((IDS, (2,)),), 0, (codegen.printed,))
+    assert failure is not None
+    assert why in failure
 
 
 @settings(max_examples=15)

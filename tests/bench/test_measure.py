@@ -16,12 +16,12 @@ def test_measured_sees_memory_that_is_gone_when_it_returns() -> None:
     def hungry() -> int:
         return torch.ones(size, dtype=torch.uint8).numel()
 
-    seen = measured("cpu", hungry)
-    if seen.peak_bytes is None:
+    measurement = measured("cpu", hungry)
+    if measurement.peak_bytes is None:
         pytest.skip("this system has no high-water mark that can be reset")
-    assert seen.output == size
+    assert measurement.output == size
     # The kernel counts resident pages in batches, a thread at a time.
-    assert size - (1 << 20) <= seen.peak_bytes < 1.5 * size
+    assert size - (1 << 20) <= measurement.peak_bytes < 1.5 * size
     modest = measured("cpu", lambda: 0)
     assert modest.peak_bytes is not None
     assert modest.peak_bytes < size / 8

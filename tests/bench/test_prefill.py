@@ -22,10 +22,10 @@ def test_prefill_is_the_model() -> None:
 def test_predictions_do_not_depend_on_the_chunks() -> None:
     tokens, head = 2 * CHUNK + 5, torch.nn.Linear(8, 30)
     hidden, ids = torch.randn(1, tokens, 8), torch.randint(0, 30, (1, tokens))
-    found = predictions(hidden, head, ids)
+    predicted = predictions(hidden, head, ids)
     logits = head(hidden)[0, :-1].detach()
-    torch.testing.assert_close(found.nll, torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
-    assert torch.equal(found.top1, logits.argmax(-1))
+    torch.testing.assert_close(predicted.nll, torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
+    assert torch.equal(predicted.top1, logits.argmax(-1))
 
 
 def test_greedy_is_generate() -> None:

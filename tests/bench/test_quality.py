@@ -28,22 +28,22 @@ def test_fidelity_is_what_its_definition_says() -> None:
     torch.manual_seed(0)
     own, other = torch.randn(1100, 30), torch.randn(1100, 30)
     ids = torch.randint(0, 30, (1, 1100))
-    found = fidelity(Reader(torch.nn.Identity(), lambda x: x, lambda x: x), own, other, ids)
+    comparison = fidelity(Reader(torch.nn.Identity(), lambda x: x, lambda x: x), own, other, ids)
     p, q = own.double().log_softmax(-1), other.double().log_softmax(-1)
-    assert_close(found.kl.double(), (p.exp() * (p - q)).sum(-1), CLOSE[torch.float32], torch.float32)
-    assert torch.equal(found.same_top1, p.argmax(-1) == q.argmax(-1))
+    assert_close(comparison.kl.double(), (p.exp() * (p - q)).sum(-1), CLOSE[torch.float32], torch.float32)
+    assert torch.equal(comparison.same_top1, p.argmax(-1) == q.argmax(-1))
     losses = [torch.nn.functional.cross_entropy(x[:-1], ids[0, 1:], reduction="none") for x in (other, own)]
-    assert found.nll_change is not None
-    assert_close(found.nll_change, losses[0] - losses[1], CLOSE_DEEP)
-    half = found.summary()
-    assert half["kl"] == pytest.approx(float(found.kl[550:].mean()))
-    assert [end for end, _, _ in found.by_position(4)] == [275, 550, 825, 1100]
+    assert comparison.nll_change is not None
+    assert_close(comparison.nll_change, losses[0] - losses[1], CLOSE_DEEP)
+    half = comparison.summary()
+    assert half["kl"] == pytest.approx(float(comparison.kl[550:].mean()))
+    assert [end for end, _, _ in comparison.by_position(4)] == [275, 550, 825, 1100]
 
 
 def test_equal_outputs_change_nothing() -> None:
     rows = torch.randn(40, 9)
-    found = fidelity(Reader(torch.nn.Identity(), lambda x: x, lambda x: x), rows, rows.clone(), None)
-    assert found.summary() == {"kl": 0.0, "same top-1": 1.0}
+    comparison = fidelity(Reader(torch.nn.Identity(), lambda x: x, lambda x: x), rows, rows.clone(), None)
+    assert comparison.summary() == {"kl": 0.0, "same top-1": 1.0}
 
 
 def test_a_language_model_is_read_by_decoder_and_head(tmp_path: Path) -> None:

@@ -31,9 +31,9 @@ class Known(Tuner):
     def trial(self, options: Mapping[str, Any]) -> Trial:
         self.asked.append(options["budget"])
         texts = {"a": {"kl": 0.005 / options["budget"]}, "b": {"kl": 0.004 / options["budget"]}}
-        made = Trial(dict(options), self.bound.excess(texts), texts, options["budget"], options["budget"])
-        self.search.trials.append(made)
-        return made
+        outcome = Trial(dict(options), self.bound.excess(texts), texts, options["budget"], options["budget"])
+        self.search.trials.append(outcome)
+        return outcome
 
 
 @pytest.mark.parametrize("limit", [1e-9, 0.0072, 0.02, 0.05, 0.16, 9.0])

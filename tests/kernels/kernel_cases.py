@@ -131,9 +131,9 @@ class Case:
         if "Ne(T0(b, kv), 0)" in self.mask:
             position = torch.arange(self.kv_len)
             hidden = torch.randint(0, max(1, self.kv_len // 2), (self.batch, 1), generator=generator)
-            seen = {"left": position >= hidden, "right": position < self.kv_len - hidden}
-            seen["holes"] = torch.rand(self.batch, self.kv_len, generator=generator) < 0.7
-            tensors = [seen[self.pad].to(self.device)]
+            visible = {"left": position >= hidden, "right": position < self.kv_len - hidden}
+            visible["holes"] = torch.rand(self.batch, self.kv_len, generator=generator) < 0.7
+            tensors = [visible[self.pad].to(self.device)]
         if self.mask == DOCUMENT:
             ids = torch.randint(0, 2, (self.batch, max(self.q_len, self.kv_len)), generator=generator)
             tensors = [(ids * (torch.rand(ids.shape, generator=generator) < 0.02)).cumsum(-1).to(self.device)]
@@ -143,13 +143,13 @@ class Case:
             tensors = [torch.tensor(self.kv_len - self.q_len, device=self.device)]
         if self.mask == GIVEN:
             tensors = [(torch.rand(self.batch, 1, self.q_len, self.kv_len, generator=generator) < 0.5).to(self.device)]
-        made = {
+        builders = {
             ALIBI: lambda: 0.1 * torch.rand(self.heads, generator=generator),
             BIAS: lambda: torch.randn(1, self.heads, self.q_len, self.kv_len, generator=generator),
             TEMPERATURE: lambda: torch.tensor(2.0),
             SINK: lambda: torch.randn(self.heads, generator=generator),
         }
-        tensors += [build().to(self.dtype).to(self.device) for kind, build in made.items() if kind in self.kind]
+        tensors += [build().to(self.dtype).to(self.device) for kind, build in builders.items() if kind in self.kind]
         scalars = [self.kv_len - self.q_len] if "S0" in self.mask else []
         return {"q": q, "k": k, "v": v, "tensors": tensors, "scalars": scalars}
 
@@ -173,10 +173,10 @@ def attention_error(case: Case, target: Any, kernel: str, monkeypatch: Any) -> f
     real = ops.attention_output
     monkeypatch.setattr(ops, "attention_output", lambda q, v: real(q, v).fill_(float("nan")))
     attention = case.attention()
-    chosen = case.random_selection(attention)
+    lists = case.random_selection(attention)
     lse = torch.full(case.shape[:3], float("nan"), device=attention.device)
-    out = target.attend(attention, chosen, kernel, lse=lse)
-    expected = reference.sparse_attention(attention.to(torch.float64), chosen)
+    out = target.attend(attention, lists, kernel, lse=lse)
+    expected = reference.sparse_attention(attention.to(torch.float64), lists)
     assert out.shape == expected.shape and out.dtype == attention.q.dtype
     error = float((out.double() - expected).norm() / expected.norm().clamp(min=1e-30))
     empty = expected.abs().sum(-1) == 0
@@ -187,14 +187,14 @@ def attention_error(case: Case, target: Any, kernel: str, monkeypatch: Any) -> f
     assert blind[empty].all(), said + places(~blind & empty) + " (log-sum-exp without a visible key)"
     assert lse[~empty].isfinite().all(), said + places(~lse.isfinite() & ~empty) + " (log-sum-exp)"
     if case.mask == CAUSAL and not case.kind:
-        seen = (
-            chosen.dense(attention.candidates)
+        computed = (
+            lists.dense(attention.candidates)
             .repeat_interleave(case.block_q, 2)
             .repeat_interleave(case.block_k, 3)[..., : case.q_len, : case.kv_len]
         )
         exact = attention.to(torch.float64)
         logits = exact.q @ exact.k.repeat_interleave(attention.group, 1).mT * attention.scale
-        want = logits.masked_fill(~(seen & torch.ones_like(seen).tril()), -torch.inf).logsumexp(-1)
+        want = logits.masked_fill(~(computed & torch.ones_like(computed).tril()), -torch.inf).logsumexp(-1)
         assert (lse - want).abs().max() <= 1e-2 + 1e-5 * want.abs().max(), (
             said + places((lse - want).abs() > 1e-2) + " (log-sum-exp)"
         )
@@ -226,14 +226,14 @@ def selection_gap(case: Case, target: Any) -> tuple[float, bool]:
         scored = replace(scored, q=rounded_to_fp8(q, case.block_q), k=rounded_to_fp8(k, case.block_k))
     scores = oam_scores(scored)
     expected = tpd_select(scores, case.spec, attention.reach)
-    made = attention.selection(*target.select(attention, target.kernels(attention).select))
-    found = attention.candidates
-    made.check(found)
-    mine, theirs = made.dense(found), expected.dense(found)
+    lists = attention.selection(*target.select(attention, target.kernels(attention).select))
+    candidates = attention.candidates
+    lists.check(candidates)
+    mine, theirs = lists.dense(candidates), expected.dense(candidates)
     finite = scores.isfinite()
     spread = torch.where(finite, scores, 0).std(-1).clamp(min=1e-12)
     worst_kept = torch.where(mine & ~theirs, scores, torch.inf).amin(-1)
     best_missed = torch.where(theirs & ~mine, scores, -torch.inf).amax(-1)
     differ = (mine != theirs).any(-1)
     gap = torch.where(differ, (best_missed - worst_kept) / spread, 0.0)
-    return float(gap.max()), bool((made.counts == expected.counts).all())
+    return float(gap.max()), bool((lists.counts == expected.counts).all())

@@ -31,12 +31,12 @@ def rewritten(
 ) -> tuple[Rewrite, Any]:
     """(what the pipeline did with every pass verified, the compiled function's output)."""
     config = StemConfig(**{"min_length": 0, "budget": 1.0, "verify": True, **options})
-    made: list[Rewrite] = []
+    rewrites: list[Rewrite] = []
 
     def keep(module: fx.GraphModule, _: Any) -> Any:
-        made.append(pipeline.run(module, config))
+        rewrites.append(pipeline.run(module, config))
         return module.forward
 
     torch._dynamo.reset()
     out = torch.compile(function, backend=keep, fullgraph=True, dynamic=dynamic)(*inputs)
-    return made[0], out
+    return rewrites[0], out

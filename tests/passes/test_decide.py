@@ -26,7 +26,7 @@ def chunk(x: torch.Tensor, begin: int) -> torch.Tensor:
 def run(x: torch.Tensor, begin: int, **options: Any) -> tuple[Any, torch.Tensor, list[torch.Tensor]]:
     """(what became of the attention, the result, the blocks computed)."""
     lists: list[torch.Tensor] = []
-    with selection.observe(lambda seen: lists.append(seen.selection.dense(seen.candidates))):
+    with selection.observe(lambda observed: lists.append(observed.selection.dense(observed.candidates))):
         result, out = rewritten(
             lambda x: chunk(x, begin), (x,), budget=0.25, block_size=BLOCK, prompt_length=LENGTH, **options
         )

@@ -184,8 +184,8 @@ def test_gradients_are_refused_and_flow() -> None:
         return F.scaled_dot_product_attention(model(x), x, x, is_causal=True)
 
     module = graph_of(attend, (torch.randn(1, 2, 40, 16),))
-    found = matching.match(module.graph)
-    assert [h.reason for h in found if isinstance(h, Rejected)] == [Reason.GRADIENT]
+    hits = matching.match(module.graph)
+    assert [h.reason for h in hits if isinstance(h, Rejected)] == [Reason.GRADIENT]
 
 
 @pytest.mark.parametrize(

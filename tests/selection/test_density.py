@@ -27,8 +27,8 @@ def test_a_density_foretold_is_that_of_a_selection(options: dict[str, object], t
     last = ((torch.arange(rows) + 1) * spec.block_q).clamp(max=tokens) - 1
     visible = torch.arange(columns) * spec.block_k <= last[:, None]
     scores = torch.randn(1, 1, rows, columns).masked_fill(~visible, -torch.inf)
-    made = tpd.tpd_select(scores, spec).density(visible[None, None])
-    assert causal_density(spec, tokens) == pytest.approx(made, abs=1e-9)
+    density = tpd.tpd_select(scores, spec).density(visible[None, None])
+    assert causal_density(spec, tokens) == pytest.approx(density, abs=1e-9)
 
 
 def test_a_budget_is_kept_from_its_length_on() -> None:

@@ -70,7 +70,7 @@ def brute_force(attention: Attention) -> torch.Tensor:
     shown = attention.mask.visible
     shown = torch.ones(1, kv_len, dtype=torch.bool) if shown is None else shown
     shown = shown.expand(batch, -1)
-    seen = attention.mask.dense().expand(attention.shape)
+    visible = attention.mask.dense().expand(attention.shape)
     offset = None if causal is None else attention.mask.causal_offset
     scores = torch.full((batch, heads, rows, columns), -math.inf, dtype=torch.float64)
     for b in range(batch):
@@ -86,7 +86,7 @@ def brute_force(attention: Attention) -> torch.Tensor:
                 for key in range(0, kv_len, size_k):
                     mine = [n for n in range(key, min(key + size_k, kv_len)) if shown[b, n]]
                     whole = offset is None or key + size_k - 1 <= min(last + offset, kv_len - 1)
-                    if mine and whole and all(seen[b, h, last, n] for n in mine):
+                    if mine and whole and all(visible[b, h, last, n] for n in mine):
                         z = float(q @ attention.k[b, key_head, mine].mean(0)) * attention.scale
                         weights[key] = len(mine) * math.exp(z)
                 if weights:

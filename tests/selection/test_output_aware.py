@@ -21,13 +21,13 @@ def _qkv(n: int = 640) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("budget", [1.0, 0.25])
 def test_an_encoder_is_rewritten_for_who_asks(budget: float) -> None:
-    made: list[selection.Observed] = []
-    with selection.observe(made.append):
+    observed: list[selection.Observed] = []
+    with selection.observe(observed.append):
         result, out = rewritten(
             F.scaled_dot_product_attention, _qkv(), policy="output_aware", budget=budget, block_size=64
         )
     assert [s.words for s in result.sites] == ["full"]
-    assert made[0].density == (1.0 if budget == 1.0 else pytest.approx(0.3, abs=0.15))
+    assert observed[0].density == (1.0 if budget == 1.0 else pytest.approx(0.3, abs=0.15))
     if budget == 1.0:
         assert_close(out, F.scaled_dot_product_attention(*_qkv()))
 

@@ -20,8 +20,8 @@ _FILES = [place.__name__ for place in PLACES]
 FAULTS = sorted(
     PLANTED, key=lambda fault: (properties.names().index(fault.caught_by), _FILES.index(fault.plant.__module__))
 )
-"""In the order of the properties, so that those which share traces run side by side; then in that of the files, whichever
-was imported first."""
+"""In the order of the properties, so that those which share traces run side by side; then in that of the files,
+whichever was imported first."""
 
 
 def versions() -> str:

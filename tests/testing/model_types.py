@@ -128,9 +128,9 @@ def model_of(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind = TYPES[name]
-    made = AutoConfig.for_model(name, **(kind.base | kind.config | config))
+    whole = AutoConfig.for_model(name, **(kind.base | kind.config | config))
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(whole, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -69,8 +69,8 @@ def sites(patch: Patch, change: Callable[[AttentionSite], Any]) -> None:
     """Change every attention after its mask was understood and compared; a result replaces it."""
     compare = pipeline.compare
 
-    def wrong(found: Any) -> Any:
-        return [(change(hit) or hit) if isinstance(hit, AttentionSite) else hit for hit in compare(found)]
+    def wrong(attentions: Any) -> Any:
+        return [(change(hit) or hit) if isinstance(hit, AttentionSite) else hit for hit in compare(attentions)]
 
     patch.setattr(pipeline, "compare", wrong)
 

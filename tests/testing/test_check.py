@@ -195,12 +195,12 @@ def test_a_length_at_which_the_model_itself_fails_is_none_of_ours() -> None:
 
 def test_a_snippet_says_all_that_the_check_was_given() -> None:
     lengths = st.integers(700, 900).map(lambda n: torch.arange(n)[None] % 50)
-    made = check_model(
+    report = check_model(
         encoder(), st.builds(lambda: torch.ones(1, 700, 64)), properties=["coverage"], max_examples=2, expected=1
     )
-    (failed,) = made.failures
+    (failed,) = report.failures
     assert (
-        made.snippet(failed).splitlines()[-1]
+        report.snippet(failed).splitlines()[-1]
         == "check_model(model, make_inputs, options={}, properties=['coverage'], expected=1, max_examples=2,"
         " seed=0).raise_for_failures()"
     )
@@ -398,7 +398,7 @@ def test_a_page_fits_a_phone_and_says_when(failing: Report) -> None:
     failing.settings |= {"machine": "a machine", "versions": {"torch": torch.__version__, "triton": None}}
     text = page(failing.to_dict())
     for words in ("@media (max-width: 40rem)", "a machine", torch.__version__, "not installed", "seconds"):
-        assert "th { overflow-wrap: normal }" in text  # headings are not cut inside a word
-    assert words in text
+        assert words in text
+    assert "th { overflow-wrap: normal }" in text  # headings are not cut inside a word
     assert failing.settings["date"] in text
     assert "<script" not in text

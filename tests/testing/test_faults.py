@@ -31,17 +31,19 @@ FULL = bool(os.environ.get("STEM_COMPILE_FULL"))
 _needed: dict[str, int] = {}
 
 
-def _chosen() -> list[Any]:
+def _parameters() -> list[Any]:
     """All faults; those after the first of a property are skipped by default."""
     whole = pytest.mark.skipif(not FULL, reason="STEM_COMPILE_FULL=1 plants every fault; by default one a property")
-    seen: set[str] = set()
-    chosen = []
+    properties_so_far: set[str] = set()
+    parameters = []
     for fault in FAULTS:
-        chosen.append(
-            pytest.param(fault, id=fault.name, marks=[whole, pytest.mark.slow] if fault.caught_by in seen else [])
+        parameters.append(
+            pytest.param(
+                fault, id=fault.name, marks=[whole, pytest.mark.slow] if fault.caught_by in properties_so_far else []
+            )
         )
-        seen.add(fault.caught_by)
-    return chosen
+        properties_so_far.add(fault.caught_by)
+    return parameters
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +61,7 @@ def subjects() -> Iterator[Callable[[str], Subject]]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("fault", _chosen())
+@pytest.mark.parametrize("fault", _parameters())
 def test_is_caught(fault: Fault, subjects: Callable[[str], Subject]) -> None:
     subject = subjects(fault.model)
     module = properties.get(fault.caught_by)
@@ -81,13 +83,13 @@ def test_there_are_enough_and_none_twice() -> None:
 def test_the_table_in_the_docs_is_this_one() -> None:
     if len(_needed) < len(FAULTS):
         pytest.skip("needs STEM_COMPILE_FULL=1 and every fault of this file in the same run")
-    made = table((fault, _needed[fault.name]) for fault in FAULTS)
+    expected = table((fault, _needed[fault.name]) for fault in FAULTS)
     if os.environ.get("STEM_COMPILE_WRITE_DOCS"):
-        DOCS.write_text(made)
+        DOCS.write_text(expected)
     written = DOCS.read_text()
     if versions() not in written:
         # Other versions draw other examples: only the numbers may differ.
-        written, made = (
-            re.sub(r"\| \d+ \|$|under Hypothesis .*$", "", text, flags=re.MULTILINE) for text in (written, made)
+        written, expected = (
+            re.sub(r"\| \d+ \|$|under Hypothesis .*$", "", text, flags=re.MULTILINE) for text in (written, expected)
         )
-    assert written == made, "run with STEM_COMPILE_FULL=1 STEM_COMPILE_WRITE_DOCS=1 and commit docs/faults.md"
+    assert written == expected, "run with STEM_COMPILE_FULL=1 STEM_COMPILE_WRITE_DOCS=1 and commit docs/faults.md"

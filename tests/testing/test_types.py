@@ -32,12 +32,12 @@ OTHERS: dict[str, tuple[Callable[[], torch.nn.Module], int]] = {
 _rows: dict[str, tuple[int, Report]] = {}
 
 
-def _chosen() -> list[Any]:
+def _parameters() -> list[Any]:
     whole = pytest.mark.skipif(not FULL, reason="STEM_COMPILE_FULL=1 checks every type; by default a sample")
     return [pytest.param(name, marks=[] if name in SAMPLE else [whole, pytest.mark.slow]) for name in TYPES]
 
 
-@pytest.mark.parametrize("name", _chosen())
+@pytest.mark.parametrize("name", _parameters())
 def test_a_type_has_every_property(name: str) -> None:
     if not known(name):
         pytest.skip(f"the installed transformers has no type {name!r}")
@@ -72,14 +72,15 @@ def test_the_docs_have_every_type() -> None:
 def test_the_table_in_the_docs_is_this_one() -> None:
     if not FULL or set(_rows) < set(OTHERS) | {n for n in TYPES if known(n)}:
         pytest.skip("needs STEM_COMPILE_FULL=1 and every type of this file in the same run")
-    made = table()
+    expected = table()
     if os.environ.get("STEM_COMPILE_WRITE_DOCS"):
-        DOCS.write_text(made)
+        DOCS.write_text(expected)
     # Errors depend on the machine.
-    written, made = (
-        re.sub(r"\d\.\d\d|under transformers .*$", "", text, flags=re.MULTILINE) for text in (DOCS.read_text(), made)
+    written, expected = (
+        re.sub(r"\d\.\d\d|under transformers .*$", "", text, flags=re.MULTILINE)
+        for text in (DOCS.read_text(), expected)
     )
-    assert written == made, HOW
+    assert written == expected, HOW
 
 
 HOW = "run with STEM_COMPILE_FULL=1 STEM_COMPILE_WRITE_DOCS=1 and commit docs/types.md"

@@ -87,11 +87,11 @@ def dense(x: torch.Tensor, dtype: torch.dtype, width: int, length: int | None = 
     shape = (*x.shape[:-2], x.shape[-2] if length is None else length, width)
     if x.dtype == dtype and x.shape == shape and x.is_contiguous():
         return x
-    made = x.new_empty(shape, dtype=dtype)
-    made[..., : x.shape[-2], : x.shape[-1]] = x
-    made[..., x.shape[-2] :, :] = 0
-    made[..., x.shape[-1] :] = 0
-    return made
+    padded = x.new_empty(shape, dtype=dtype)
+    padded[..., : x.shape[-2], : x.shape[-1]] = x
+    padded[..., x.shape[-2] :, :] = 0
+    padded[..., x.shape[-1] :] = 0
+    return padded
 
 
 def attend(p: Problem, span: Span) -> None:

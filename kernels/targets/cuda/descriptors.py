@@ -61,17 +61,17 @@ def _remembered(describe: Callable[..., Any]) -> Callable[..., Any]:
     def described(x: torch.Tensor, *box: int) -> Any:
         key = x.shape, x.stride(), x.dtype, box
         if key not in known or x.data_ptr() % 16:
-            made = describe(x, *box)
+            descriptor = describe(x, *box)
             if len(known) >= REMEMBERED:
                 known.clear()
             # Without the tensor, which would never be freed.
-            known[key] = type(made), {name: value for name, value in vars(made).items() if name != "base"}
-            made.trait = known[key][1]["trait"] = type(made), x.dtype, tuple(made.block_shape)
-            return made
+            known[key] = type(descriptor), {name: value for name, value in vars(descriptor).items() if name != "base"}
+            descriptor.trait = known[key][1]["trait"] = type(descriptor), x.dtype, tuple(descriptor.block_shape)
+            return descriptor
         kind, fields = known[key]
-        made = kind.__new__(kind)
-        vars(made).update(fields, base=x)
-        return made
+        descriptor = kind.__new__(kind)
+        vars(descriptor).update(fields, base=x)
+        return descriptor
 
     return described
 

@@ -119,8 +119,8 @@ class Means:
         spec, visible = self.attention.spec, self.attention.mask.visible
         if visible is None or not self.attention.score.positional:
             return self.value
-        found = grouped(visible[:, None, :, None].float(), visible, spec.group_sizes[1], spec.block_k, torch.float32)
-        return found.last.int().expand(self.attention.shape[0], -1).contiguous()
+        groups = grouped(visible[:, None, :, None].float(), visible, spec.group_sizes[1], spec.block_k, torch.float32)
+        return groups.last.int().expand(self.attention.shape[0], -1).contiguous()
 
     def _on_hopper(self) -> bool:
         """Whether the Hopper template scores: causal order alone, heads and blocks that its tiles take."""

@@ -73,24 +73,24 @@ def _counts_for(
 
     PAIRS: 0 where only causal order decides, 1 where a query sees an interval of keys, 2 where every key is looked at.
     """
-    seen = (q >= 0)[:, None] & (n * GROUP_K < kv_len)[None, :]
+    counted = (q >= 0)[:, None] & (n * GROUP_K < kv_len)[None, :]
     if CAUSAL:
-        seen = seen & ((n * GROUP_K + GROUP_K)[None, :] <= tl.minimum(q + before + 1, kv_len)[:, None])
+        counted = counted & ((n * GROUP_K + GROUP_K)[None, :] <= tl.minimum(q + before + 1, kv_len)[:, None])
     if PAIRS == 1:
         first = (n * GROUP_K)[None, :]
         final = (tl.minimum(n * GROUP_K + GROUP_K, kv_len) - 1)[None, :]
-        seen = seen & visible(b, h, q[:, None], first, q_len, kv_len, tensors, layouts, scalars)
-        seen = seen & visible(b, h, q[:, None], final, q_len, kv_len, tensors, layouts, scalars)
+        counted = counted & visible(b, h, q[:, None], first, q_len, kv_len, tensors, layouts, scalars)
+        counted = counted & visible(b, h, q[:, None], final, q_len, kv_len, tensors, layouts, scalars)
     elif PAIRS == 2:
         for i in tl.static_range(GROUP_K):
             kv = n * GROUP_K + i
             absent = kv >= kv_len
             if PADDED:
                 absent = absent | (tl.load(present_ptr + kv, mask=kv < kv_len, other=0) == 0)
-            seen = seen & (
+            counted = counted & (
                 absent[None, :] | visible(b, h, q[:, None], kv[None, :], q_len, kv_len, tensors, layouts, scalars)
             )
-    return seen
+    return counted
 
 
 @triton.jit(
@@ -191,7 +191,7 @@ def mass(
             else:
                 number = tl.minimum(tl.maximum(kv_len - n * GROUP_K, 1), GROUP_K)
                 z += tl.log2(number.to(tl.float32))[None, :]
-            seen = _counts_for(
+            counted = _counts_for(
                 b,
                 h,
                 last,
@@ -206,7 +206,7 @@ def mass(
                 PADDED,
                 PAIRS,
             )
-            z = tl.where(seen, z, -float("inf"))
+            z = tl.where(counted, z, -float("inf"))
             higher = tl.maximum(peak, tl.max(z, 1))
             shift = tl.where(higher > -float("inf"), higher, 0.0)
             sums = tl.sum(tl.reshape(tl.exp2(z - shift[:, None]), [ROWS, BLOCKS, GROUPS_K]), 2)
@@ -231,6 +231,6 @@ def mass(
             held = tl.sum(tl.reshape(held, [HIGH, GROUPS_Q, BLOCKS]), 1) / tl.maximum(seeing, 1.0)[:, None]
             block = tile * BLOCKS + tl.arange(0, BLOCKS)
             value = tl.load(values + block, mask=block < columns, other=0.0)
-            made = tl.log2(tl.maximum(held, LEAST)) * LN2 + value[None, :]
-            tl.store(out + block[None, :], made, mask=(row < rows)[:, None] & (block < columns)[None, :])
+            log_mass = tl.log2(tl.maximum(held, LEAST)) * LN2 + value[None, :]
+            tl.store(out + block[None, :], log_mass, mask=(row < rows)[:, None] & (block < columns)[None, :])
         tl.debug_barrier()

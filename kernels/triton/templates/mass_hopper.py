@@ -196,11 +196,11 @@ def _finish(sums_ptr, weights_ptr, values, scores_ptr, line, tiles, rows, column
         sums = gl.load(sums_ptr + tile * (ROWS * BLOCKS) + place, mask=t + tile < tiles, other=0.0)
         held = sums.to(gl.float32) * weight[None, :, None]
         held = gl.sum(held.reshape([TILES, HIGH, GROUPS_Q, BLOCKS]), 2)
-        made: gl.constexpr = held.type.layout
-        high: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, made))
+        layout: gl.constexpr = held.type.layout
+        high: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, layout))
         mass = held / gl.maximum(gl.convert_layout(seeing, high), 1.0)[None, :, None]
-        block = (tile + gl.arange(0, TILES, gl.SliceLayout(1, gl.SliceLayout(2, made))))[:, None, None] * BLOCKS
-        block += gl.arange(0, BLOCKS, gl.SliceLayout(0, gl.SliceLayout(1, made)))[None, None, :]
+        block = (tile + gl.arange(0, TILES, gl.SliceLayout(1, gl.SliceLayout(2, layout))))[:, None, None] * BLOCKS
+        block += gl.arange(0, BLOCKS, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
         there = (block < columns) & (block < tiles * BLOCKS)
         value = gl.load(values + block, mask=there, other=0.0)
         score = _log2(gl.maximum(mass, LEAST)) * LN2 + value
@@ -337,8 +337,8 @@ def _hidden(x, tile, first, q_len, kv_len, before):
         return gl.where((n * GROUP_K + GROUP_K)[None, :] <= limit[:, None], x, -float("inf"))
     else:
         number = gl.minimum(gl.maximum(kv_len - n * GROUP_K, 1), GROUP_K).to(gl.float32)
-        seen = (n * GROUP_K < kv_len)[None, :] & (m * GROUP_Q < q_len)[:, None]
-        return gl.where(seen, x + gl.log2(number * (1.0 / GROUP_K))[None, :], -float("inf"))
+        inside = (n * GROUP_K < kv_len)[None, :] & (m * GROUP_Q < q_len)[:, None]
+        return gl.where(inside, x + gl.log2(number * (1.0 / GROUP_K))[None, :], -float("inf"))
 
 
 @gluon.jit
@@ -511,10 +511,10 @@ def _consume(
 
 @gluon.jit
 def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    made = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
-        mbarrier.init(made.index(i), count=ARRIVALS)
-    return made
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
+    return barriers
 
 
 @gluon.jit(do_not_specialize=["items", "row_tiles", "tiles_most", "rows", "first_row", "columns", "q_len", "kv_len"])

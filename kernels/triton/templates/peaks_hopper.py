@@ -48,8 +48,8 @@ def _reach(row_tile, first_row, q_len, before, column_tiles, HEIGHT: gl.constexp
     """Column tiles that row tile ``row_tile`` needs: [0, reach)."""
     reach = column_tiles
     if CAUSAL:
-        seen = gl.minimum(first_row * BLOCK_Q + (row_tile + 1) * (HEIGHT * STRIDE), q_len) + before - LOCALS * BLOCK_K
-        reach = gl.minimum(gl.cdiv(gl.maximum(seen, 0), COLUMNS * STRIDE), column_tiles)
+        limit = gl.minimum(first_row * BLOCK_Q + (row_tile + 1) * (HEIGHT * STRIDE), q_len) + before - LOCALS * BLOCK_K
+        reach = gl.minimum(gl.cdiv(gl.maximum(limit, 0), COLUMNS * STRIDE), column_tiles)
     return reach
 
 

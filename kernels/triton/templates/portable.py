@@ -91,8 +91,8 @@ def _load_rows(pointers, present, WIDTH: tl.constexpr, PADDED: tl.constexpr, RAG
 @triton.jit
 def _hide(scores, kv, rows, b, h, q_len, kv_len, tensors, layouts, scalars):
     """Scores with what the mask hides, and keys past the end, at -inf."""
-    seen = visible(b, h, rows[:, None], kv, q_len, kv_len, tensors, layouts, scalars) & (kv < kv_len)
-    return tl.where(seen, scores, -float("inf"))
+    shown = visible(b, h, rows[:, None], kv, q_len, kv_len, tensors, layouts, scalars) & (kv < kv_len)
+    return tl.where(shown, scores, -float("inf"))
 
 
 @triton.jit

@@ -63,10 +63,10 @@ def _score(key):
 def _before_last(row, first, q_len, kv_len, before):
     """Bool [NB]: key blocks with a key up to the causal limit of ``row``. first: int32 [NB], the block's first visible
     key."""
-    found = first < kv_len
+    possible = first < kv_len
     if CAUSAL:
-        found = found & (first <= tl.minimum((row + 1) * BLOCK_Q, q_len) - 1 + before)
-    return found
+        possible = possible & (first <= tl.minimum((row + 1) * BLOCK_Q, q_len) - 1 + before)
+    return possible
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def _row(
     if EXPLICIT:
         candidates_ptr += b * candidate_strides[0] + h * candidate_strides[1] + row.to(tl.int64) * candidate_strides[2]
         candidate = tl.load(candidates_ptr + j * candidate_strides[3], mask=j < columns, other=0) != 0
-        seen = tl.sum(candidate.to(tl.int32), 0)
+        candidate_count = tl.sum(candidate.to(tl.int32), 0)
         limit = tl.load(limits_ptr + b * limit_strides[0] + h * limit_strides[1] + row * limit_strides[2])
         full = limit < 0
     else:
@@ -117,23 +117,25 @@ def _row(
         before = offset(q_len, kv_len, tensors, layouts, scalars)
         candidate = _before_last(row, first, q_len, kv_len, before)
         reach = _reach(row, first, q_len, kv_len, before, PADDED)
-        seen = reach
+        candidate_count = reach
         if BANDED:
             bottom = lowest(b.to(tl.int32), row * BLOCK_Q, q_len, kv_len, tensors, layouts, scalars)
             candidate = candidate & ((j + 1) * BLOCK_K > bottom)
-            seen = tl.sum(candidate.to(tl.int32), 0)
+            candidate_count = tl.sum(candidate.to(tl.int32), 0)
         # Sight grows from row to row: the last row's is the longest.
         total = tl.maximum(_reach(rows - 1, first, q_len, kv_len, before, PADDED), PROMPT_BLOCKS)
         earlier = tl.where(row >= SLACK, _reach(tl.maximum(row - SLACK, 0), first, q_len, kv_len, before, PADDED), 0)
         later = _reach(tl.minimum(row + SLACK, rows - 1), first, q_len, kv_len, before, PADDED)
         budget = row_budget(tl.maximum(reach - 1, 0).to(tl.int64), tl.maximum(total, 1).to(tl.int64))
-        limit = tl.minimum(tl.maximum(budget, SINKS + LOCALS), seen).to(tl.int32)
+        limit = tl.minimum(tl.maximum(budget, SINKS + LOCALS), candidate_count).to(tl.int32)
         # The row computes all it sees: within budget, or the prompt's end, where the question is (tpd.full_rows).
         enough = limit
         if COVERED:
             enough = limit * 0 + (SINKS + LOCALS)
-        full = ((enough >= seen) | ((earlier < reach) & (later <= reach) & (reach >= PROMPT_BLOCKS))) & (seen > 0)
-    return candidate, seen, limit, full
+        full = ((enough >= candidate_count) | ((earlier < reach) & (later <= reach) & (reach >= PROMPT_BLOCKS))) & (
+            candidate_count > 0
+        )
+    return candidate, candidate_count, limit, full
 
 
 @triton.jit(do_not_specialize=["first_row", "rows", "columns", "width", "q_len", "kv_len", "first_stride"])
@@ -179,7 +181,7 @@ def select(
     b, h = (head_row // heads).to(tl.int64), (head_row % heads).to(tl.int64)
     j = tl.arange(0, NB)
     where = head_row.to(tl.int64) * rows + row
-    candidate, seen, limit, full = _row(
+    candidate, candidate_count, limit, full = _row(
         row,
         b,
         h,
@@ -221,7 +223,7 @@ def select(
         rank = j + 1
         if EXPLICIT or PADDED or BANDED:
             rank = tl.cumsum(candidate.to(tl.int32), 0)
-        forced = candidate & ((rank <= SINKS) | (rank > seen - LOCALS))
+        forced = candidate & ((rank <= SINKS) | (rank > candidate_count - LOCALS))
         if SCORED:
             chunk_row = head_row.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
             score = tl.load(scores_ptr + chunk_row * pitch + j, mask=candidate, other=0.0)
@@ -238,10 +240,10 @@ def select(
         reached = tl.sum(free.to(tl.int32), 0)
         if GIVEN:  # most heads end where the row's budget did
             middle = tl.load(thresholds_ptr + (b * heads + h) * rows + row).to(tl.uint32, bitcast=True)
-            found = tl.sum((key >= middle).to(tl.int32), 0)
-            enough = found >= wanted
+            count = tl.sum((key >= middle).to(tl.int32), 0)
+            enough = count >= wanted
             inside = (middle > low) & (middle < high)
-            reached = tl.where(enough & inside, found, reached)
+            reached = tl.where(enough & inside, count, reached)
             high = tl.where(enough | (inside == 0), high, middle)
             low = tl.where(enough & inside, middle, low)
         step = 0
@@ -250,20 +252,20 @@ def select(
             if step < GUESSES:
                 guess = _key(0.5 * _score(low) + 0.5 * _score(high))
                 middle = tl.where((guess > low) & (guess < high), guess, middle)
-            found = tl.sum((key >= middle).to(tl.int32), 0)
-            enough = found >= wanted
+            count = tl.sum((key >= middle).to(tl.int32), 0)
+            enough = count >= wanted
             low = tl.where(enough, middle, low)
-            reached = tl.where(enough, found, reached)
+            reached = tl.where(enough, count, reached)
             high = tl.where(enough, high, middle)
             step += 1
-        chosen = forced | (free & (key >= low))
+        listed = forced | (free & (key >= low))
         if reached != wanted:
             above = key > low
             tie = free & (key == low)
             spare = wanted - tl.sum(above.to(tl.int32), 0)
-            chosen = forced | above | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= spare))
-        slot = tl.cumsum(chosen.to(tl.int32), 0) - 1
-        tl.store(indices_ptr + place + slot, j, mask=chosen & (slot < width))
+            listed = forced | above | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= spare))
+        slot = tl.cumsum(listed.to(tl.int32), 0) - 1
+        tl.store(indices_ptr + place + slot, j, mask=listed & (slot < width))
 
 
 @triton.jit
@@ -323,7 +325,7 @@ def divide(
         limit = tl.load(limits_ptr + b * limit_strides[0] + h * limit_strides[1] + row * limit_strides[2])
         full = (limit < 0) | (i >= together)
     else:
-        one, seen, limit, full = _row(
+        one, candidate_count, limit, full = _row(
             row,
             b,
             b,
@@ -346,19 +348,19 @@ def divide(
         )
         limit = limit + i * 0
         full = full | (i >= together)
-        candidate = j < seen
+        candidate = j < candidate_count
         if PADDED or BANDED:
             candidate = tl.reshape(one, [1, STRIPS, WIDE])
     candidate = candidate & (full == 0)[:, None, None]
     if EXPLICIT or PADDED or BANDED:
-        seen = _by_head(candidate.to(tl.int32))
+        candidate_count = _by_head(candidate.to(tl.int32))
         strips = tl.sum(candidate.to(tl.int32), 2)
         rank = tl.cumsum(candidate.to(tl.int32), 2) + (tl.cumsum(strips, 1) - strips)[:, :, None]
-        forced = candidate & ((rank <= SINKS) | (rank > (seen - LOCALS)[:, None, None]))
+        forced = candidate & ((rank <= SINKS) | (rank > (candidate_count - LOCALS)[:, None, None]))
         held = _by_head(forced.to(tl.int32))
     else:
-        forced = candidate & ((j < SINKS) | (j >= seen - LOCALS))
-        held = tl.where(full, 0, tl.minimum(seen, SINKS + LOCALS))
+        forced = candidate & ((j < SINKS) | (j >= candidate_count - LOCALS))
+        held = tl.where(full, 0, tl.minimum(candidate_count, SINKS + LOCALS))
     free = candidate & (forced == 0)
     limit = tl.where(full, 0, limit)
     least = held

@@ -65,17 +65,17 @@ def _of_choices(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def of(*exprs: Any) -> Any:
         exprs = tuple(sympy.sympify(number(e)) for e in exprs)
-        return by_cases(function, *exprs) if all(map(_is_chosen, exprs)) else function(*exprs)
+        return by_cases(function, *exprs) if all(map(_is_number_in_each_case, exprs)) else function(*exprs)
 
     return of
 
 
-def _is_chosen(expr: Any) -> bool:
+def _is_number_in_each_case(expr: Any) -> bool:
     """Whether an expression is a number in each case of its choices."""
     if isinstance(expr, Where):
-        return all(_is_chosen(end) for end in expr.args[1:])
+        return all(_is_number_in_each_case(end) for end in expr.args[1:])
     choices = {e: sympy.Integer(1) for e in expr.atoms(Where)}
-    return bool(expr.xreplace(choices).is_number) and all(map(_is_chosen, choices))
+    return bool(expr.xreplace(choices).is_number) and all(map(_is_number_in_each_case, choices))
 
 
 def _binary(function: Callable[[Any, Any], Any]) -> Reader:

@@ -113,7 +113,7 @@ class _Subject:
         self.model = model().eval().to(device)
         self.inputs: Inputs = lambda n: {name: x.to(device) for name, x in inputs(n).items()}
         self.expected = int(getattr(model, "attentions", 1))
-        self._found: list[list[Any]] = []
+        self._decided: list[list[Any]] = []
         self._compiled: dict[Any, Any] = {}
         self._called: list[Given] = []
 
@@ -122,7 +122,7 @@ class _Subject:
         """Of the last graph that was compiled."""
         words = [
             hit.reason.name.lower() if hasattr(hit, "reason") else "rewritten"
-            for hit in (self._found[-1] if self._found else ())
+            for hit in (self._decided[-1] if self._decided else ())
         ]
         return (*words, *["unrecognised"] * (self.expected - len(words)))
 
@@ -159,11 +159,11 @@ class _Subject:
         shown: list[torch.Tensor] = []
         self.own(given, shown=shown)
         batch = next(x.shape[0] for name, x in given.items() if name in BATCHED)
-        seen: torch.Tensor = torch.ones((), dtype=torch.bool, device=self.device)
+        seeing: torch.Tensor = torch.ones((), dtype=torch.bool, device=self.device)
         for mask in shown:
             four = mask[:, None] if mask.dim() == 3 else mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
-            seen = seen & four.any(-1).all(1)
-        return seen.expand(batch, -1)
+            seeing = seeing & four.any(-1).all(1)
+        return seeing.expand(batch, -1)
 
     def call(self, given: Given, force: Any = None, model: torch.nn.Module | None = None, **changes: Any) -> _Call:
         """The compiled module. Raises _Bad."""
@@ -194,14 +194,14 @@ class _Subject:
         for warning in said:
             if issubclass(warning.category, StemWarning) and "left" in str(warning.message):
                 raise _Bad("internal", str(warning.message))
-        for hit in self._found[-1] if self._found else ():
+        for hit in self._decided[-1] if self._decided else ():
             if getattr(hit, "reason", None) is Reason.INTERNAL:
                 raise _Bad("internal", f"{module_path(hit.node)}: {hit.words}")
         return done
 
     def _backend(self, options: dict[str, Any]) -> Callable[..., Any]:
         def compiled(module: Any, examples: Any) -> Any:
-            with backend.listen(lambda rewrite: self._found.append(list(rewrite.attentions))):
+            with backend.listen(lambda rewrite: self._decided.append(list(rewrite.attentions))):
                 return backend.stem(module, examples, options=options)
 
         return compiled
@@ -318,13 +318,13 @@ def _selected(subject: _Subject, given: Given, selections: Sequence[Observed]) -
         if decision != "rewritten":
             selected.append(torch.ones_like(mask, dtype=torch.bool))
             continue
-        seen = queue.pop(0)
+        observed = queue.pop(0)
         dense, (block_q, block_k) = (
-            seen.selection.dense(seen.candidates),
-            (seen.selection.block_q, seen.selection.block_k),
+            observed.selection.dense(observed.candidates),
+            (observed.selection.block_q, observed.selection.block_k),
         )
-        tokens = dense.repeat_interleave(block_q, 2)[:, :, : seen.attention.q.shape[2]]
-        tokens = tokens.repeat_interleave(block_k, 3)[..., : seen.attention.k.shape[2]]
+        tokens = dense.repeat_interleave(block_q, 2)[:, :, : observed.attention.q.shape[2]]
+        tokens = tokens.repeat_interleave(block_k, 3)[..., : observed.attention.k.shape[2]]
         batch = next(x.shape[0] for name, x in given.items() if name in BATCHED)
         selected.append(tokens.reshape(batch, -1, *tokens.shape[2:]))
     return selected

@@ -59,10 +59,10 @@ def smaller(seed: int, number: int, inner: str, outcome: Outcome, device: str, s
         key = repr(trial)
         if key not in known:
             # Out of time, nothing new is a failure; what was one stays one, as Hypothesis asks again.
-            found = None if best and time.monotonic() > until else run(trial, device)
-            known[key] = found is not None and found.verdict == outcome.verdict
-            if found is not None and known[key]:
-                best.append((trial, found))
+            again = None if best and time.monotonic() > until else run(trial, device)
+            known[key] = again is not None and again.verdict == outcome.verdict
+            if again is not None and known[key]:
+                best.append((trial, again))
         if known[key]:
             raise AssertionError(outcome.verdict)
 

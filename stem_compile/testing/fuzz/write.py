@@ -199,8 +199,8 @@ class _Attention:
 
     def _selected(self, value: str, like: str = "") -> str:
         """Blocks that were selected, in the shape of ``like``."""
-        chosen = f"selected[{self.number}]"
-        return value.format(f"{chosen}.reshape({like}.shape)" if like else chosen)
+        blocks = f"selected[{self.number}]"
+        return value.format(f"{blocks}.reshape({like}.shape)" if like else blocks)
 
     def _sdpa(self) -> list[str]:
         a, p = self.attention, self.program
@@ -208,7 +208,7 @@ class _Attention:
         scale = {"after": "", "divided": ", scale=1 / math.sqrt(d)"}.get(a.scale, ", scale=1.0")
         lines += self._repeated(("k", "v"))
         if a.spelling == "sdpa":
-            chosen = f"selected[{self.number}]{'[:, 0]' if self.flat else ''}"
+            blocks = f"selected[{self.number}]{'[:, 0]' if self.flat else ''}"
             call = "out = F.scaled_dot_product_attention(q, k, v, attn_mask={}" + scale + ")"
             causal = not a.terms and a.prefix == "none" and p.cache == "none" and a.causal == "ge"
             plain = call.replace("attn_mask={}", "is_causal=True") if causal else call.format("mask")
@@ -217,7 +217,7 @@ class _Attention:
                 "if selected is None:",
                 f"    {plain}",
                 "else:",
-                f"    {call.format(f'mask & {chosen}')}",
+                f"    {call.format(f'mask & {blocks}')}",
                 "return out",
             )
         lines.append(f"bias = {self._bias}")

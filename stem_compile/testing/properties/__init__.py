@@ -21,8 +21,8 @@ from types import ModuleType
 @functools.cache
 def every() -> tuple[ModuleType, ...]:
     """All properties in the order of the report."""
-    found = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
-    return tuple(sorted(found, key=lambda m: m.ORDER))
+    modules = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
+    return tuple(sorted(modules, key=lambda m: m.ORDER))
 
 
 def names() -> tuple[str, ...]:

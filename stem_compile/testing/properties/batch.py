@@ -62,8 +62,8 @@ def check(subject: Subject, case: Case) -> Measure:
             allowed,
         )
         lone = subject.run(row, forced([d[index : index + 1] for d in dense], f"row {index} alone"))
-        found = numerics.gap(run.output[index : index + 1], lone.output, allowed, valid)
-        worst = max(worst, require(found, f"row {index} of {case.batch} differs from itself alone").worst)
+        gap = numerics.gap(run.output[index : index + 1], lone.output, allowed, valid)
+        worst = max(worst, require(gap, f"row {index} of {case.batch} differs from itself alone").worst)
     return Measure(worst)
 
 

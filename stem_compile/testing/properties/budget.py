@@ -43,8 +43,8 @@ def check(subject: Subject, case: Case) -> Measure:
         raise Inapplicable("no attention was rewritten")
     golden, valid = subject.golden(case), subject.inputs(case).valid
     numerics.tolerance(golden, golden, subject.dtype, valid)  # NaN has no scores to rank blocks by
-    for index, seen in enumerate(run.selections):
-        _well_formed(index, seen)
+    for index, observed in enumerate(run.selections):
+        _well_formed(index, observed)
     budget = subject.options.get("budget")
     facts: dict[str, Any] = {"density": sum(m.density for m in run.selections) / len(run.selections)}
     if isinstance(budget, int | float) and budget < 1:
@@ -68,13 +68,13 @@ def finish(subject: Subject, measures: Sequence[Measure]) -> None:
             )
 
 
-def _well_formed(index: int, seen: Observed) -> None:
-    candidates, spec = seen.candidates, seen.attention.spec
+def _well_formed(index: int, observed: Observed) -> None:
+    candidates, spec = observed.candidates, observed.attention.spec
     try:
-        seen.selection.check(candidates)
+        observed.selection.check(candidates)
     except ValueError as error:
         raise Violation(f"attention {index}: {error}") from None
-    dense = seen.selection.dense(candidates)
+    dense = observed.selection.dense(candidates)
     visible = candidates.expand(dense.shape)
     rank, total = visible.cumsum(-1), visible.sum(-1)
     kept = visible & ((rank <= spec.sinks) | (rank > total.unsqueeze(-1) - spec.locals))
@@ -86,7 +86,7 @@ def _well_formed(index: int, seen: Observed) -> None:
     most = torch.maximum(promised + 1, torch.full_like(promised, spec.sinks + spec.locals))
     least = (promised - 1).clamp(max=total)
     # Heads that share a budget keep it together.
-    together = spec.sharing_heads(dense.shape[1], seen.attention.k.shape[1])
+    together = spec.sharing_heads(dense.shape[1], observed.attention.k.shape[1])
     count, most, least = (x.unflatten(1, (-1, together)).sum(2) for x in (count, most, least))
     whole = whole.unflatten(1, (-1, together)).any(2)
     _none(index, (count > most) & (count > 0) & ~whole, "computes more blocks than its budget")

@@ -51,5 +51,5 @@ def check(subject: Subject, case: Case) -> Measure:
     allowed = subject.tolerance(whole)
     own_holds(subject, here, changed, lambda x: x[:, : case.cut], lambda x: x[:, : case.cut], allowed)
     first, second = subject.run_of(whole).output, subject.run(changed).output
-    found = numerics.gap(second[:, : case.cut], first[:, : case.cut], allowed)
-    return require(found, f"tokens from {case.cut} on changed the output before them")
+    gap = numerics.gap(second[:, : case.cut], first[:, : case.cut], allowed)
+    return require(gap, f"tokens from {case.cut} on changed the output before them")

@@ -33,5 +33,5 @@ def cases(subject: Subject) -> Any:
 def check(subject: Subject, case: Case) -> Measure:
     """Whether the property holds on one example: how close it came to failing. Raises Violation where it does not."""
     run = subject.run(case, budget=1.0)
-    found = numerics.gap(run.output, subject.golden(case), subject.tolerance(case), subject.inputs(case).valid)
-    return require(found, "the output at budget 1.0 is not the model's")
+    gap = numerics.gap(run.output, subject.golden(case), subject.tolerance(case), subject.inputs(case).valid)
+    return require(gap, "the output at budget 1.0 is not the model's")

@@ -56,9 +56,9 @@ def check(subject: Subject, case: Case) -> Measure:
                 f"attention {index} selects other blocks in a second run, at (batch, head, query block) ="
                 f" {tuple(place)}"
             )
-    found = numerics.gap(second.output, first.output, float(torch.finfo(torch.float64).tiny), inputs.valid)
-    if not found.ok:
-        raise Violation(f"a second run differs by {found.error:.2e} at {named(found.where)}", found)
+    gap = numerics.gap(second.output, first.output, float(torch.finfo(torch.float64).tiny), inputs.valid)
+    if not gap.ok:
+        raise Violation(f"a second run differs by {gap.error:.2e} at {named(gap.where)}", gap)
     return Measure()
 
 

@@ -46,9 +46,9 @@ def check(subject: Subject, case: Case) -> Measure:
     if not run.selections:
         raise Inapplicable("no attention was rewritten")
     measures = [
-        _changed(index, seen, site.kernel)
-        for index, (seen, site) in enumerate(zip(run.selections, sites, strict=False))
-        if bool(_hidden(seen.attention).any())
+        _changed(index, observed, site.kernel)
+        for index, (observed, site) in enumerate(zip(run.selections, sites, strict=False))
+        if bool(_hidden(observed.attention).any())
     ]
     if not measures:
         raise Inapplicable("every key is seen by some query of these inputs")
@@ -61,9 +61,9 @@ def _hidden(attention: Attention) -> torch.Tensor:
     return ~attention.mask.dense().any(-2).any(1).expand(batch, kv_len)
 
 
-def _changed(index: int, seen: Observed, kernel: str) -> Measure:
+def _changed(index: int, observed: Observed, kernel: str) -> Measure:
     """Other contents in the hidden keys of one attention."""
-    attention = seen.attention
+    attention = observed.attention
     generator = torch.Generator().manual_seed(index)
     hidden = _hidden(attention)[:, None, :, None]
 
@@ -72,17 +72,17 @@ def _changed(index: int, seen: Observed, kernel: str) -> Measure:
         return torch.where(hidden, noise, x.detach())
 
     again = replace(attention, k=other(attention.k), v=other(attention.v))
-    args = SparseAttentionArgs.for_(again, seen.selection, kernel)
+    args = SparseAttentionArgs.for_(again, observed.selection, kernel)
     lists = again.selection(*torch.ops.stem.select(*args.selection(kernel)))
     # Rows without a key select what they like.
-    rows = seen.candidates.any(-1, keepdim=True)
-    before, after = seen.selection.dense(seen.candidates), lists.dense(seen.candidates)
+    rows = observed.candidates.any(-1, keepdim=True)
+    before, after = observed.selection.dense(observed.candidates), lists.dense(observed.candidates)
     moved = ((before != after) & rows).any(-1)
     if bool(moved.any()):
         place = tuple(moved.nonzero()[0].tolist())
         raise Violation(f"attention {index} selects other blocks at (batch, head, query block) = {place}")
     outputs = [
-        torch.ops.stem.sparse_attention(*SparseAttentionArgs.for_(a, seen.selection, kernel))
+        torch.ops.stem.sparse_attention(*SparseAttentionArgs.for_(a, observed.selection, kernel))
         for a in (attention, again)
     ]
     visible = attention.mask.dense().any(-1).expand(outputs[0].shape[:3])

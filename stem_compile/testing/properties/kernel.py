@@ -70,9 +70,9 @@ def check(subject: Subject, case: Case) -> Measure:
     return Measure(max(measure.worst, stressed.worst), {"density": run.selections[index].density})
 
 
-def _stressed(seen: Observed, kernel: str) -> Measure:
+def _stressed(observed: Observed, kernel: str) -> Measure:
     """The kernel alone, on scores that reach ``PEAK``."""
-    attention, selection = seen.attention, seen.selection
+    attention, selection = observed.attention, observed.selection
     q, k, v = (x.detach() for x in (attention.q, attention.k, attention.v))
     products = q.double() @ k.double().repeat_interleave(attention.group, 1).transpose(-1, -2)
     peak = attention.scale * float(products.abs().max())
@@ -84,7 +84,7 @@ def _stressed(seen: Observed, kernel: str) -> Measure:
         # The definition that kernels are held to; SDPA has no such scores.
         golden, own = sparse_attention(attention.to(torch.float64), selection), sparse_attention(attention, selection)
     else:
-        computed, size = selection.dense(seen.candidates), (selection.block_q, selection.block_k)
+        computed, size = selection.dense(observed.candidates), (selection.block_q, selection.block_k)
         rest = (attention.mask.dense(), False, attention.scale, computed, size)
         golden, own = restricted(q.double(), k.double(), v.double(), *rest), restricted(q, k, v, *rest)
     return require(

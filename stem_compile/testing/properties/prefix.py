@@ -42,10 +42,10 @@ def cases(subject: Subject) -> Any:
     # Every chunk of a large model takes its weights through the processor once more.
     chunks = st.integers(*((4, 5) if subject.large else (1, 3))).map(lambda n: n * subject.block)
     batch = 1 if subject.large else 2
-    made = st.builds(
+    drawn = st.builds(
         lambda n, chunk, seed: Case(n, batch, seed, cut=chunk), sparse(subject), chunks, seeds(subject.source)
     )
-    return made.filter(lambda case: case.length % case.cut == 0 or case.length % case.cut >= FEWEST)
+    return drawn.filter(lambda case: case.length % case.cut == 0 or case.length % case.cut >= FEWEST)
 
 
 def _chunk(inputs: Inputs, start: int, stop: int, name: str, cache: Any) -> Inputs:
@@ -94,6 +94,6 @@ def check(subject: Subject, case: Case) -> Measure:
             prompt_length=case.length,
         )
         cache = _cache_of(run.result)
-        found = numerics.gap(run.output, one.output[:, start:stop], allowed)
-        worst = max(worst, require(found, f"the chunk [{start}, {stop}) differs from one shot").worst)
+        gap = numerics.gap(run.output, one.output[:, start:stop], allowed)
+        worst = max(worst, require(gap, f"the chunk [{start}, {stop}) differs from one shot").worst)
     return Measure(worst)

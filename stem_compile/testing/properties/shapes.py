@@ -72,10 +72,10 @@ def check(subject: Subject, case: Case) -> Measure:
                 raise Violation(
                     f"length {length} raises {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                 ) from error
-            found = numerics.gap(output, subject.golden(here), subject.tolerance(here), given.valid)
-            if not found.ok:
-                raise Violation(f"length {length}: {found.words} at {named(found.where)}", found)
-            worst = max(worst, found.ratio)
+            gap = numerics.gap(output, subject.golden(here), subject.tolerance(here), given.valid)
+            if not gap.ok:
+                raise Violation(f"length {length}: {gap.words} at {named(gap.where)}", gap)
+            worst = max(worst, gap.ratio)
     torch._dynamo.reset()
     graphs = len(set(compiled))
     if graphs > MOST:

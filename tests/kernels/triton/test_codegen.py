@@ -90,9 +90,9 @@ def test_generated_mask_equals_its_definition(mask: str, q_len: int, extra: int,
     module = cache.load(KernelSpec("portable", mask=mask))
     expected = meaning.dense(case.shape, data["tensors"], data["scalars"]).expand(2, -1, -1, -1)
     for b in range(2):
-        seen = torch.zeros(case.q_len, case.kv_len, dtype=torch.int32)
-        _store_visible[(1,)](seen, b, case.q_len, case.kv_len, tensors, layouts, scalars, module.visible, BLOCK=128)
-        assert torch.equal(seen.bool(), expected[b, 0].expand(case.q_len, case.kv_len))
+        shown = torch.zeros(case.q_len, case.kv_len, dtype=torch.int32)
+        _store_visible[(1,)](shown, b, case.q_len, case.kv_len, tensors, layouts, scalars, module.visible, BLOCK=128)
+        assert torch.equal(shown.bool(), expected[b, 0].expand(case.q_len, case.kv_len))
     del q, kv
 
 
@@ -111,9 +111,9 @@ def test_generated_score_equals_its_definition(kind: str) -> None:
         KV: torch.arange(40),
     }
     expected = meaning.apply(s.double(), env)
-    made, sink = torch.zeros(30, 40), torch.zeros(1)
-    _store_score[(1,)](s, made, sink, 1, 1, 30, 40, tensors, layouts, scalars, module.score, module.sink, BLOCK=64)
-    assert_close(made.double(), expected, PRINTED_TANH, torch.float32)
+    printed, sink = torch.zeros(30, 40), torch.zeros(1)
+    _store_score[(1,)](s, printed, sink, 1, 1, 30, 40, tensors, layouts, scalars, module.score, module.sink, BLOCK=64)
+    assert_close(printed.double(), expected, PRINTED_TANH, torch.float32)
     if meaning.sink is not None:
         assert sink == data["tensors"][-1][1]
 
@@ -129,13 +129,13 @@ def test_tanh_is_accurate_everywhere() -> None:
         ]
     )
     x = torch.cat([x, -x]).contiguous()
-    made = torch.full_like(x, float("nan"))
-    _store_tanh[(len(x) // 4096 + 1,)](x, made, len(x), module.tanh, BLOCK=4096)
+    printed = torch.full_like(x, float("nan"))
+    _store_tanh[(len(x) // 4096 + 1,)](x, printed, len(x), module.tanh, BLOCK=4096)
     exact = x.double().tanh()
-    error = ((made.double() - exact).abs() / exact.abs().clamp(min=1e-38))[exact.abs() > 1e-37]
-    assert made.isfinite().all()
+    error = ((printed.double() - exact).abs() / exact.abs().clamp(min=1e-38))[exact.abs() > 1e-37]
+    assert printed.isfinite().all()
     assert error.max() < 2.0**-20
-    assert ((made.double() - exact).abs() < 2.0**-23).all()
+    assert ((printed.double() - exact).abs() < 2.0**-23).all()
 
 
 @INTERPRETED
@@ -152,11 +152,11 @@ def test_tanh_is_accurate_everywhere() -> None:
 )
 def test_division_floors(text: str) -> None:
     module = cache.load(KernelSpec("portable", mask=f"kv <= {text} + 5"))
-    seen = torch.zeros(20, 20, dtype=torch.int32)
-    _store_visible[(1,)](seen, 0, 20, 20, (), (), (7, 3), module.visible, BLOCK=32)
+    shown = torch.zeros(20, 20, dtype=torch.int32)
+    _store_visible[(1,)](shown, 0, 20, 20, (), (), (7, 3), module.visible, BLOCK=32)
     q, kv = torch.arange(20)[:, None], torch.arange(20)
     expected = kv <= symbolic.evaluate(symbolic.parse(text), {Q: q, symbolic.scalar(0): 7, symbolic.scalar(1): 3}) + 5
-    assert torch.equal(seen.bool(), expected)
+    assert torch.equal(shown.bool(), expected)
 
 
 @pytest.mark.parametrize(
@@ -202,8 +202,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     def _store_visible(out, b, q_len, kv_len, tensors, layouts, scalars, visible: tl.constexpr, BLOCK: tl.constexpr):
         q = tl.arange(0, BLOCK)[:, None]
         kv = tl.arange(0, BLOCK)[None, :]
-        seen = visible(b, 0, q, kv, q_len, kv_len, tensors, layouts, scalars)
-        tl.store(out + q * kv_len + kv, seen.to(tl.int32), mask=(q < q_len) & (kv < kv_len))
+        shown = visible(b, 0, q, kv, q_len, kv_len, tensors, layouts, scalars)
+        tl.store(out + q * kv_len + kv, shown.to(tl.int32), mask=(q < q_len) & (kv < kv_len))
 
     @triton.jit
     def _store_score(

@@ -101,7 +101,7 @@ def test_a_write_is_told_with_a_way_out() -> None:
 
 
 # Masks that are made in place, of memory that nobody else sees.
-MADE: dict[str, Callable[[], Tensor]] = {
+IN_PLACE: dict[str, Callable[[], Tensor]] = {
     "added": lambda: torch.full((N, N), -torch.inf).triu(1).add_(torch.zeros(N, N)),
     "iadd": lambda: _sum(torch.full((N, N), -torch.inf).triu(1), torch.full((N, N), -torch.inf).tril(-N)),
     "tril_": lambda: torch.ones(N, N, dtype=torch.bool).tril_(),
@@ -116,9 +116,9 @@ def _sum(a: Tensor, b: Tensor) -> Tensor:
     return a
 
 
-@pytest.mark.parametrize("name", MADE)
-def test_a_mask_made_in_place_is_read(name: str) -> None:
-    (hit,) = _right(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=MADE[name]()))
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_a_mask_written_in_place_is_read(name: str) -> None:
+    (hit,) = _right(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=IN_PLACE[name]()))
     assert isinstance(hit, AttentionSite)
     assert hit.words == "causal" if name != "iadd" else "causal" in hit.words
     assert hit.tensors == []

@@ -172,9 +172,9 @@ def test_a_mask_written_in_place_is_not_believed() -> None:
 
 def test_a_padding_mask_written_in_place_is_not_believed() -> None:
     def model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-        seen = keep.clone()
-        mask = (torch.arange(40)[None, :] <= torch.arange(40)[:, None]) & seen[:, None, None, :]
-        seen.fill_(True)
+        padding = keep.clone()
+        mask = (torch.arange(40)[None, :] <= torch.arange(40)[:, None]) & padding[:, None, None, :]
+        padding.fill_(True)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     inputs = (*_qkv(), torch.arange(40)[None, :] > 9)

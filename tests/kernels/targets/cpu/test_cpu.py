@@ -87,31 +87,31 @@ def cases(draw: Any) -> Case:
     )
 
 
-def any_lists(case: Case, chosen: BlockSelection, found: torch.Tensor) -> BlockSelection:
+def any_lists(case: Case, lists: BlockSelection, candidates: torch.Tensor) -> BlockSelection:
     """Another selection from the same candidates: every row and head has its own length, forced blocks or not."""
     generator = torch.Generator().manual_seed(case.seed)
-    keep = (torch.rand(*chosen.counts.shape, chosen.key_blocks, generator=generator) < 0.4) & found
+    keep = (torch.rand(*lists.counts.shape, lists.key_blocks, generator=generator) < 0.4) & candidates
     counts = keep.sum(-1)
     indices = (
-        torch.where(keep, torch.arange(chosen.key_blocks), chosen.key_blocks)
+        torch.where(keep, torch.arange(lists.key_blocks), lists.key_blocks)
         .sort(-1)
-        .values.clamp(max=chosen.key_blocks - 1)
+        .values.clamp(max=lists.key_blocks - 1)
     )
     counts = torch.where(torch.rand(counts.shape, generator=generator) < 0.2, FULL, counts)
-    return replace(chosen, indices=indices.int(), counts=counts.int())
+    return replace(lists, indices=indices.int(), counts=counts.int())
 
 
-def sdpa_error(case: Case, attention: Attention, chosen: BlockSelection, golden: torch.Tensor) -> float:
+def sdpa_error(case: Case, attention: Attention, lists: BlockSelection, golden: torch.Tensor) -> float:
     """SDPA's own error in the case's dtype, given the whole mask as a tensor."""
     q, k, v = attention.q, attention.k, attention.v
-    dense = chosen.dense(attention.candidates)
-    seen = attention.mask.dense().expand(case.shape)
+    dense = lists.dense(attention.candidates)
+    visible = attention.mask.dense().expand(case.shape)
     computed = dense.repeat_interleave(case.block_q, 2)[:, :, : case.q_len].repeat_interleave(case.block_k, 3)[
         ..., : case.kv_len
     ]
     if not case.score:
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen & computed, scale=case.head_dim**-0.5, enable_gqa=True
+            q, k, v, attn_mask=visible & computed, scale=case.head_dim**-0.5, enable_gqa=True
         )
     else:
         # Written out as models do: products in the case's dtype, the rest in fp32.
@@ -122,15 +122,15 @@ def sdpa_error(case: Case, attention: Attention, chosen: BlockSelection, golden:
             (q @ keys.mT * case.head_dim**-0.5).to(torch.promote_types(q.dtype, torch.float32)),
             environment(case.shape, *extra) | dict(zip((B, H, Q, KV), axes)),
         )
-        scores = scores.masked_fill(~(seen & computed), -torch.inf)
+        scores = scores.masked_fill(~(visible & computed), -torch.inf)
         sink = score.sink_logits(case.shape, *extra, scores)
         scores = scores if sink is None else torch.cat([scores, sink.expand(case.batch, case.heads, case.q_len, 1)], -1)
         out = scores.softmax(-1)[..., : case.kv_len].nan_to_num(0.0).to(q.dtype) @ values
     return float((out.double() - golden).abs().max())
 
 
-def attend(attention: Attention, chosen: BlockSelection, **rest: Any) -> torch.Tensor:
-    return cpu.attend(attention, chosen, cpu.kernels(attention).attend, **rest)
+def attend(attention: Attention, lists: BlockSelection, **rest: Any) -> torch.Tensor:
+    return cpu.attend(attention, lists, cpu.kernels(attention).attend, **rest)
 
 
 def select(attention: Attention) -> BlockSelection:
@@ -140,16 +140,16 @@ def select(attention: Attention) -> BlockSelection:
 def check_attention(case: Case, every_list: bool) -> None:
     attention = case.attention()
     q = attention.q
-    chosen = case.random_selection(attention)
+    lists = case.random_selection(attention)
     if every_list:
-        chosen = any_lists(case, chosen, attention.candidates)
+        lists = any_lists(case, lists, attention.candidates)
     lse = torch.full(q.shape[:3], torch.nan, dtype=torch.float64)
-    out = attend(attention, chosen, lse=lse)
-    golden = reference.sparse_attention(attention.to(torch.float64), chosen)
+    out = attend(attention, lists, lse=lse)
+    golden = reference.sparse_attention(attention.to(torch.float64), lists)
     like = ops.attention_output(q, attention.v)
     assert (out.shape, out.stride(), out.dtype) == (like.shape, like.stride(), q.dtype)
     tolerance = CPU_KERNEL_FP64 if q.dtype == torch.float64 else CPU_KERNEL
-    allowed = tolerance.allowed(sdpa_error(case, attention, chosen, golden), float(golden.abs().max()), q.dtype)
+    allowed = tolerance.allowed(sdpa_error(case, attention, lists, golden), float(golden.abs().max()), q.dtype)
     assert float((out.double() - golden).abs().max()) <= allowed
     # exp(lse) is what the weights sum to: an attention over values of one must come back as one.
     empty = golden.abs().sum(-1) == 0
@@ -190,9 +190,9 @@ def test_a_bias_is_not_rounded_to_the_dtype_of_the_products(kind: str, monkeypat
     attention = case.attention()
     bias = torch.tensor([3.7, 0.9]) if kind == ALIBI else 300 * torch.rand(1, 2, 700, 700)
     attention = replace(attention, tensors=[bias])
-    chosen = case.random_selection(attention)
-    golden = reference.sparse_attention(attention.to(torch.float64), chosen)
-    out = attend(attention, chosen)
+    lists = case.random_selection(attention)
+    golden = reference.sparse_attention(attention.to(torch.float64), lists)
+    out = attend(attention, lists)
     # Two roundings to bf16 of values that are at most a few.
     assert float((out.double() - golden).abs().max()) <= 2 * 2.0**-8 * float(golden.abs().max())
 
@@ -201,17 +201,17 @@ def test_a_bias_is_not_rounded_to_the_dtype_of_the_products(kind: str, monkeypat
 def test_any_scale(scale: float) -> None:
     case = Case(300, 300, block_q=64, block_k=32, budget=0.3, dtype=torch.float64)
     attention = case.attention(scale=scale)
-    chosen = case.random_selection(attention)
-    torch.testing.assert_close(attend(attention, chosen), reference.sparse_attention(attention, chosen))
+    lists = case.random_selection(attention)
+    torch.testing.assert_close(attend(attention, lists), reference.sparse_attention(attention, lists))
 
 
 def test_log_sum_exp() -> None:
     case = Case(400, 460, 2, 4, 2, block_q=64, block_k=32, budget=0.4, dtype=torch.float64, mask=PADDED)
     attention = case.attention(scale=0.2)
-    chosen = case.random_selection(attention)
+    lists = case.random_selection(attention)
     lse = torch.full(attention.q.shape[:3], torch.nan, dtype=torch.float64)
-    attend(attention, chosen, lse=lse)
-    computed = chosen.dense(attention.candidates)
+    attend(attention, lists, lse=lse)
+    computed = lists.dense(attention.candidates)
     computed = computed.repeat_interleave(64, 2)[:, :, :400].repeat_interleave(32, 3)[..., :460]
     scores = attention.q @ attention.k.repeat_interleave(2, 1).transpose(-1, -2) * 0.2
     want = scores.masked_fill(~(computed & attention.mask.dense()), -torch.inf).logsumexp(-1)
@@ -222,9 +222,9 @@ def test_large_scores_do_not_overflow() -> None:
     case = Case(400, 400, 1, 2, 1, block_q=64, block_k=32, budget=0.4)
     plain = case.attention(scale=1.0)
     attention = replace(plain, q=plain.q * 40, k=plain.k * 40)
-    chosen = case.random_selection(attention)
-    golden = reference.sparse_attention(attention.to(torch.float64), chosen)
-    assert_close(attend(attention, chosen).double(), golden, LARGE_SCORES, torch.float32)
+    lists = case.random_selection(attention)
+    golden = reference.sparse_attention(attention.to(torch.float64), lists)
+    assert_close(attend(attention, lists).double(), golden, LARGE_SCORES, torch.float32)
 
 
 def test_weights_add_up_to_one_where_scores_lose_their_sum() -> None:
@@ -241,10 +241,10 @@ def test_runs_cover_every_row_once(case: Case) -> None:
     if case.mask in (WINDOW, DOCUMENT):
         return
     attention = case.attention(scale=1.0)
-    chosen = case.random_selection(attention)
-    problem = cpu._problem(attention, chosen, ops.attention_output(attention.q, attention.v), None)
-    times = torch.zeros(chosen.counts.shape, dtype=torch.int)
-    for run in cpu._spans(problem, chosen.counts, case.spec):
+    lists = case.random_selection(attention)
+    problem = cpu._problem(attention, lists, ops.attention_output(attention.q, attention.v), None)
+    times = torch.zeros(lists.counts.shape, dtype=torch.int)
+    for run in cpu._spans(problem, lists.counts, case.spec):
         times[run.batch, run.heads.start : run.heads.stop, run.rows.start : run.rows.stop] += 1
     assert (times == 1).all()
 
@@ -254,12 +254,12 @@ def test_forced_blocks_are_not_gathered() -> None:
     spec = SelectionSpec(budget=0.3)
     q, k, v = torch.randn(1, 3, 4096, 16), torch.randn(1, 1, 4096, 16), torch.randn(1, 1, 4096, 16)
     attention = Attention(q, k, v, CAUSAL, 0.25, spec.text())
-    chosen = select(attention)
-    problem = cpu._problem(attention, chosen, ops.attention_output(q, v), None)
-    runs = list(cpu._spans(problem, chosen.counts, spec))
+    lists = select(attention)
+    problem = cpu._problem(attention, lists, ops.attention_output(q, v), None)
+    runs = list(cpu._spans(problem, lists.counts, spec))
     listed = [run for run in runs if run.count is not None]
     assert {(run.prefix, run.window, len(run.heads)) for run in listed} == {(spec.sinks, spec.locals, 3)}
-    assert len(runs) < 0.7 * chosen.counts.shape[2]
+    assert len(runs) < 0.7 * lists.counts.shape[2]
 
 
 @quick
@@ -288,11 +288,11 @@ def test_nothing_is_scored_where_every_row_is_full(spec: SelectionSpec, monkeypa
     monkeypatch.setattr(pooling, "ranked", None)
     case = Case(1000, 1100, 2, 4, 2, mask=PADDED)
     attention = case.attention(scale=1.0, spec_text=spec.text())
-    made = select(attention)
-    assert tuple(made.indices.shape) == ops.selection_shape(attention.q, attention.k, spec)
-    assert made.indices.dtype == made.counts.dtype == torch.int32
-    assert made.key_blocks == cdiv(1100, 128)
-    assert torch.equal(made.dense(attention.candidates), attention.candidates.expand(2, 4, -1, -1))
+    lists = select(attention)
+    assert tuple(lists.indices.shape) == ops.selection_shape(attention.q, attention.k, spec)
+    assert lists.indices.dtype == lists.counts.dtype == torch.int32
+    assert lists.key_blocks == cdiv(1100, 128)
+    assert torch.equal(lists.dense(attention.candidates), attention.candidates.expand(2, 4, -1, -1))
 
 
 class Largest(TorchDispatchMode):
@@ -323,32 +323,32 @@ def test_memory_grows_linearly(mask: str, pool: str, monkeypatch: pytest.MonkeyP
     for length in (2048, 4096):
         case = Case(length, length, 1, 2, 1, 16, 16, 32, 32, mask=mask, budget=0.25, pooling=pool)
         attention = case.attention(scale=0.2)
-        with Largest() as made:
+        with Largest() as watch:
             attend(attention, select(attention))
-        largest.append(made.elements)
+        largest.append(watch.elements)
     assert largest[1] <= 2.1 * largest[0]
 
 
 def test_threads_share_the_work_and_leave_no_trace() -> None:
     torch.set_num_threads(3)
-    seen, lock, meet = [], threading.Lock(), threading.Barrier(3, timeout=30)
+    calls, lock, meet = [], threading.Lock(), threading.Barrier(3, timeout=30)
 
     def work(piece: int) -> None:
         if piece < 3:
             meet.wait()
         with lock:
-            seen.append((piece, threading.get_ident(), torch.get_num_threads(), torch.is_grad_enabled()))
+            calls.append((piece, threading.get_ident(), torch.get_num_threads(), torch.is_grad_enabled()))
 
     workers.run(work, range(50))
-    assert sorted(piece for piece, *_ in seen) == list(range(50))
-    assert len({thread for _, thread, *_ in seen}) == 3
-    assert {tuple(rest) for _, _, *rest in seen} == {(1, False)}
+    assert sorted(piece for piece, *_ in calls) == list(range(50))
+    assert len({thread for _, thread, *_ in calls}) == 3
+    assert {tuple(rest) for _, _, *rest in calls} == {(1, False)}
     assert torch.get_num_threads() == 3
-    made = []
-    thread = threading.Thread(target=lambda: made.append(torch.get_num_threads()))
+    threads = []
+    thread = threading.Thread(target=lambda: threads.append(torch.get_num_threads()))
     thread.start()
     thread.join()
-    assert made == [3]
+    assert threads == [3]
 
 
 def test_errors_reach_the_caller() -> None:

@@ -40,28 +40,28 @@ class Layers(torch.nn.Module):
 def model(layers: int, **sizes: int) -> tuple[Layers, int]:
     """(model, width of its input)."""
     torch.manual_seed(0)
-    made = Layers(layers, **sizes).eval().to("cuda", torch.bfloat16)
-    return made, made.heads * made.dim
+    layers_model = Layers(layers, **sizes).eval().to("cuda", torch.bfloat16)
+    return layers_model, layers_model.heads * layers_model.dim
 
 
 @pytest.mark.parametrize("pooling", ["mean", "max"])
 def test_cuda_graphs_at_fixed_length(pooling: str) -> None:
-    made, width = model(2)
+    layers_model, width = model(2)
     options = {"budget": 0.25, "min_length": 0, "pooling": pooling}
     with torch.inference_mode():
-        plain = torch.compile(made, backend="stem", options=options)
+        plain = torch.compile(layers_model, backend="stem", options=options)
         inputs = [torch.randn(1, 4096, width, device="cuda", dtype=torch.bfloat16) for _ in range(5)]
         expected = [plain(x).clone() for x in inputs]
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        captured = torch.compile(made, backend="stem", options={**options, "mode": "reduce-overhead"})
+        captured = torch.compile(layers_model, backend="stem", options={**options, "mode": "reduce-overhead"})
         for x, want in zip(inputs, expected, strict=True):
             assert torch.equal(captured(x).clone(), want)
     assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen, torch.inference_mode():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, torch.inference_mode():
         captured(inputs[0])
         torch.cuda.synchronize()
-    assert any("GraphLaunch" in event.key for event in seen.key_averages()), [e.key for e in seen.key_averages()]
+    assert any("GraphLaunch" in event.key for event in profile.key_averages()), [e.key for e in profile.key_averages()]
 
 
 def test_many_layers_compile_each_kernel_once() -> None:
@@ -73,13 +73,13 @@ def test_many_layers_compile_each_kernel_once() -> None:
         if str(fn.module).startswith("stem_compile_generated"):
             compiled[fn.name, key] += 1
 
-    made, width = model(32, heads=2, key_heads=1)
+    layers_model, width = model(32, heads=2, key_heads=1)
     x = torch.randn(1, 3000, width, device="cuda", dtype=torch.bfloat16)
     before, triton.knobs.runtime.jit_post_compile_hook = triton.knobs.runtime.jit_post_compile_hook, count
     try:
         with torch.inference_mode():
             run = torch.compile(
-                made, backend="stem", options={"budget": 0.2, "min_length": 0, "inner": "eager", "mu": 0.61}
+                layers_model, backend="stem", options={"budget": 0.2, "min_length": 0, "inner": "eager", "mu": 0.61}
             )
             run(x)
             first = sum(compiled.values())
@@ -95,10 +95,10 @@ def test_many_layers_compile_each_kernel_once() -> None:
 def test_the_crossover_is_measured_and_obeyed(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("STEM_COMPILE_CACHE", str(tmp_path))
     crossover._crossover.cache_clear()
-    made, width = model(2, heads=32, key_heads=8, dim=64)
+    layers_model, width = model(2, heads=32, key_heads=8, dim=64)
     with torch.inference_mode():
         for length in (2048, 16384):
-            told = stem_compile.explain(made, {"budget": 0.1})(
+            told = stem_compile.explain(layers_model, {"budget": 0.1})(
                 torch.randn(1, length, width, device="cuda", dtype=torch.bfloat16)
             )
             reasons = {s["reason"] for s in told.sites}

@@ -64,7 +64,7 @@ def case(length: int = 4100, **changes: Any) -> Case:
     return dataclasses.replace(plain, **changes)
 
 
-def check(attention: Attention, chosen: SelectionSpec, hopper: bool, tolerance: float = 0.01) -> None:
+def check(attention: Attention, selection_spec: SelectionSpec, hopper: bool, tolerance: float = 0.01) -> None:
     """Scores within ``tolerance`` of the definition's in fp64; lists those that the scores ask for; twice alike."""
     exact = dataclasses.replace(attention, **{name: getattr(attention, name).double() for name in ("q", "k", "v")})
     expected = log_masses(exact)
@@ -77,7 +77,7 @@ def check(attention: Attention, chosen: SelectionSpec, hopper: bool, tolerance: 
     assert not gap.numel() or float(gap.max()) < tolerance, f"scores are {float(gap.max()):.4f} off"
     lists = attention.selection(*cuda.select(attention, "select"))
     lists.check(attention.candidates)
-    wanted = tpd.tpd_select(scores, chosen, attention.reach, attention.k.shape[1])
+    wanted = tpd.tpd_select(scores, selection_spec, attention.reach, attention.k.shape[1])
     assert torch.equal(lists.counts == FULL, wanted.counts == FULL)
     assert torch.equal(lists.dense(attention.candidates), wanted.dense(attention.candidates))
     again = attention.selection(*cuda.select(attention, "select"))
@@ -89,44 +89,57 @@ def check(attention: Attention, chosen: SelectionSpec, hopper: bool, tolerance: 
 def test_selection_by_mass(groups: tuple[int, int], block_k: int) -> None:
     if block_k // groups[1] < 4:
         pytest.skip("fewer groups a block than the Hopper kernel takes")
-    chosen = spec(groups, block_k=block_k)
-    check(case().attention(spec_text=chosen.text()), chosen, hopper=True)
+    selection_spec = spec(groups, block_k=block_k)
+    check(case().attention(spec_text=selection_spec.text()), selection_spec, hopper=True)
 
 
 @pytest.mark.parametrize("share", ["none", "group"])
 @pytest.mark.parametrize("length", [1, 130, 2048, 8192])
 def test_mass_at_lengths(length: int, share: str) -> None:
-    chosen = spec(share=share)
-    check(case(length, batch=2).attention(spec_text=chosen.text()), chosen, hopper=True)
+    selection_spec = spec(share=share)
+    check(case(length, batch=2).attention(spec_text=selection_spec.text()), selection_spec, hopper=True)
 
 
 @pytest.mark.parametrize("layout", ["bnhd", "sliced"])
 @pytest.mark.parametrize("dim", [64, 80, 128])
 def test_mass_at_head_dims(dim: int, layout: str) -> None:
-    chosen = spec((4, 8))
-    check(case(head_dim=dim, layout=layout, dtype=torch.float16).attention(spec_text=chosen.text()), chosen, True)
+    selection_spec = spec((4, 8))
+    check(
+        case(head_dim=dim, layout=layout, dtype=torch.float16).attention(spec_text=selection_spec.text()),
+        selection_spec,
+        True,
+    )
 
 
 @pytest.mark.parametrize("mask", [SCALAR, LAST_ROWS, SHIFTED, "True"])
 @pytest.mark.parametrize("kind", ["", SINK])
 def test_mass_of_a_chunk(mask: str, kind: str) -> None:
-    chosen = spec()
-    check(case(2100, kv_len=4200, mask=mask, kind=kind).attention(spec_text=chosen.text()), chosen, hopper=True)
+    selection_spec = spec()
+    check(
+        case(2100, kv_len=4200, mask=mask, kind=kind).attention(spec_text=selection_spec.text()),
+        selection_spec,
+        hopper=True,
+    )
 
 
 @pytest.mark.parametrize("mask", [PADDED, WINDOW])
 @pytest.mark.parametrize("kind", ["", SOFTCAP, ALIBI])
 def test_mass_under_other_masks(mask: str, kind: str) -> None:
-    chosen = spec()
-    check(case(mask=mask, kind=kind, batch=2).attention(spec_text=chosen.text()), chosen, False, tolerance=0.05)
+    selection_spec = spec()
+    check(
+        case(mask=mask, kind=kind, batch=2).attention(spec_text=selection_spec.text()),
+        selection_spec,
+        False,
+        tolerance=0.05,
+    )
 
 
 @pytest.mark.parametrize("factor", [1.0, -1.0, 60.0])
 @pytest.mark.parametrize("bias", [0.0, 40.0])
 def test_mass_of_large_scores(factor: float, bias: float) -> None:
     """Scores beyond the exponents of float32, as rows with a maximum of their own, and keys with much in common."""
-    chosen = spec()
-    attention = case().attention(spec_text=chosen.text())
+    selection_spec = spec()
+    attention = case().attention(spec_text=selection_spec.text())
     changed = dataclasses.replace(attention, k=attention.k + bias, scale=attention.scale * factor)
     exact = log_masses(dataclasses.replace(changed, q=changed.q.double(), k=changed.k.double(), v=changed.v.double()))
     means = Means(changed)
@@ -138,8 +151,8 @@ def test_mass_of_large_scores(factor: float, bias: float) -> None:
 
 
 def test_mass_is_blind_to_later_tokens() -> None:
-    chosen = spec(prompt_length=4096)
-    attention = case(4096).attention(spec_text=chosen.text())
+    selection_spec = spec(prompt_length=4096)
+    attention = case(4096).attention(spec_text=selection_spec.text())
     whole = Means(attention).scores(0, 32)
     part = dataclasses.replace(
         attention, q=attention.q[:, :, :2048], k=attention.k[:, :, :2048], v=attention.v[:, :, :2048]
@@ -163,8 +176,8 @@ def test_mass_in_row_chunks(mask: str) -> None:
 @pytest.mark.parametrize("groups", [(8, 8), (4, 4)])
 def test_mass_from_fp8(groups: tuple[int, int], bias: float) -> None:
     """Scores from e4m3 means are near the definition's: a block is rarely another, and then about as good."""
-    chosen = spec(groups, score_dtype="fp8")
-    attention = case().attention(spec_text=chosen.text())
+    selection_spec = spec(groups, score_dtype="fp8")
+    attention = case().attention(spec_text=selection_spec.text())
     attention = dataclasses.replace(attention, k=attention.k + bias)
     expected = log_masses(attention)
     pairs = attention.candidates.expand(expected.shape)
@@ -173,7 +186,7 @@ def test_mass_from_fp8(groups: tuple[int, int], bias: float) -> None:
     gap = (scores - expected)[pairs].abs()
     assert float(gap.mean()) < 0.02 and float(gap.max()) < 0.3, (float(gap.mean()), float(gap.max()))
     lists = attention.selection(*cuda.select(attention, "select")).dense(attention.candidates)
-    exact = tpd.tpd_select(expected, chosen, attention.reach, attention.k.shape[1]).dense(attention.candidates)
+    exact = tpd.tpd_select(expected, selection_spec, attention.reach, attention.k.shape[1]).dense(attention.candidates)
     assert float((lists & exact).sum() / exact.sum()) > 0.9
     if torch.cuda.get_device_capability()[0] == 9:
         assert means.keys.dtype == torch.float8_e4m3fn

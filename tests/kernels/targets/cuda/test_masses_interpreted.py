@@ -78,8 +78,8 @@ def spec(**changes: Any) -> SelectionSpec:
 @example((Case(90, 120, 1, 2, 1, mask=SHIFTED, kind=SINK, dtype=torch.float16), spec()))
 @example((Case(90, 90, 2, 2, 2, mask=DOCUMENT), spec(key_stride=8)))
 def test_selection_by_mass(drawn: tuple[Case, SelectionSpec]) -> None:
-    case, chosen = drawn
-    attention = case.attention(spec_text=chosen.text())
+    case, selection_spec = drawn
+    attention = case.attention(spec_text=selection_spec.text())
     candidates = attention.candidates
     expected = log_masses(attention)
     pairs = candidates.expand(expected.shape)
@@ -90,11 +90,11 @@ def test_selection_by_mass(drawn: tuple[Case, SelectionSpec]) -> None:
     assert not gap.numel() or float(gap.max()) < tolerance, case
     lists = attention.selection(*cuda.select(attention, "select"))
     lists.check(candidates)
-    exact = tpd.tpd_select(scores, chosen, attention.reach, case.key_heads)
+    exact = tpd.tpd_select(scores, selection_spec, attention.reach, case.key_heads)
     assert torch.equal(lists.counts == FULL, exact.counts == FULL)
     differing = lists.dense(candidates) != exact.dense(candidates)
     # Coverage adds masses up in another order.
-    assert not differing.any() or (chosen.coverage is not None and differing.float().mean() < 0.01), case
+    assert not differing.any() or (selection_spec.coverage is not None and differing.float().mean() < 0.01), case
 
 
 def test_packed_lists_compute_what_the_same_lists_compute_apart() -> None:
@@ -119,13 +119,13 @@ def test_more_pairs_than_a_program_ranks_are_divided_by_torch(monkeypatch: pytes
 def test_lists_without_scores_lie_end_to_end_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """A policy may list blocks where nothing ranks them."""
     # Lengths that no other test has, so that no cached kernel has the policy's own budget in it.
-    chosen = spec(budget=1.0, sink_blocks=1, local_blocks=2, prompt_length=208)
-    attention = Case(208, 208, heads=4, key_heads=2, mask=CAUSAL).attention(spec_text=chosen.text())
+    selection_spec = spec(budget=1.0, sink_blocks=1, local_blocks=2, prompt_length=208)
+    attention = Case(208, 208, heads=4, key_heads=2, mask=CAUSAL).attention(spec_text=selection_spec.text())
     half = symbolic.FloorDiv(symbolic.BLOCKS, 2) + 1
     monkeypatch.setattr(policies.get("stem"), "budget", lambda spec: half)
     monkeypatch.setattr(policies.get("stem"), "SCORED", False)
     lists = attention.selection(*cuda.select(attention, "select"))
     assert (lists.counts > 0).any()
     lists.check(attention.candidates)
-    expected = tpd.row_counts(attention.candidates.sum(-1), chosen).expand(lists.counts.shape)
+    expected = tpd.row_counts(attention.candidates.sum(-1), selection_spec).expand(lists.counts.shape)
     assert torch.equal(lists.counts, expected)

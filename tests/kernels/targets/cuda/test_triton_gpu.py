@@ -173,8 +173,8 @@ def test_same_inputs_same_bits(template: str) -> None:
     case = Case(4000, 4000, 1, 4, 2, 128, 128, dtype=torch.bfloat16, device="cuda")
     attention, target = case.attention(scale=0.1), launch.target("cuda")
     assert target is not None
-    chosen = case.random_selection(attention)
-    runs = [target.attend(attention, chosen, template) for _ in range(5)]
+    lists = case.random_selection(attention)
+    runs = [target.attend(attention, lists, template) for _ in range(5)]
     assert all(torch.equal(runs[0], r) for r in runs)
 
 

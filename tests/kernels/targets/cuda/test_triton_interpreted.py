@@ -181,22 +181,22 @@ def test_scores_in_row_chunks_are_the_same(monkeypatch: Any) -> None:
 def test_marked_rows_are_computed_again_and_no_others(block_q: int, block_k: int, mask: str, kind: str) -> None:
     case = Case(450, 450, 2, 2, 1, 16, 32, block_q, block_k, mask=mask, kind=kind)
     attention = case.attention(scale=0.25)
-    chosen = case.random_selection(attention)
+    lists = case.random_selection(attention)
     q, k, v = attention.q, attention.k, attention.v
     parts = block_q // MARKED_ROWS
-    marks = (torch.rand(2, 2, chosen.counts.shape[2], parts) < 0.4).int()
+    marks = (torch.rand(2, 2, lists.counts.shape[2], parts) < 0.4).int()
     marks[-1, -1, -1, -1] = 1  # beyond the last query where only 2 rows are left
     scale = 0.25 * (1.0 if kind == SOFTCAP else kernel.LOG2E)
     extra = arguments(attention.tensors, attention.scalars, mask, case.score)
-    runtime = (2, 2, 450, 450, chosen.indices.shape[-1], scale, *extra)
+    runtime = (2, 2, 450, 450, lists.indices.shape[-1], scale, *extra)
     fill = float("nan")
     out, lse = torch.full_like(q[..., :1], fill).repeat(1, 1, 1, 32), torch.full(q.shape[:3], fill)
     spec = kernel.attention_spec("portable", attention)
-    launch = kernel.Launch(spec, q, k, v, out, lse, chosen.indices, chosen.counts, runtime)
+    launch = kernel.Launch(spec, q, k, v, out, lse, lists.indices, lists.counts, runtime)
     tiles = kernel.Tiles(launch, Config(min(64, block_k), 2, 4, MARKED_ROWS), bulk=False)
     kernel.attend_marked(marks, spec, tiles)
     expected_lse = torch.empty_like(lse)
-    expected = cuda.attend(attention, chosen, "portable", lse=expected_lse)
+    expected = cuda.attend(attention, lists, "portable", lse=expected_lse)
     again = marks.bool().flatten(2).repeat_interleave(MARKED_ROWS, -1)[..., :450]
     assert out[~again].isnan().all()
     assert lse[~again].isnan().all()
@@ -244,7 +244,7 @@ def test_the_kernel_that_is_named_is_the_one_that_runs(monkeypatch: pytest.Monke
 def test_scales_that_are_not_positive(scale: float) -> None:
     case = Case(50, 50, block_q=16, block_k=16)
     attention = case.attention(scale=scale)
-    chosen = case.random_selection(attention)
-    out = cuda.attend(attention, chosen, "portable")
-    flipped = cuda.attend(replace(attention, q=attention.q * scale, scale=1.0), chosen, "portable")
+    lists = case.random_selection(attention)
+    out = cuda.attend(attention, lists, "portable")
+    flipped = cuda.attend(replace(attention, q=attention.q * scale, scale=1.0), lists, "portable")
     torch.testing.assert_close(out, flipped)
