@@ -34,10 +34,9 @@ SHARE = 64
 def attention_spec(template: str, attention: Attention) -> KernelSpec:
     """What the attention's generated module depends on."""
     q, v = attention.q, attention.v
-    return _spec(
-        template, DTYPES[q.dtype], q.shape[-1], v.shape[-1], attention.mask_text, attention.spec_text,
-        attention.score_text,
-    )  # fmt: skip
+    # At compile time a width may be a symbol, which is no key of a cache.
+    widths = int(q.shape[-1]), int(v.shape[-1])
+    return _spec(template, DTYPES[q.dtype], *widths, attention.mask_text, attention.spec_text, attention.score_text)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -45,7 +44,7 @@ def _spec(
     template: str, dtype: str, head_dim: int, value_dim: int, mask: str, spec_text: str, score: str
 ) -> KernelSpec:
     parsed = parse(spec_text)
-    return KernelSpec(template, dtype, int(head_dim), int(value_dim), parsed.block_q, parsed.block_k, mask, score=score)
+    return KernelSpec(template, dtype, head_dim, value_dim, parsed.block_q, parsed.block_k, mask, score=score)
 
 
 class Launch(NamedTuple):
