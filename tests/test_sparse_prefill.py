@@ -193,6 +193,7 @@ def _wrong() -> list[Any]:
     pages = cu | {"k": cache, "v": cache, "block_table": table}
     outside = table.clone()
     outside[0, 1] = 7
+    both = torch.zeros(64, 6, DIM, dtype=q.dtype)
     return [
         pytest.param(pages | {"block_table": outside}, "names page 7 .* pages are 0 to 6", id="page past the end"),
         pytest.param(pages | {"block_table": -table}, "names page -", id="negative page"),
@@ -218,6 +219,8 @@ def _wrong() -> list[Any]:
         pytest.param(cu | {"window": 0}, "window=0", id="window"),
         pytest.param(cu | {"softcap": -1.0}, "softcap=-1.0", id="softcap"),
         pytest.param(cu | {"out": torch.zeros(64, 4, 8)}, "out is", id="out"),
+        pytest.param(cu | {"out": q}, "shares memory with q", id="out is q"),
+        pytest.param(cu | {"v": both[:, :2], "out": both[:, 2:]}, "shares memory with v", id="out beside v"),
         pytest.param(cu | {"options": {"budget": (0.5, 0.2)}}, "one layer", id="budgets by layer"),
         pytest.param(cu | {"options": {"prompt_length": 9}}, "prompt_lengths=", id="prompt length"),
         pytest.param(cu | {"q": q.clone().requires_grad_()}, "no backward", id="gradients"),

@@ -55,7 +55,7 @@ def sparse_prefill(
 
     scale: of q.k, None is d ** -0.5. window: tokens that a query sees, its own the last; None is all. sinks: [heads], a
     logit beside each row's. softcap: cap of the scaled products. options: as of ``torch.compile(backend="stem")``,
-    those of one layer. out: [tokens, heads, dv] to write into.
+    those of one layer. out: [tokens, heads, dv] to write into, in memory of its own.
 
     Result: (out, lse). out: [tokens, heads, dv] in q's dtype. lse: [tokens, heads] in at least fp32, the natural
     logarithm of the sum of each row's exponentials, the sink's among them, for merging with other keys' attention. Rows
@@ -65,7 +65,7 @@ def sparse_prefill(
     """
     config = _config(options)
     keys, tables = _checked(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table)
-    _check_extras(q, v, scale, window, sinks, softcap, out)
+    _check_extras(q, k, v, scale, window, sinks, softcap, out)
     starts = _numbers("cu_seqlens_q", cu_seqlens_q)
     prompts = keys if prompt_lengths is None else _prompts(prompt_lengths, keys)
     pieces = _all_pieces(starts, keys, prompts, config)
@@ -296,6 +296,7 @@ def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, paged: boo
 
 def _check_extras(
     q: torch.Tensor,
+    k: torch.Tensor,
     v: torch.Tensor,
     scale: float | None,
     window: int | None,
@@ -315,6 +316,12 @@ def _check_extras(
         raise ValueError(
             f"out is {out.dtype} {tuple(out.shape)} on {out.device}: {q.dtype} {shape} on {q.device} is needed"
         )
+    # A block of rows is written before later ones have read their queries, keys and values.
+    if out is not None and out.numel():
+        storage = out.untyped_storage().data_ptr()
+        for label, x in (("q", q), ("k", k), ("v", v)):
+            if x.untyped_storage().data_ptr() == storage:
+                raise ValueError(f"out shares memory with {label}: give a tensor of its own, or None")
 
 
 def _prompts(values: Lengths, keys: Sequence[int]) -> list[int]:
