@@ -17,11 +17,11 @@ import torch
 from first_hour import decoder
 
 THREADS = 4
-SHORTEST, LONGEST = 16, 1024
-WARM_UP = (20, 1000)
+SHORTEST, LONGEST = 65, 1024
+WARM_UP = (100, 1000)
 OPTIONS = {"budget": 0.25, "min_length": 0, "block_size": 64, "key_block_size": 32}
-"""No ``min_length``, and so one graph for all lengths: Dynamo looks for the graph of a call without a lock, and where
-there are two to choose from, threads can miss both and compile anew."""
+"""No ``min_length`` and no prompt that fits in one block of 64, and so one graph for all lengths: Dynamo looks for the
+graph of a call without a lock, and where there are two to choose from, threads can miss both and compile anew."""
 
 
 def resident() -> float:
