@@ -20,6 +20,7 @@ from stem_compile.config import StemConfig
 from stem_compile.passes.graph import normalize
 from stem_compile.passes.graph.memory import written_between
 from stem_compile.passes.graph.sites import AttentionSite, Mods, Rejected, attempted
+from stem_compile.passes.graph.trace_back import CASTS
 from stem_compile.passes.graph.values import View, value
 from stem_compile.passes.reading.expressions import as_expr, boolean, broadcast_index, number, same
 from stem_compile.passes.reading.interpret import Interpreter, SymTensor
@@ -31,7 +32,6 @@ from stem_compile.passes.reading.weigh_hidden import evenly_hidden, weighed_hidd
 from stem_compile.reasons import Reason
 
 log = logging.getLogger(__name__)
-CASTS = ("to", "type_as", "type", "float", "half", "bfloat16")
 
 
 class Written(Unreadable):
