@@ -59,6 +59,12 @@ class Attention:
         return batch, heads, q_len, self.k.shape[2]
 
     @property
+    def widths(self) -> tuple[int, int]:
+        """(d, dv) as numbers: kernels are compiled for them, and what is compiled is remembered by them. At compile
+        time a dimension may be a symbol, which is no key of a cache."""
+        return int(self.q.shape[-1]), int(self.v.shape[-1])
+
+    @property
     def device(self) -> torch.device:
         """Where q is."""
         return self.q.device

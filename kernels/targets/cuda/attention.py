@@ -33,10 +33,8 @@ SHARE = 64
 
 def attention_spec(template: str, attention: Attention) -> KernelSpec:
     """What the attention's generated module depends on."""
-    q, v = attention.q, attention.v
-    # At compile time a width may be a symbol, which is no key of a cache.
-    widths = int(q.shape[-1]), int(v.shape[-1])
-    return _spec(template, DTYPES[q.dtype], *widths, attention.mask_text, attention.spec_text, attention.score_text)
+    texts = attention.mask_text, attention.spec_text, attention.score_text
+    return _spec(template, DTYPES[attention.q.dtype], *attention.widths, *texts)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -26,10 +26,8 @@ def _module(template: str, dtype: str, head_dim: int, value_dim: int, mask: str,
 
 def module(template: str, attention: Attention) -> Any:
     """The generated module of a selection template for an attention."""
-    q, v = attention.q, attention.v
-    # At compile time a width may be a symbol, which is no key of a cache.
-    widths = int(q.shape[-1]), int(v.shape[-1])
-    return _module(template, DTYPES[q.dtype], *widths, attention.mask_text, attention.spec_text)
+    dtype = DTYPES[attention.q.dtype]
+    return _module(template, dtype, *attention.widths, attention.mask_text, attention.spec_text)
 
 
 class KeySide:

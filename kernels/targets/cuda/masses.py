@@ -54,8 +54,8 @@ class Means:
     def __init__(self, attention: Attention) -> None:
         if attention.scale <= 0:  # the kernels take a row's maximum before they scale
             attention = _with_positive_scale(attention)
-        self.attention, spec, q, v = attention, attention.spec, attention.q, attention.v
-        head_dim, (size_q, size_k) = q.shape[-1], spec.group_sizes
+        self.attention, spec, q = attention, attention.spec, attention.q
+        size_q, size_k = spec.group_sizes
         self.across, self.along = spec.block_q // size_q, spec.block_k // size_k
         self.dtype = torch.float32 if q.dtype == torch.float32 else torch.float16
         self.hopper = self.dtype == torch.float16 and self._on_hopper()
@@ -70,7 +70,7 @@ class Means:
         pairs = _pair_terms(attention.mask_text)
         self.runtime = arguments(attention.tensors, attention.scalars, pairs, attention.score_text, q.device)
         self.kernel: Any = _module(
-            "mass_hopper" if self.hopper else "mass", DTYPES[q.dtype], head_dim, v.shape[-1], pairs,
+            "mass_hopper" if self.hopper else "mass", DTYPES[q.dtype], *attention.widths, pairs,
             attention.spec_text, attention.score_text,
         )  # fmt: skip
 

@@ -34,7 +34,7 @@ def supports(attention: Attention) -> Reason | None:
     q, k, v = attention.q, attention.k, attention.v
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         return Reason.DTYPE
-    if int(q.shape[-1]) not in HEAD_DIMS or int(v.shape[-1]) not in HEAD_DIMS:
+    if any(width not in HEAD_DIMS for width in attention.widths):
         return Reason.HEAD_DIM
     sink = attention.score.sink
     return Reason.DEVICE if sink is not None and sink.has(Q) else None  # the kernels read one logit a head
