@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,9 +64,9 @@ def sparse_prefill(
     Raises ValueError (OptionError for ``options``) before anything is computed.
     """
     config = _config(options)
-    keys, tables = _checked(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table)
+    starts, ends, tables = _checked(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table)
+    keys = _lengths(ends)
     _check_extras(q, k, v, scale, window, sinks, softcap, out)
-    starts = _numbers("cu_seqlens_q", cu_seqlens_q)
     prompts = keys if prompt_lengths is None else _prompts(prompt_lengths, keys)
     pieces = _all_pieces(starts, keys, prompts, config)
     texts = _Texts(config, q.shape[-1] ** -0.5 if scale is None else float(scale), window, softcap, sinks)
@@ -75,11 +75,12 @@ def sparse_prefill(
     result = q.new_zeros(q.shape[0], q.shape[1], v.shape[-1]) if out is None else out
     result[starts[-1] :] = 0
     lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-    whole = _sequences(k, v, _numbers("cu_seqlens_k", cu_seqlens_k), keys, tables)
-    for piece in pieces:
-        rows = slice(piece.start, piece.start + piece.queries)
-        keyed, valued = (x[: piece.keys] for x in whole(piece.row))
-        result[rows], lse[rows] = _computed(texts.attention(q[rows], keyed, valued, piece), piece)
+    for row, parts in itertools.groupby(pieces, key=lambda piece: piece.row):
+        keyed, valued = _sequence(k, v, ends[row], ends[row + 1], None if tables is None else tables[row])
+        for part in parts:
+            rows = slice(part.start, part.start + part.queries)
+            attention = texts.attention(q[rows], keyed[: part.keys], valued[: part.keys], part)
+            result[rows], lse[rows] = _computed(attention, part)
     return result, lse
 
 
@@ -155,30 +156,14 @@ def _computed(attention: Attention, piece: _Piece) -> tuple[torch.Tensor, torch.
     return out[0].transpose(0, 1), lse[0].transpose(0, 1)
 
 
-def _sequences(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    offsets: Sequence[int],
-    keys: Sequence[int],
-    tables: Sequence[list[int]] | None,
-) -> Callable[[int], tuple[torch.Tensor, ...]]:
-    """Keys and values of a sequence, kept until another one is asked for."""
-
-    @functools.lru_cache(maxsize=1)
-    def whole(row: int) -> tuple[torch.Tensor, ...]:
-        return tuple(_sequence(x, row, offsets, keys, tables) for x in (k, v))
-
-    return whole
-
-
 def _sequence(
-    x: torch.Tensor, row: int, offsets: Sequence[int], keys: Sequence[int], tables: Sequence[list[int]] | None
-) -> torch.Tensor:
-    """[keys, key heads, width] of one sequence."""
-    if tables is None:
-        return x[offsets[row] : offsets[row + 1]]
-    pages = torch.tensor(tables[row], dtype=torch.int64).to(x.device)
-    return x.index_select(0, pages).flatten(0, 1)[: keys[row]]
+    k: torch.Tensor, v: torch.Tensor, start: int, end: int, pages: list[int] | None
+) -> tuple[torch.Tensor, ...]:
+    """Keys and values of the sequence whose tokens are counted from ``start`` to ``end``: [keys, key heads, width]."""
+    if pages is None:
+        return k[start:end], v[start:end]
+    places = torch.tensor(pages, dtype=torch.int64).to(k.device)
+    return tuple(x.index_select(0, places).flatten(0, 1)[: end - start] for x in (k, v))
 
 
 def _refuse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, texts: _Texts) -> None:
@@ -235,18 +220,23 @@ def _starts(name: str, values: Lengths, tokens: int | None) -> list[int]:
 
 def _checked(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: Lengths, cu_k: Lengths, table: torch.Tensor | None
-) -> tuple[list[int], list[list[int]] | None]:
-    """(keys, pages) of each sequence; pages None without a table. Raises ValueError where things do not fit."""
+) -> tuple[list[int], list[int], list[list[int]] | None]:
+    """(cu_seqlens_q, cu_seqlens_k, each sequence's pages) as lists; pages None without a table. Raises ValueError where
+    things do not fit."""
     _check_tensors(q, k, v, paged=table is not None)
     starts = _starts("cu_seqlens_q", cu_q, q.shape[0])
     ends = _starts("cu_seqlens_k", cu_k, k.shape[0] if table is None else None)
     if len(starts) != len(ends):
         raise ValueError(f"cu_seqlens_q tells {len(starts) - 1} sequences and cu_seqlens_k {len(ends) - 1}")
-    keys = [high - low for low, high in itertools.pairwise(ends)]
-    for i, (low, high, have) in enumerate(zip(starts, starts[1:], keys, strict=False)):
-        if high - low > have:
-            raise ValueError(f"sequence {i} has {high - low} queries and {have} keys: queries are the last of the keys")
-    return keys, None if table is None else _tables(table, keys, k)
+    keys = _lengths(ends)
+    for i, (queries, have) in enumerate(zip(_lengths(starts), keys, strict=True)):
+        if queries > have:
+            raise ValueError(f"sequence {i} has {queries} queries and {have} keys: queries are the last of the keys")
+    return starts, ends, None if table is None else _tables(table, keys, k)
+
+
+def _lengths(starts: Sequence[int]) -> list[int]:
+    return [high - low for low, high in itertools.pairwise(starts)]
 
 
 def _tables(table: torch.Tensor, keys: Sequence[int], k: torch.Tensor) -> list[list[int]]:
