@@ -17,6 +17,7 @@ from stem_compile import ops, selection
 from stem_compile.algebra.bound import BoundMask
 from stem_compile.algebra.masks import decode
 from stem_compile.kernels import reference
+from stem_compile.kernels.blind import blind_attention
 from stem_compile.kernels.contract import DEFINITION, TARGETS, Kernels, Target
 from stem_compile.reasons import KernelWarning, Reason
 from stem_compile.registry import RegistryError
@@ -207,19 +208,5 @@ def blind_rows(q: torch.Tensor, k: torch.Tensor, tensors: Tensors, scalars: Sequ
     return BoundMask(decode(mask), shape, tensors, scalars, q.device).blind_rows().contiguous()
 
 
-def blind_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    blind: torch.Tensor,
-    tensors: Tensors,
-    scalars: Sequence[int],
-    logits: str,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """stem::blind_attention."""
-    return reference.blind_attention(q, k, v, blind, tensors, scalars, logits, dtype)
-
-
-for _name in ("oam_scores", "tpd_select", "select", "sparse_attention", "blind_rows", "blind_attention"):
-    ops.LIBRARY.impl(_name, globals()[_name], "CompositeExplicitAutograd")
+for _operator in (oam_scores, tpd_select, select, sparse_attention, blind_rows, blind_attention):
+    ops.LIBRARY.impl(_operator.__name__, _operator, "CompositeExplicitAutograd")

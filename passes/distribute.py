@@ -135,6 +135,7 @@ def _gathered(graph: fx.Graph, x: fx.Node, dim: int, split: TokenSplit, origin: 
     ready = call(graph, collectives.wait_tensor.default, (flat,), origin)
     stacked = View(ready, (("reshape", (split.ranks, *map(int, known.shape))),))
     ordered = (("movedim", (0, dim)), ("flatten", (dim, dim + 1)))
+    # split.places says it for every order; the two below say it in fewer nodes, which grow with the ranks there.
     pieces: list[tuple[tuple[str, tuple[Any, ...]], ...]]
     if split.table:
         chunk = split.chunk_length(int(known.shape[dim]))

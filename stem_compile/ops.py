@@ -5,8 +5,8 @@ A graph after insert_selection holds ``oam_scores -> tpd_select -> sparse_attent
 ``select`` where the device has a kernel for it. ``blind_rows`` is there where rows without a visible key are not to
 give 0, and ``blind_attention`` where they are not the mean of all values either. Masks, scores and selections travel as
 text (``masks.encode``, ``Score.text``, ``SelectionSpec.text``), their runtime parts as ``tensors`` (T0, T1, ... of mask
-and score) and ``scalars`` (S0, S1, ...). ``fallback`` says what
-happens when a kernel fails: "dense" answers the call by dense attention under the same mask, "error" raises.
+and score) and ``scalars`` (S0, S1, ...). ``fallback`` says what happens when a kernel fails: "dense" answers the call
+by dense attention under the same mask, "error" raises.
 """
 
 from __future__ import annotations
